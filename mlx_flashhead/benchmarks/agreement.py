@@ -113,7 +113,7 @@ def measure_agreement(
         row["bytes_share"] = nbytes.share(row["n_probes"])
     return {
         "positions": len(states),
-        "dense_perplexity": measured.dense_perplexity(),
+        "dense_perplexity": measured.dense_perplexity,
         "n_probes": head.unverified_probes,
         "n_clusters": head.n_clusters,
         "rows": table,

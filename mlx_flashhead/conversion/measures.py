@@ -39,7 +39,7 @@ class PositionMeasures:
 
     probe_counts: Sequence[int]
     values: Array  # (P, 7, N) float32, by the places above
-    dense_nll: Array  # (N,) float64, of the true next tokens under the dense head
+    dense_perplexity: float  # of the true next tokens under the dense head
 
     def means(self) -> list[dict[str, Any]]:
         """The measures over all positions by their `NAMES`, for each number of probes."""
@@ -49,14 +49,6 @@ class PositionMeasures:
             figures = [n_probes, *shares, float(np.exp(nll))]
             rows.append(dict(zip(NAMES, figures, strict=True)))
         return rows
-
-    def rejected_shares(self) -> Array:
-        """Shares (2, P) of positions with another proposal: greedy, and at temperature 1."""
-        return 1 - self.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
-
-    def dense_perplexity(self) -> float:
-        """The perplexity of the true next tokens under the dense head."""
-        return float(np.exp(self.dense_nll.mean()))
 
 
 def measure_positions(
@@ -98,7 +90,7 @@ def measure_positions(
         )
         values[:, :, part] = measured.transpose(2, 0, 1)
         yield Progress("Measuring", len(logits), len(states), "position")
-    return PositionMeasures(probe_counts, values, dense_nll)
+    return PositionMeasures(probe_counts, values, float(np.exp(dense_nll.mean())))
 
 
 class _DenseClusters(NamedTuple):

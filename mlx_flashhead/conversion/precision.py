@@ -38,27 +38,23 @@ def set_dtype(
         options: The conversion's options.
     """
     dtype = options.dtype
-    if dtype is None and not any(map(_stored_by_mlx, source.glob("model*.safetensors"))):
+    files = source.glob("model*.safetensors")
+    headers = (cast(Any, mx.load(str(file), return_metadata=True))[1] for file in files)
+    if dtype is None and not any(header.get("format") == "mlx" for header in headers):
         named = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
         dtype = named if named in DTYPES else None
     if dtype is not None:
         may_cast = getattr(model, "cast_predicate", lambda _: True)
 
-        def cast(name: str, array: mx.array) -> mx.array:
+        def as_dtype(name: str, array: mx.array) -> mx.array:
             floating = mx.issubdtype(array.dtype, mx.floating)
             return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
 
-        model.update(tree_map_with_path(cast, model.parameters()))
+        model.update(tree_map_with_path(as_dtype, model.parameters()))
     if options.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         mlx_lm.dequantize_model(model)
-
-
-def _stored_by_mlx(file: Path) -> bool:
-    """Whether MLX has stored the weights of a file."""
-    _, metadata = cast(Any, mx.load(str(file), return_metadata=True))
-    return metadata.get("format") == "mlx"
 
 
 def precision_label(options: ConvertOptions, config: dict[str, Any], rows: Matrix) -> str:

@@ -120,8 +120,9 @@ def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes)
         n_probes: One of the measured numbers of probes.
         nbytes: What a step reads.
     """
-    place = list(measured.probe_counts).index(n_probes)
-    return nbytes.verified(n_probes, float(measured.rejected_shares()[:, place].mean()))
+    means = next(row for row in measured.means() if row["n_probes"] == n_probes)
+    # of greedy proposals, and at temperature 1
+    return nbytes.verified(n_probes, ((1 - means["agreement"]) + (1 - means["mass"])) / 2)
 
 
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
@@ -149,10 +150,13 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
     estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
     unscored = (1 - near[:, MASS].astype(np.float64)).sum()
     scale = float(unscored / estimated) if estimated > 0 else 1.0
-    shares = measured.rejected_shares().clip(0.0).T.tolist()
     rows: list[Measured] = [
-        {"n_probes": n, "greedy_differs": greedy, "sampled_differs": sampled}
-        for n, (greedy, sampled) in zip(measured.probe_counts, shares, strict=True)
+        {
+            "n_probes": row["n_probes"],
+            "greedy_differs": max(1 - row["agreement"], 0.0),
+            "sampled_differs": max(1 - row["mass"], 0.0),
+        }
+        for row in measured.means()
     ]
     return {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": rows}
 

@@ -32,7 +32,7 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
     Returns:
         The report, JSON-ready: None stands for infinity.
     """
-    perplexity = measured.dense_perplexity()
+    perplexity = measured.dense_perplexity
     counts = np.array(measured.probe_counts)
     # shown are those nearest to some multiples of the chosen number
     nearest = [int(np.abs(counts - multiple * n_probes).argmin()) for multiple in SHOWN_MULTIPLES]

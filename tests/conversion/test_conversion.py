@@ -227,6 +227,7 @@ def test_the_index_alone(sources, tmp_path):
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
         ({"fine_head": True, "quantize": True}, "`fine_head` is for a model that is quantized"),
+        ({"private": True}, "`private` is for an upload: add `upload`"),
         ({"fine_head": True}, "head's rows are floats already: leave `fine_head` out"),
         ({"index_only": True, "quantize": True}, "writes no weights: leave `quantize` out"),
         ({"calibration": "."}, "cannot be read"),

@@ -16,7 +16,7 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     values = np.zeros((4, 7, n_positions), np.float32)
     for measured, share in zip(values, agree, strict=True):
         measured[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
-    found = measures.PositionMeasures(GRID, values, np.zeros(n_positions))
+    found = measures.PositionMeasures(GRID, values, dense_perplexity=1.0)
     return probes.choose_unverified(found, goal, probes.StepBytes(0, 1.0, 1000))
 
 
@@ -57,7 +57,7 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
         measured[measures.GAP] = rng.exponential(3, n_positions)
         measured[measures.TAIL] = np.log(sampled_share / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
-    found = measures.PositionMeasures(counts, values, np.zeros(n_positions))
+    found = measures.PositionMeasures(counts, values, dense_perplexity=1.0)
     n_probes = probes.choose_verified(found, nbytes)
     return probes.verification_settings(found, n_probes) | {"n_probes": n_probes}
 
