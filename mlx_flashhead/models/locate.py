@@ -42,19 +42,15 @@ class HeadLocation:
     def rows(self) -> Matrix:
         """The head's rows (V, D), as they are stored."""
         module = self.module
-        weight: mx.array = module["weight"]
-        scales = module.get("scales")
-        bias = module.get("bias")
-        if scales is None:
-            return Matrix(weight, bias=bias)
+        quantized = "scales" in module
         return Matrix(
-            weight,
-            scales,
+            module["weight"],
+            module.get("scales"),
             module.get("biases"),
-            bias=bias,
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=getattr(module, "mode", AFFINE),
+            bias=module.get("bias"),
+            group_size=module.group_size if quantized else 0,
+            bits=module.bits if quantized else 0,
+            mode=getattr(module, "mode", AFFINE) if quantized else AFFINE,
         )
 
 

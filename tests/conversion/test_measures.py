@@ -47,8 +47,8 @@ def allowing(n_probes):
     return probes.StepBytes(centroids=0, probe=1.0, dense=n_probes / probes.MAX_BYTES)
 
 
-def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
-    """Of measures in which these shares of the proposals differ, by number of probes."""
+def differing(greedy, sampled, n_positions=1000):
+    """Measures in which these shares of the proposals differ, by number of probes."""
     rng = np.random.default_rng(0)
     values = np.zeros((len(greedy), 7, n_positions), np.float32)
     for measured, greedy_share, sampled_share in zip(values, greedy, sampled, strict=True):
@@ -57,7 +57,11 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
         measured[measures.GAP] = rng.exponential(3, n_positions)
         measured[measures.TAIL] = np.log(sampled_share / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
-    found = measures.PositionMeasures(counts, values, dense_perplexity=1.0)
+    return measures.PositionMeasures(counts, values, dense_perplexity=1.0)
+
+
+def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
+    found = differing(greedy, sampled, n_positions)
     n_probes = probes.choose_verified(found, nbytes)
     return probes.verification_settings(found, n_probes) | {"n_probes": n_probes}
 
@@ -80,6 +84,9 @@ def test_probes_are_those_of_the_fewest_bytes():
     found = settings(GREEDY, SAMPLED)
     shares = np.mean([GREEDY, SAMPLED], axis=0)
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
+    measured = differing(GREEDY, SAMPLED)
+    expected = [probes.expected_bytes(measured, 10 * 2**i, NBYTES) for i in range(len(GREEDY))]
+    assert expected == pytest.approx(by_hand, rel=1e-6)
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
     heavy = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
