@@ -27,7 +27,6 @@ GREATEST_TAIL = 100.0  # of an estimate over the best logit: forced clusters hav
 
 # Places of a position's measures.
 AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
-NAMES = ("n_probes", "agreement", "coverage", "mass", "kl", "perplexity")  # of their means
 
 Array = np.ndarray
 Product = Callable[[Array], Array]  # a product of states (n, D)
@@ -42,12 +41,20 @@ class PositionMeasures:
     dense_perplexity: float  # of the true next tokens under the dense head
 
     def means(self) -> list[dict[str, Any]]:
-        """The measures over all positions by their `NAMES`, for each number of probes."""
+        """The measures over all positions by their names, for each number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
         rows = []
-        for n_probes, (*shares, nll) in zip(self.probe_counts, means, strict=True):
-            figures = [n_probes, *shares, float(np.exp(nll))]
-            rows.append(dict(zip(NAMES, figures, strict=True)))
+        for n_probes, figures in zip(self.probe_counts, means, strict=True):
+            rows.append(
+                {
+                    "n_probes": n_probes,
+                    "agreement": figures[AGREEMENT],
+                    "coverage": figures[COVERAGE],
+                    "mass": figures[MASS],
+                    "kl": figures[KL],
+                    "perplexity": float(np.exp(figures[NLL])),
+                }
+            )
         return rows
 
 

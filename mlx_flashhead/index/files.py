@@ -90,8 +90,10 @@ def read_settings(folder: Path) -> FlashHeadConfig:
     """
     entry, source = _settings(folder)
     if entry is None:
-        command = f"mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER"
-        raise ValueError(f"{folder} holds no FlashHead: make one with `{command}`.")
+        raise ValueError(
+            f"{folder} holds no FlashHead: make one with `mlx_flashhead.convert --model {folder} "
+            "--mlx-path NEW_FOLDER`."
+        )
     return FlashHeadConfig.from_dict(entry, str(folder / source))
 
 

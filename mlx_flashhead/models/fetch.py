@@ -23,8 +23,9 @@ def home() -> Path:
     """Where FlashHeads and finer heads are cached; ValueError of a user who does not exist."""
     folder = Path(os.path.expanduser(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"))
     if folder.parts[0].startswith("~"):
-        reason = f"The home directory in {folder} is not known"
-        raise ValueError(f"{reason}: set {HOME_VARIABLE} to a folder.")
+        raise ValueError(
+            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
+        )
     return folder
 
 

@@ -128,8 +128,7 @@ def _fetch(
     ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
     fine = tensor.rows(ids).astype(mx.float32)
     check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
-    size = megabytes(tensor.nbytes)
-    say(f"Fetching {tensor.name} of {original} ({size}) for a finer head.")
+    say(f"Fetching {tensor.name} of {original} ({megabytes(tensor.nbytes)}) for a finer head.")
     with tqdm(
         total=tensor.nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress
     ) as bar:

@@ -76,8 +76,10 @@ class TensorFile:
                     matrices.append(Tensor(self, name, about, first))
             return matrices
         except _DAMAGE:
-            kind = f"damaged or no safetensors file (headers have up to {LARGEST_HEADER:,} bytes)"
-            raise ValueError(f"{self} is {kind}: choose another source.") from None
+            raise ValueError(
+                f"{self} is damaged or no safetensors file (headers have up to "
+                f"{LARGEST_HEADER:,} bytes): choose another source."
+            ) from None
 
 
 class Tensor:
