@@ -270,7 +270,7 @@ def stored(monkeypatch, tmp_path):
 
 def test_a_trial_is_stored(stored, monkeypatch):
     models = [tiny_model(), tiny_model(), tiny_model(seed=1)]
-    caches = [lm_caches.KVCache()] * 2
+    caches = lm_caches.make_prompt_cache(models[0])
     found = established_costs(WideSteps.of(models[0]), caches)
     (place,) = stored.glob("speeds/*.json")
     tried = wide_trial._tried
@@ -280,7 +280,7 @@ def test_a_trial_is_stored(stored, monkeypatch):
     )
     again = WideSteps.of(models[1])
     assert established_costs(again, caches) == found and not calls
-    established_costs(again, [lm_caches.BatchKVCache([0])] * 2)  # another kind
+    established_costs(again, [lm_caches.BatchKVCache([0])])  # another kind
     established_costs(WideSteps.of(models[2]), caches)  # other weights
     assert len(calls) == 2
     monkeypatch.setattr(wide_store, "__version__", "another")

@@ -41,7 +41,7 @@ COMMON = named(
     (32, "gate_low_rank_dim decay_low_rank_dim hidden_size_per_layer_input global_head_dim"),
     (32, "laurel_rank ffn_dim_divisor o_lora_rank swa_head_dim swa_v_head_dim dim_model_base"),
     (128, "intermediate_size intermediate_size_mlp dense_intermediate_size n_inner"),
-    (128, "ffn_hidden_size ff_intermediate_size mlp_hidden_size"),
+    (128, "ffn_hidden_size ff_intermediate_size mlp_hidden_size block_ff_dim"),
     (64, "shared_intermediate_size attention_chunk_size index_topk moe_intermediate_size"),
     (64, "shared_expert_intermediate_size expert_ffn_hidden_size"),
     (64, "moe_shared_expert_intermediate_size share_expert_dim mamba_d_ssm moe_hidden_size"),
