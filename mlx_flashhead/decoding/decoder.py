@@ -121,7 +121,7 @@ class Decoder:
             sequence.why_dense = SEVERAL_DRAW
         sequence.proposing = (
             pays
-            and n_texts <= proposer.max_batch
+            and (n_texts == 1 or n_texts <= proposer.max_batch)
             and not self.several_draw
             and not (sequence.guesser is not None and sequence.guesser.drafts)
             and proposer.pays(sequence, n_texts)

@@ -53,8 +53,7 @@ class VerifySchedule:
                 self._accept()
         ends = False
         for sequence in sequences:
-            for place in range(sequence.n_read):  # none if a token before was rejected
-                ends |= self._note(sequence, sequence.pending[place], place)
+            ends |= self._note_read(sequence)
             _accept_dense(sequence)
         if ends and self._verification is not None:
             self._accept()
@@ -93,23 +92,30 @@ class VerifySchedule:
             if not any(pending in sequence.pending for sequence in sequences)
         ]
 
-    def _note(self, sequence: Sequence, pending: PendingToken, place: int) -> bool:
-        """Takes note of a pending token that is read, once. Returns whether it ends the text.
+    def _note_read(self, sequence: Sequence) -> bool:
+        """Takes note of pending tokens that are read, once. Returns whether one ends the text.
 
-        What the dense logits chose needs no note where nothing is pending before it.
+        What the dense logits chose needs no note where nothing is pending before it. Nothing is
+        read after a token that was rejected.
         """
-        dense = pending.proposal is None
-        if pending.noted or (dense and all(p.proposal is None for p in sequence.pending[:place])):
-            return False
-        pending.noted = True
-        if not self._n_waiting:
-            self._since = time.perf_counter()
-        self._n_waiting += 1
-        self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
-        if not dense:
-            self._unjoined.append(pending)
-        at_limit = len(sequence.tokens) + place + 1 == sequence.limit
-        return at_limit or pending.token in self._proposer.head.eos_token_ids
+        read = sequence.pending[: sequence.n_read]
+        n_noted = next((n for n in range(len(read), 0, -1) if read[n - 1].noted), 0)
+        proposed = n_noted > 0
+        ends = False
+        for place, pending in enumerate(read[n_noted:], n_noted):
+            proposed |= pending.proposal is not None
+            if not proposed:
+                continue
+            pending.noted = True
+            if not self._n_waiting:
+                self._since = time.perf_counter()
+            self._n_waiting += 1
+            self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
+            if pending.proposal is not None:
+                self._unjoined.append(pending)
+            at_limit = len(sequence.tokens) + place + 1 == sequence.limit
+            ends |= at_limit or pending.token in self._proposer.head.eos_token_ids
+        return ends
 
     @property
     def _due(self) -> bool:

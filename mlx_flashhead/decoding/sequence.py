@@ -13,7 +13,7 @@ from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
 from ..head.draws.greedy import Greedy
 from ..head.draws.noise import position_key
-from ..head.draws.rows import Draw, Key
+from ..head.draws.rows import NO_KEY, Draw, Key
 from ..head.proposal import Proposal
 from .caches import Snapshot
 from .changes import Changes
@@ -303,6 +303,8 @@ class Sequence:
     def draw_at(self, index: int) -> tuple[Draw, Key]:
         """The settings and the key of the draw at place ``index`` of the text."""
         settings = self.settings or Greedy()
+        if settings.greedy:
+            return settings, NO_KEY
         if self._chain is None:
             return settings, position_key(self.seed, index)
         return settings, (self._chain.number_bits(index), 0)

@@ -149,10 +149,19 @@ class ClusteredRows:
         becomes the leading axes.
         """
         slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
-        if not self.by_column:
-            return self.flat_rows().take(slots)
-        clusters, places = mx.divmod(slots, self.cluster_size)
-        return self.rows.map(lambda array: array[clusters, places])
+        if self.by_column:
+            clusters, places = mx.divmod(slots, self.cluster_size)
+            return self.rows.map(lambda array: array[clusters, places])
+        return self.rows.map(
+            lambda array: mx.take(array.reshape(-1, *array.shape[2:]), slots, axis=0)
+        )
+
+    def embeddings(self, token_ids: mx.array) -> mx.array:
+        """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
+        if not self.by_column or self.rows.quantized:
+            return self.token_rows(token_ids).dequantized()
+        clusters, places = mx.divmod(mx.take(self.slot_of, token_ids), self.cluster_size)
+        return self.rows.weight[clusters, places]  # at once: a step on a CPU does it each time
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

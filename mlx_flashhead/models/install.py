@@ -249,7 +249,7 @@ class _FlashEmbedding(_FlashModule):
     as_linear = _FlashModule._project
 
     def __call__(self, token_ids: mx.array) -> mx.array:
-        return self._flash_head.clustered.token_rows(token_ids).dequantized()
+        return self._flash_head.clustered.embeddings(token_ids)
 
 
 def logit_map_of(model: nn.Module) -> LogitMap | None:
