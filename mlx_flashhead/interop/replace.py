@@ -1,7 +1,8 @@
 """Replaces what has a name in another package, for the rest of the process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -24,3 +25,10 @@ def put_in_place(place: str, wrap: Wrap) -> None:
             for held, value in list(vars(other).items()):
                 if value is original:
                     setattr(other, held, replacement)
+
+
+def put_all_in_place(wraps: Mapping[str, Wrap]) -> None:
+    """Replaces names by their places; one of a module that is not installed is left out."""
+    for place, wrap in wraps.items():
+        with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
+            put_in_place(place, wrap)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial, wraps
@@ -20,7 +20,7 @@ from ..decoding.loop import REPLACED, verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
-from ..interop.replace import Wrap, put_in_place
+from ..interop.replace import Wrap, put_all_in_place
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
@@ -54,9 +54,7 @@ def patch_library(library: str) -> None:
     Args:
         library: "mlx_lm" or "mlx_vlm".
     """
-    for place, wrap in _patches().wraps[library].items():
-        with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
-            put_in_place(place, wrap)
+    put_all_in_place(_patches().wraps[library])
 
 
 @cache  # once per process
