@@ -17,10 +17,10 @@ import mlx.nn as nn
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
-from ..decoding.wide import WIDTHS, WideSteps, kind_of
-from ..decoding.wide_trial import established_costs, have_same_bits
 from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
 from ..models.install import dense_copy
+from ..wide.step import WIDTHS, WideSteps, kind_of
+from ..wide.trial import established_costs, have_same_bits
 from . import SAMPLERS
 from .variants import Variant
 

@@ -2,12 +2,13 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from .new_folder import new_file
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Value = TypeVar("Value")
 
 

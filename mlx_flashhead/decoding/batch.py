@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
-from .guesses import check_lookup, guesser_of
+from .guessing.guesser import check_lookup, guesser_of
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 

@@ -20,14 +20,14 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..wide.twin import NoWideStepError
 from .caches import BatchCaches, OwnCaches, Snapshot, rollback
 from .dense_choice import choose_densely
-from .guesses import Guess, Guesser
+from .guessing.guesser import Guess, Guesser
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
 from .sequence import PendingToken, Sequence
-from .wide_twin import NoWideStepError
 
 log = logging.getLogger("mlx_flashhead")
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"

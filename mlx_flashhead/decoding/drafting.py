@@ -15,14 +15,14 @@ import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.install import is_librarys_model
+from ..wide.step import WideSteps
+from ..wide.trial import established_costs
 from .caches import are_known, length_of
 from .changes import Changes
-from .draft_model import DraftModel
+from .guessing.draft_model import DraftModel
 from .loop import GuessedTokens, verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
-from .wide import WideSteps
-from .wide_trial import established_costs
 
 MAY_DIFFER = (
     "dense: a draft model proposes, in mlx-lm's own loop, which computes several tokens at once: "

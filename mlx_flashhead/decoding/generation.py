@@ -19,8 +19,8 @@ from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator, check_batched_lookup
-from .draft_model import draft_report
 from .drafting import drafted_steps
+from .guessing.draft_model import draft_report
 from .keywords import (
     CacheOptions,
     DecodeOptions,

@@ -12,8 +12,8 @@ from ..models.compat import mlx_lm as compat
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
-from .draft_model import DraftModel
-from .guesses import check_lookup, guesser_of
+from .guessing.draft_model import DraftModel
+from .guessing.guesser import check_lookup, guesser_of
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence

@@ -1,13 +1,12 @@
 """How the loops use a FlashHead on this machine."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
-from msgspec import Meta
 
+from ..common.stored import Positive
 from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
@@ -19,8 +18,6 @@ MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
 MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
-
-Positive = Annotated[float, Meta(gt=0)]  # in a stored file
 
 
 def least_gain() -> float:

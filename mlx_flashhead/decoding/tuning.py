@@ -17,6 +17,8 @@ from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import installed_head, is_librarys_model
 from ..models.vlm import is_vlm
+from ..wide.step import WideSteps
+from ..wide.trial import established_costs
 from .caches import OwnCaches
 from .decoder import Decoder
 from .policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
@@ -25,8 +27,6 @@ from .sampler import Sampler
 from .schedule import FEW
 from .sequence import Sequence as Text
 from .settings import DecodingSettings
-from .wide import WideSteps
-from .wide_trial import established_costs
 
 SECONDS = 5.0  # after which no turn begins but the first two
 TURNS = 3

@@ -25,7 +25,7 @@ from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, strea
 from mlx_flashhead.benchmarks.agreement import bytes_read
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
-from mlx_flashhead.decoding.draft_model import LATEST
+from mlx_flashhead.decoding.guessing.draft_model import LATEST
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draws import rows
 from mlx_flashhead.head.draws.noise import position_key

@@ -28,12 +28,12 @@ from mlx_flashhead.benchmarks.reporting import machine
 from mlx_flashhead.common.arguments import Parser, picture, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, percent, show
-from mlx_flashhead.decoding.guesses import EXPECTED, Worth
-from mlx_flashhead.decoding.lookup import Lookup
-from mlx_flashhead.decoding.wide import MAX_WIDTH
+from mlx_flashhead.decoding.guessing.guesser import EXPECTED, Worth
+from mlx_flashhead.decoding.guessing.lookup import Lookup
 from mlx_flashhead.models.cpu_products import numpy_products
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.templates import prompt_of
+from mlx_flashhead.wide.step import MAX_WIDTH
 from pages import CHECKOUT, line, with_block
 from wide_times import WIDTHS, cost
 

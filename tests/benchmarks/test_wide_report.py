@@ -6,8 +6,9 @@ from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
 from mlx_flashhead.benchmarks import wide_report
 from mlx_flashhead.benchmarks.wide_report import compared, wide_figures
-from mlx_flashhead.decoding import wide_trial, wide_twin
-from mlx_flashhead.decoding.wide import WideSteps
+from mlx_flashhead.wide import trial
+from mlx_flashhead.wide import twin as twins
+from mlx_flashhead.wide.step import WideSteps
 
 PROMPT = [5, 17, 3, 99, 42, 7, 5, 17, 3, 21]
 
@@ -33,7 +34,7 @@ def test_a_part_that_differs_is_found(monkeypatch):
 
     steps = WideSteps.of(model)
     twin = steps.twin(apart=False)
-    monkeypatch.setattr(wide_twin, "product", product)
+    monkeypatch.setattr(twins, "product", product)
     parts = compared(steps, PROMPT, 2)
     wrong = {kind for kind, each in parts.items() if each["equal"] < each["of"]}
     assert {kind.split()[0] for kind in wrong} == {"QuantizedLinear", "Model"}
@@ -42,7 +43,7 @@ def test_a_part_that_differs_is_found(monkeypatch):
 
 def test_all_figures(monkeypatch):
     monkeypatch.setattr(wide_report, "N_TOKENS", 12)
-    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    monkeypatch.setattr(trial, "LONG", (60,))
     flash = make_flash(num_hidden_layers=2)
     fed = []
     feed = WideSteps.feed
@@ -62,7 +63,7 @@ def test_all_figures(monkeypatch):
 
 def test_a_model_without_such_steps_says_which_parts_differ(monkeypatch):
     flash = make_flash()
-    monkeypatch.setattr(wide_trial, "_is_worth_it", lambda model: False)
+    monkeypatch.setattr(trial, "_is_worth_it", lambda model: False)
     found = wide_figures(flash.model, PROMPT)
     assert (found["established"], found["costs"], found["texts"]) == ([], {}, {})
     assert found["parts"][2]

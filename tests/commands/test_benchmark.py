@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead.benchmarks import host_time, wide_report
 from mlx_flashhead.benchmarks import server_benchmark as server
-from mlx_flashhead.decoding import wide_trial
+from mlx_flashhead.wide import trial
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -51,7 +51,7 @@ def test_model(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(host_time, "N_TOKENS", 4)
     monkeypatch.setattr(host_time, "FIRST", 2)
     monkeypatch.setattr(wide_report, "N_TOKENS", 8)
-    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    monkeypatch.setattr(trial, "LONG", (60,))
     screen, results = check_outputs(
         run, tmp_path, "model", "--model", converted, *FEW,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",

@@ -6,12 +6,13 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from flash_loops import OTHERS, make_flash
-from mlx_flashhead.decoding import proposer, tuning, wide_trial
+from mlx_flashhead.decoding import proposer, tuning
 from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.tuning import tune
-from mlx_flashhead.decoding.wide import WideSteps
+from mlx_flashhead.wide import trial
+from mlx_flashhead.wide.step import WideSteps
 from wide_checks import of_a_batch
 
 DENSE = 0.006  # seconds
@@ -167,14 +168,14 @@ def test_a_larger_batch_is_dense(monkeypatch, most):
 def test_steps_of_several_tokens_are_tried_and_timed_once(monkeypatch):
     """As on a GPU: for a text alone, and for one that is alone in a batch."""
     monkeypatch.setattr(tuning, "gpu_is_default", lambda: True)
-    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    monkeypatch.setattr(trial, "LONG", (60,))
     flash = make_flash()
     caches = make_prompt_cache(flash.model)
     tuning.prepare_wide_steps(flash.model)
-    monkeypatch.setattr(wide_trial, "_tried", None)
+    monkeypatch.setattr(trial, "_tried", None)
     steps = WideSteps.of(flash.model)
     for each in (caches, of_a_batch(caches)):
-        costs = wide_trial.established_costs(steps, each)
+        costs = trial.established_costs(steps, each)
         assert list(costs) == [2, 3, 4, 8] and min(costs.values()) > 0
 
 

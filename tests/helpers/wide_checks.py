@@ -7,7 +7,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 
-from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, kind_of
 
 VOCAB_SIZE = 100  # of the tokens fed; a model may have more
 FORMS = (False, True)  # whether an attention takes positions apart

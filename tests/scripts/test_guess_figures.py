@@ -13,7 +13,7 @@ from guesses import Always, WherePaid, counted, replay, tasks
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.decoding.wide import MAX_WIDTH
+from mlx_flashhead.wide.step import MAX_WIDTH
 from pages import CHECKOUT
 from step_times import chips, dense_us, models
 from tiny_models import tiny_model

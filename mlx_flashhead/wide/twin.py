@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten
 
 from ..head.row_products import row_products
 from ..models.install import get_flash_head
-from .model_parts import containers, global_names, library_functions
+from .parts import containers, global_names, library_functions
 from .positions import Positions, apart, apart_value, at
-from .wide_caches import KeyValueStandIn, apart_stand_in
+from .stand_ins import KeyValueStandIn, apart_stand_in
 
 UPDATE = "update_and_fetch"  # what an attention calls its cache's method
 ROTATES = ("self", "x", "offset")  # the arguments of a rotation

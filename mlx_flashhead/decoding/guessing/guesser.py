@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from ..head.backend import gpu_is_default
-from ..models.install import is_librarys_model
+from ...head.backend import gpu_is_default
+from ...models.install import is_librarys_model
+from ...wide.step import MAX_WIDTH, WideSteps
+from ...wide.trial import established_costs
+from ..proposer import Proposer
+from ..sequence import Sequence as Text
 from .draft_model import DraftModel
 from .lookup import LENGTHS, Lookup
-from .proposer import Proposer
-from .sequence import Sequence as Text
-from .wide import MAX_WIDTH, WideSteps
-from .wide_trial import established_costs
 
 GRAMMAR = "grammar"
 DRAFT = "draft model"

@@ -9,6 +9,7 @@ caches change.
 import copy
 import logging
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -26,11 +27,11 @@ from ..models.compat.mlx_lm import (
     QuantizedKVCache,
     RotatingKVCache,
 )
-from . import wide_store
-from .proposer import Proposer
-from .wide import MAX_WIDTH, NOTHING, WIDTHS, Established, WideSteps, kind_of
-from .wide_caches import WINDOWS, end_of, is_known, parts_of
-from .wide_twin import NoWideStepError
+from ..models.install import get_flash_head
+from . import store as trial_store
+from .stand_ins import WINDOWS, end_of, is_known, parts_of
+from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideSteps, kind_of
+from .twin import NoWideStepError
 
 SHORT = 5  # tokens of the prompt
 LONG = (1022, 4094)  # tokens before a length at which MLX's attention changes kernels
@@ -64,8 +65,8 @@ def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
 def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
-    place = wide_store.place_of(steps.model)
-    key = wide_store.key_of(kind)
+    place = trial_store.place_of(steps.model)
+    key = trial_store.key_of(kind)
     known = {} if place is None else stored(place, Established)
     if key in known:
         return known[key]
@@ -110,7 +111,7 @@ class _Trial:
         self._model: Any = steps.model
         self._twin: Any = steps.twin(apart=apart)
         self._steps = steps
-        self._proposer = Proposer(steps.model)
+        self._head = get_flash_head(steps.model)
         self._fresh = [_fresh(cache) for cache in caches]
         self._tokens = mx.random.randint(0, 32, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
@@ -199,7 +200,12 @@ class _Trial:
             What makes the choices after each: states (1, T, D), or logits (1, T, V).
         """
         states: list[mx.array] = []
-        with self._proposer.noting(states, logits=False):
+
+        def note(hidden: mx.array) -> mx.array:
+            states.append(hidden)
+            return hidden  # in the place of logits, which nobody wants
+
+        with nullcontext() if self._head is None else self._head.intercepted(note):
             if model is self._twin:
                 logits = self._steps.feed_by(model, tokens, caches).logits
             else:

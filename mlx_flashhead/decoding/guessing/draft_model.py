@@ -9,11 +9,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.install import get_flash_head
-from .caches import copied_layers
-from .policy import policy_of
-from .sampler import normalized
-from .sequence import Sequence
+from ...models.install import get_flash_head
+from ..caches import copied_layers
+from ..policy import policy_of
+from ..sampler import normalized
+from ..sequence import Sequence
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 STEP_SIZE = 2048  # tokens that are read at once

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mlx_flashhead.decoding.lookup import LENGTHS, Lookup
+from mlx_flashhead.decoding.guessing.lookup import LENGTHS, Lookup
 
 
 def searched(tokens, n_tokens):

@@ -16,18 +16,19 @@ from architecture_models import tiny_architecture
 from flash_loops import OTHERS, PROMPT, flash_of
 from mlx_flashhead import batch_generate, make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding import decoder, guesses
+from mlx_flashhead.decoding import decoder
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.drafting import drafted_steps
-from mlx_flashhead.decoding.guesses import Worth
-from mlx_flashhead.decoding.lookup import Lookup
+from mlx_flashhead.decoding.guessing import guesser
+from mlx_flashhead.decoding.guessing.guesser import Worth
+from mlx_flashhead.decoding.guessing.lookup import Lookup
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
-from mlx_flashhead.decoding.wide_trial import established_costs
-from mlx_flashhead.decoding.wide_twin import NoWideStepError
+from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.trial import established_costs
+from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
 
 N_TOKENS = 20
@@ -95,13 +96,13 @@ def guessed(monkeypatch):
     """Makes lookups find the right tokens, with wrong ones among them: the numbers of a round."""
     chance = random.Random(5)
     counts = []
-    established = guesses.established_costs
+    established = guesser.established_costs
 
     def of_any_width(steps, layers):
         costs = established(steps, layers)
         return {width: costs[width] for width in [chance.choice([2, 4, 4, 8])] if width in costs}
 
-    monkeypatch.setattr(guesses, "established_costs", of_any_width)
+    monkeypatch.setattr(guesser, "established_costs", of_any_width)
 
     def of(expected, right=0.6):
         def find(lookup, n):
@@ -113,9 +114,9 @@ def guessed(monkeypatch):
             return (4, found) if chance.random() < 0.8 else (0, [])
 
         monkeypatch.setattr(Lookup, "find", find)
-        note = guesses.Guesser.note
+        note = guesser.Guesser.note
         monkeypatch.setattr(
-            guesses.Guesser,
+            guesser.Guesser,
             "note",
             lambda own, guess, n: (counts.append((len(guess.tokens), n)), note(own, guess, n))[1],
         )
@@ -410,7 +411,7 @@ def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatc
 
 def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
     """As on a GPU: what is found decides, and what a step of several tokens costs."""
-    monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
+    monkeypatch.setattr(guesser, "gpu_is_default", lambda: True)
     model = tiny_model(num_hidden_layers=2)
     forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
     n_steps = {}

@@ -1,7 +1,7 @@
 """A wide step: several tokens of one text at once, with the bits of single steps.
 
     steps = WideSteps.of(model)
-    costs = established_costs(steps, caches)        # of wide_trial.py, such as {2: 1.1, 4: 1.4}
+    costs = established_costs(steps, caches)        # of trial.py, such as {2: 1.1, 4: 1.4}
     step = steps.feed(tokens, caches)               # (1, T) → step.logits (1, T, V), lazy
     step.back_to(n)                                 # the caches after the first n of the tokens
 
@@ -20,11 +20,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from msgspec import Meta
 
+from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
-from .model_parts import ModelParts
-from .policy import Positive
-from .wide_caches import fits, is_known, parts_of, stand_in
-from .wide_twin import NoWideStepError, twin_of
+from .parts import ModelParts
+from .stand_ins import fits, is_known, parts_of, stand_in
+from .twin import NoWideStepError, twin_of
 
 WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
 MAX_WIDTH = WIDTHS[-1]

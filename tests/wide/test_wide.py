@@ -13,10 +13,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
-from mlx_flashhead.decoding import wide_caches, wide_store, wide_trial, wide_twin
-from mlx_flashhead.decoding.wide import WideSteps, kind_of
-from mlx_flashhead.decoding.wide_trial import established_costs
-from mlx_flashhead.decoding.wide_twin import NoWideStepError
+from mlx_flashhead.wide import stand_ins, store, trial, twin
+from mlx_flashhead.wide.step import WideSteps, kind_of
+from mlx_flashhead.wide.trial import established_costs
+from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
 from wide_checks import FORMS, held, of_a_batch, read, same_as_single, single_steps, wide_steps
 
@@ -49,7 +49,7 @@ def test_it_has_the_bits_of_single_steps(architecture, width):
 
 def test_layers_without_a_kernel_multiply_each_row(architecture, monkeypatch):
     model, apart = architecture
-    monkeypatch.setattr(wide_twin, "row_products", lambda x, layer: None)
+    monkeypatch.setattr(twin, "row_products", lambda x, layer: None)
     assert same_as_single(model, 5, 4, apart=apart)
 
 
@@ -253,7 +253,7 @@ def test_the_trial_finds_every_width(architecture):
 def test_it_is_tried_once_for_caches_of_a_kind(model, monkeypatch):
     WideSteps.of(model).established.clear()
     assert widths_of(model) == ALL
-    monkeypatch.setattr(wide_twin, "product", None)
+    monkeypatch.setattr(twin, "product", None)
     assert widths_of(model) == ALL
     small = [lm_caches.QuantizedKVCache(group_size=32, bits=4) for _ in model.layers]
     assert established_costs(WideSteps.of(model), small) == {}
@@ -264,7 +264,7 @@ def stored(monkeypatch, tmp_path):
     """A place where trials are stored, as outside of tests."""
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path))
-    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    monkeypatch.setattr(trial, "LONG", (60,))
     return tmp_path
 
 
@@ -273,17 +273,17 @@ def test_a_trial_is_stored(stored, monkeypatch):
     caches = lm_caches.make_prompt_cache(models[0])
     found = established_costs(WideSteps.of(models[0]), caches)
     (place,) = stored.glob("speeds/*.json")
-    tried = wide_trial._tried
+    tried = trial._tried
     calls = []
     monkeypatch.setattr(
-        wide_trial, "_tried", lambda *arguments: calls.append(arguments) or tried(*arguments)
+        trial, "_tried", lambda *arguments: calls.append(arguments) or tried(*arguments)
     )
     again = WideSteps.of(models[1])
     assert established_costs(again, caches) == found and not calls
     established_costs(again, [lm_caches.BatchKVCache([0])])  # another kind
     established_costs(WideSteps.of(models[2]), caches)  # other weights
     assert len(calls) == 2
-    monkeypatch.setattr(wide_store, "__version__", "another")
+    monkeypatch.setattr(store, "__version__", "another")
     again.established.clear()
     assert list(established_costs(again, caches)) == ALL and len(calls) == 3
     place.write_text(place.read_text().replace('"8"', '"9"'))  # damaged
@@ -313,9 +313,9 @@ def test_states_are_tried_where_the_flash_head_is_called():
 
 
 def _reversed_rows(monkeypatch):
-    product = wide_twin.product
+    product = twin.product
     monkeypatch.setattr(
-        wide_twin, "product", lambda layer, single, x: product(layer, single, x[:, ::-1])
+        twin, "product", lambda layer, single, x: product(layer, single, x[:, ::-1])
     )
 
 
@@ -325,17 +325,15 @@ def _another_order(monkeypatch):
     def product(layer, single, x):
         return (x[..., ::-1, None] * layer.weight.T[::-1]).sum(axis=-2)
 
-    monkeypatch.setattr(wide_twin, "product", product)
+    monkeypatch.setattr(twin, "product", product)
 
 
 def _keys_of_the_next(monkeypatch):
-    monkeypatch.setattr(
-        wide_twin, "at", lambda value, j: value.parts[min(j + 1, len(value.parts) - 1)]
-    )
+    monkeypatch.setattr(twin, "at", lambda value, j: value.parts[min(j + 1, len(value.parts) - 1)])
 
 
 def _a_window_keeps_its_array(monkeypatch):
-    monkeypatch.setattr(wide_caches, "_without_last", lambda arrays, n: arrays)
+    monkeypatch.setattr(stand_ins, "_without_last", lambda arrays, n: arrays)
 
 
 @pytest.mark.parametrize(
@@ -353,12 +351,12 @@ def test_the_trial_finds_what_differs(mutation, monkeypatch, caplog):
 
 def test_a_width_that_differs_is_off(monkeypatch, caplog):
     model = tiny_model()
-    product = wide_twin.product
+    product = twin.product
 
     def some(layer, single, x):
         return product(layer, single, x) * (1 + 1e-6 * (x.shape[-2] == 4))
 
-    monkeypatch.setattr(wide_twin, "product", some)
+    monkeypatch.setattr(twin, "product", some)
     with caplog.at_level(logging.INFO):
         assert widths_of(model) == [2, 3, 8]
     assert "A step of 4 tokens is off" in caplog.text
@@ -366,13 +364,13 @@ def test_a_width_that_differs_is_off(monkeypatch, caplog):
 
 def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
     model = tiny_model()
-    attend = wide_twin.at
+    attend = twin.at
 
     def other_beyond(value, j):
         keys = attend(value, j)
         return keys * (1 + 1e-6 * (keys.shape[2] > 1024))
 
-    monkeypatch.setattr(wide_twin, "at", other_beyond)
+    monkeypatch.setattr(twin, "at", other_beyond)
     with caplog.at_level(logging.INFO):
         widths_of(model)
     (established,) = WideSteps.of(model).established.values()
@@ -383,5 +381,5 @@ def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_an_unquantized_model_has_single_steps_on_a_gpu(bits, on_gpu, monkeypatch):
-    monkeypatch.setattr(wide_trial, "gpu_is_default", lambda: on_gpu)
+    monkeypatch.setattr(trial, "gpu_is_default", lambda: on_gpu)
     assert bool(widths_of(tiny_model(bits=bits))) == (bits is not None or not on_gpu)

@@ -1,0 +1,1 @@
+"""Whoever guesses a text's next tokens."""

@@ -1,0 +1,1 @@
+"""Several tokens of one text a step, with the bits of single steps."""
