@@ -255,7 +255,9 @@ class Gemma(ListedFormat):
 
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """The name of the rule of a schema's values, which may refer to itself; empty for none."""
-        key = tool.name, repr(schema)
+        written = repr(schema)
+        tool.count_characters(len(written))
+        key = tool.name, written
         return rules.recursive(key, lambda: one_of(self._values(schema, tool, rules)))
 
     def _values(self, schema: Any, tool: Tool, rules: LarkRules) -> list[str]:

@@ -17,6 +17,7 @@ from .vocabulary import llguidance
 
 # Earley items of one mask: large schemas need up to 10,000. llguidance's default takes seconds.
 LIMITS: dict[str, Any] = {"step_max_items": 10_000, "verbose_errors": False}
+MAX_KEPT = 200_000  # characters of grammars whose problem is kept; clients send the same ones again
 MAX_FORCED = 10_000  # bytes without a choice at a text's beginning: each mask looks at all of them
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
@@ -103,13 +104,19 @@ def top_level(*sources: str) -> str:
     return f'{{"grammars": [{", ".join(sources)}]}}'
 
 
-@lru_cache(64)
 def first_problem(*sources: str) -> tuple[int, str] | None:
     """The number of the first grammar that is wrong, and llguidance's objection to it.
 
     The number is -1 if all of them take too much time or memory. A helper process finds it, since
-    some grammars take all of a stack, or of the memory.
+    some grammars take all of a stack, or of the memory. It is kept for texts that are not long.
     """
+    if sum(map(len, sources)) > MAX_KEPT:
+        return _known_problem.__wrapped__(*sources)
+    return _known_problem(*sources)
+
+
+@lru_cache(64)
+def _known_problem(*sources: str) -> tuple[int, str] | None:
     grammars = [top_level(source) for source in sources]
     request = {"grammars": grammars, "limits": LIMITS, "forced": MAX_FORCED}
     try:

@@ -5,10 +5,19 @@ is a schema by itself, with this definition beside it.
 """
 
 import json
+import math
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
 MAX_STEPS = 50_000  # lists and objects of one schema, and its references and alternatives
+# Characters of a schema once what it refers to stands in its place, and of its parts where a
+# format of calls writes them one by one.
+MAX_CHARACTERS = 1_000_000
+# llguidance has a state for each remainder of a division. Zeros at a divisor's end cost nothing.
+MAX_DIVISOR = 100_000
+# Beyond this llguidance's numbers are apart by more than one.
+MAX_BOUND = 2**53 - 1
 # Formats of strings that llguidance follows. Others are notes, as JSON Schema has it.
 FORMATS = (
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
@@ -23,6 +32,8 @@ _LIMITS_OF = {
 }  # fmt: skip
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
 LIMITS = {"type", "enum", "const"}.union(_COMBINED, *_LIMITS_OF.values())
+# Keywords by their letters, for those that are written in another way.
+_BY_LETTERS = {name.lower(): name for name in (*LIMITS, "format", "uniqueItems", "propertyNames")}
 _TYPES = {
     str: "string", bool: "boolean", int: "integer", float: "number",
     type(None): "null", list: "array", dict: "object",
@@ -32,6 +43,7 @@ _TYPES = {
 _OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 _ROOT = "#/$defs/root"
 _VALUES = ("enum", "const", "required")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 # What moves references, or is llguidance's own, or a note.
 _LEFT_OUT = (
@@ -49,6 +61,7 @@ class Document:
     Attributes:
         given: The schema as it came.
         root: The schema with its references moved, and without what llguidance need not know.
+        n_characters: Those that the root has as JSON, and its parts where they are written again.
 
     Raises:
         ValueError: If it has a part that cannot be followed.
@@ -59,8 +72,12 @@ class Document:
             raise ValueError(f"{schema!r:.40} is no JSON schema")
         self.given = schema
         self._n_steps = 0
+        self.n_characters = 0
+        self._lengths: dict[int, int] = {}  # of values as JSON, by their ids
+        self._divisor = 1  # the least common multiple of all divisors
         self._within: list[str] = []  # references whose schemas are being put in their places
         self.root: dict[str, Any] = self._prepared(schema)
+        self._check_end()
 
     def by_itself(self, schema: Any) -> dict[str, Any]:
         """A part of the root as llguidance reads it."""
@@ -129,16 +146,56 @@ class Document:
         if self._n_steps > MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS:,} steps: simplify it")
 
+    def count_characters(self, n: int) -> None:
+        """Counts characters that stand in a grammar.
+
+        Raises:
+            ValueError: If there are too many.
+        """
+        self.n_characters += n
+        if self.n_characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"it has more than {MAX_CHARACTERS:,} characters with what it refers to: "
+                "simplify it"
+            )
+
+    def _count_value(self, value: Any) -> None:
+        """Counts the characters of a value of the given schema, which is written once more."""
+        length = self._lengths.get(id(value))
+        if length is None:
+            length = self._lengths[id(value)] = len(json.dumps(value))
+        self.count_characters(length)
+
+    def _count_divisor(self, value: Any) -> None:
+        """Adds to what numbers must be multiples of.
+
+        Raises:
+            ValueError: If llguidance would take seconds for it.
+        """
+        if not _is_number(value) or value <= 0:
+            return
+        digits = Decimal(repr(value)).normalize().as_tuple().digits
+        self._divisor = math.lcm(self._divisor, int("".join(map(str, digits))))
+        if self._divisor > MAX_DIVISOR:
+            raise ValueError(
+                f'"multipleOf" {value} makes the least common multiple of all of them larger than '
+                f"{MAX_DIVISOR:,}, zeros at its end not counted: take smaller ones"
+            )
+
     def _prepared(self, schema: Any) -> Any:
         """A schema, or a list of some, as llguidance reads it."""
         if not isinstance(schema, list | dict):
+            self._count_value(schema)
             return schema
         self._count()
         if isinstance(schema, list):
             return [self._prepared(part) for part in schema]
         made = {}
         for name, value in schema.items():
+            self.count_characters(len(name))
+            _check_keyword(name, value)
             if name in _VALUES:
+                self._count_value(value)
                 made[name] = value
             elif name in _SCHEMAS_BY_NAME and isinstance(value, dict):
                 made[name] = {key: self._prepared(part) for key, part in value.items()}
@@ -146,6 +203,7 @@ class Document:
                 made[name] = [self._in_place(part) for part in value]
             elif name not in _LEFT_OUT:
                 made[name] = self._prepared(value)
+        self._count_divisor(made.get("multipleOf"))
         _mend(made)
         return made
 
@@ -160,6 +218,74 @@ class Document:
         found = self._in_place(_pointed(self.given, reference[1:]))
         self._within.pop()
         return found
+
+    def _check_end(self) -> None:
+        """Raises a ValueError if no value has an end, since what it requires refers to itself.
+
+        A reference is taken for endless until what it points at is seen to end without it.
+        """
+        self._n_steps = 0
+        met: list[str] = []  # references, which is longer by those that one of them meets
+        ending: dict[str, bool] = {}  # whether that is known of a reference
+        while not self._ends(self.root, met, ending):
+            known = len(met), sum(ending.values())
+            for reference in met:  # forth, to all that they meet
+                ending[reference] = self._ends(self._at(reference), met, ending)
+            for reference in reversed(met):
+                ending[reference] = self._ends(self._at(reference), met, ending)
+            if known == (len(met), sum(ending.values())):
+                raise ValueError("no text fits it, since what it requires refers to itself")
+
+    def _at(self, reference: str) -> Any:
+        return _pointed(self.root, reference.removeprefix(_ROOT))
+
+    def _ends(self, schema: Any, met: list[str], ending: dict[str, bool]) -> bool:
+        """Whether a value of a schema may have an end, as far as that is known of references."""
+        self._count()
+        if not isinstance(schema, dict):
+            return True
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith(_ROOT):
+            if reference not in ending:
+                ending[reference] = False
+                met.append(reference)
+            if not ending[reference]:
+                return False
+        for name in ("anyOf", "oneOf"):
+            parts = schema.get(name)
+            listed = parts if isinstance(parts, list) else []
+            if listed and not any(self._ends(part, met, ending) for part in listed):
+                return False
+        return all(self._ends(part, met, ending) for part in _needed(schema))
+
+
+def _needed(schema: dict[str, Any]) -> list[Any]:
+    """The schemas of what each value of a schema has in it, and of what it must also follow."""
+    if isinstance(schema.get("allOf"), list):
+        return [*schema["allOf"], *_needed({**schema, "allOf": None})]
+    if schema.get("type") == "object":
+        properties = schema.get("properties")
+        required = schema.get("required")
+        if isinstance(properties, dict) and isinstance(required, list):
+            return [properties[name] for name in required if name in properties]
+    if schema.get("type") == "array" and isinstance(schema.get("minItems"), int):
+        listed = schema.get("prefixItems")
+        items = listed if isinstance(listed, list) else []
+        return [*items, schema.get("items")][: schema["minItems"]]
+    return []
+
+
+def _check_keyword(name: str, value: Any) -> None:
+    """Raises a ValueError if a keyword is mistyped, or its number cannot be kept to."""
+    meant = _BY_LETTERS.get(name.replace("_", "").replace("-", "").lower(), name)
+    if meant != name:
+        raise ValueError(f'"{name}" is no keyword of JSON Schema: write "{meant}"')
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in _BOUNDS and is_number and abs(value) > MAX_BOUND:
+        raise ValueError(
+            f'"{name}" is {value}: it must be within ±{MAX_BOUND:,}; leave it out if any number '
+            "will do"
+        )
 
 
 def _mend(made: dict[str, Any]) -> None:
@@ -195,8 +321,10 @@ def _mend(made: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can tell from its neighbours."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+    """Whether it is a number within the bounds of a schema."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_BOUND
+    )
 
 
 def kind_of(schema: dict[str, Any]) -> str:

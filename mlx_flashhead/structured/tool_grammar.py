@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from .call_format import CallFormat, Tool, calling
-from .grammar import Grammar, first_problem, sentence, top_level
+from .grammar import MAX_KEPT, Grammar, first_problem, sentence, top_level
 from .lark import LarkRules, any_of, one_of, quoted
+from .schemas import MAX_CHARACTERS
 from .tool_formats import FORMATS, format_name_of
 from .vocabulary import Vocabulary, vocabulary_of
 
@@ -47,14 +48,19 @@ def tool_calls(
             schema has a part that is not followed. It names the tool.
     """
     text = json.dumps([_tool(tool) for tool in tools])
-    return _calls(format_name_of(tokenizer), vocabulary_of(tokenizer), text, several)
+    calls = _calls if len(text) > MAX_KEPT else _known_calls
+    return calls(format_name_of(tokenizer), vocabulary_of(tokenizer), text, several)
 
 
-@lru_cache(16)
 def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) -> ToolCalls:
-    """The calls of tools, whose names and parameters are JSON: a client sends the same again."""
+    """The calls of tools, whose names and parameters are JSON."""
     call_format = FORMATS[format_name]
     read = [Tool(name, parameters) for name, parameters in json.loads(tools)]
+    if sum(tool.n_characters for tool in read) > MAX_CHARACTERS:
+        raise ValueError(
+            f"The tools have more than {MAX_CHARACTERS:,} characters with what they refer to: give "
+            "fewer, or simplify them."
+        )
     _check(read, [json.dumps({"json_schema": tool.schema}) for tool in read])
     rules = LarkRules(vocabulary.special)  # what is no schema is not taken apart
     section = call_format.section_of(read, rules, several=several)
@@ -64,6 +70,9 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
         _check([], [whole])
     source = json.dumps({"name": "calls", "lark_grammar": rules.text(section)})
     return ToolCalls(call_format.start, source, goes_on=several and bool(call_format.end))
+
+
+_known_calls = lru_cache(16)(_calls)  # of a client, which sends the same tools again
 
 
 def _without_tokens(call_format: CallFormat, tools: Sequence[Tool], *, several: bool) -> str:

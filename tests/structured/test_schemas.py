@@ -13,6 +13,7 @@ from mlx_flashhead.structured.schemas import MAX_STEPS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 LIMITS = [0, 1, -1, 5, 10, 14, 99, 100, 123, -7, 0.5, 0.75, -1.5, 1.25, 20, 0.1, -0.05, -100]
+LIMITS += [10**15, 2**53 - 1, 1 - 2**53]
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
@@ -33,7 +34,7 @@ def test_numbers_within_bounds():
         schema = {name: draw.choice(LIMITS) for name in BOUNDS if draw.random() < 0.4}
         kind = draw.choice(["integer", "number"])
         texts = {f"{draw.randint(-3000, 3000) / 10**n:.{n}f}" for n in range(4) for _ in range(8)}
-        texts |= {str(limit) for limit in schema.values()}
+        texts |= {str(limit + more) for limit in schema.values() for more in (-1, 0, 1)}
         try:
             written = {f'{{"a": {text}}}': text for text in texts}
             accepted = accepts_one_of(of(a={"type": kind, **schema}), written)
@@ -71,7 +72,21 @@ def as_json(text):
     return json.dumps({"a": text}, ensure_ascii=False)
 
 
+ENDLESS = {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#/$defs/a"}}}
+LISTED = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/b"}}
 REFUSED = [
+    (of(a={"multipleOf": 1_000_003}), '"multipleOf" 1000003 makes the least common multiple'),
+    (of(a={"multipleOf": 997}, b={"multipleOf": 99.1}), "of all of them larger than 100,000"),
+    (of(a={"maximum": 2**53}), '"maximum" is 9007199254740992: it must be within'),
+    (of(a={"exclusiveMinimum": -1e300}), '"exclusiveMinimum" is -1e+300: it must be within'),
+    ({"$ref": "#/$defs/a", "$defs": {"a": ENDLESS}}, "what it requires refers to itself"),
+    (
+        {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [ENDLESS, LISTED]}, "b": ENDLESS}},
+        "what it requires refers to itself",
+    ),
+    (of(a={"minlength": 3}), '"minlength" is no keyword of JSON Schema: write "minLength"'),
+    (of(a={"any_of": [{}]}), '"any_of" is no keyword of JSON Schema: write "anyOf"'),
+    (of(a={"enum": ["x" * 1_000_001]}), "more than 1,000,000 characters"),
     ({"not": {}}, '"not" is not supported'),
     ({"properties": {"a": {"contains": {}}}}, '"contains" is not supported'),
     ({"dependentRequired": {"a": ["b"]}}, '"dependentRequired" is not supported'),
@@ -82,7 +97,10 @@ REFUSED = [
     (of(a={"type": "strin"}), "Invalid type: strin"),
     (of(a={"$ref": "#/$defs/b"}), "'/$defs/b' does not exist"),
     (of(a={"$ref": "https://example.org/a"}), "is not present"),
-    ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "level exceeded"),
+    (
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        "what it requires refers to itself",
+    ),
     (of(a={"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}), '"oneOf"'),
     (of(a={"type": "array", "uniqueItems": True}), '"uniqueItems"'),
     (of(a={"type": "object", "minProperties": 2}), '"minProperties"'),
@@ -133,11 +151,29 @@ def values(n, begin=0):
     return {"enum": [f"v{i:05}" for i in range(begin, begin + n)]}
 
 
+def long_diamond(keyword="enum", n=12):
+    """References to 2¹² times the same long values: few steps, and many characters."""
+    long = {keyword: ["x" * 30_000], "type": "object" if keyword == "required" else "string"}
+    defs = {f"d{i}": {"oneOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(n)}
+    return of(a={"$ref": "#/$defs/d0"}) | {"$defs": defs | {f"d{n}": long}}
+
+
+def deep_values(levels=60):
+    """Long values within objects in objects, which a format may write at each level."""
+    schema = {"enum": ["x" * 100_000]}
+    for _ in range(levels):
+        schema = of(["a"], a=schema)
+    return schema
+
+
 COUNTED = "((((a{100}){100}){100}){100})"
 HOSTILE = {
     "diamond of anyOf": diamond("anyOf"),
     "diamond of allOf": diamond("allOf"),
     "diamond of oneOf": diamond("oneOf"),
+    "diamond of long values": long_diamond(),
+    "diamond of long names": long_diamond("required"),
+    "long values, deep": deep_values(),
     "diamond of arguments": {"$ref": "#/$defs/d0", "$defs": diamond("allOf")["$defs"]},
     "enums in allOf": of(a={"allOf": [values(3000), values(3000, 1500)]}),
     "enums in oneOf": of(a={"oneOf": [values(9000), values(9000, 9000)]}),
