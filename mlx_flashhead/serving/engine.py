@@ -6,6 +6,7 @@ While prompts wait, answers in progress have at most half of the time.
 import copy
 import gc
 import logging
+import math
 import time
 from argparse import Namespace
 from collections import Counter
@@ -166,10 +167,14 @@ class Engine:
             self._waiting += self._arrived.get()
 
     def _admit(self) -> None:
-        """Begins answers: of each address a third of those at once, and more if no other waits."""
+        """Begins answers: of each address its share of those at once, and more if no other waits.
+
+        The shares leave one for an address that is not here yet.
+        """
         n_at_once: int = self._flags.decode_concurrency
-        share = -(-n_at_once // 3)
         begun = Counter(job.address for job in self._begun)  # answers of each address
+        n_addresses = len({*begun, *(job.address for job in self._waiting)})
+        share = math.ceil(n_at_once / (n_addresses + 1))
         others_wait = len({job.address for job in self._waiting}) > 1
         for job in list(self._waiting):
             is_full = begun.total() >= n_at_once

@@ -134,7 +134,7 @@ def _add_limits(add: Add) -> None:
         "--decode-concurrency",
         type=whole_number(1, 1024),
         default=32,
-        help="Answers at once; others wait, and an address has a third of them meanwhile "
+        help="Answers at once; others wait, and addresses share them meanwhile "
         "(default: %(default)s).",
     )
     add(

@@ -1,6 +1,7 @@
-"""Answers at once: an address has a third of them while others wait, and its n are all counted."""
+"""Answers at once: addresses share them while others wait, and each of their n is counted."""
 
 import json
+from collections import Counter
 from contextlib import ExitStack
 from http.client import HTTPConnection
 from threading import Event
@@ -16,7 +17,7 @@ from mlx_flashhead.serving.serve import Server
 from scripted_server import running
 
 PLACES = 32  # the default
-SHARE = 11
+SHARE = 11  # of an address where there are two
 ENDLESS = {"prompt": "x", "max_tokens": 400, "logit_bias": {"50": 100}}
 
 
@@ -101,6 +102,18 @@ def test_who_comes_takes_the_place_of_an_answer_beyond_a_share(start):
     assert len(tokens_of(third[0])) == 8
     assert not any(one.ended for one in (*greedy, *others))
     stop(engine, [*greedy, *others])
+
+
+def test_three_addresses_leave_a_place_for_a_fourth(send):
+    """The program that starved it: each address asks for 16 answers."""
+    greedy = [send(address, n=16, stream=True, **ENDLESS).getresponse() for address in "abc"]
+    for response in greedy:
+        while not response.readline().startswith(b"data: "):
+            pass
+    small = send("d", prompt="Hi", max_tokens=4).getresponse()
+    assert json.loads(small.read())["usage"]["completion_tokens"] == 4
+    begun = Counter(one.address for one in send.engine._begun)
+    assert sorted(begun) == ["a", "b", "c"] and max(begun.values()) <= 16
 
 
 class Gate:
