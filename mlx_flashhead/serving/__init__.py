@@ -7,10 +7,11 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
    what ``access`` allows, answers errors, and writes the log.
 2. ``endpoints`` has the paths. It reads a body in ``turns`` of clients' addresses, and ``bodies``
    counts what it holds before any of it is made. ``page_files`` has the page.
-3. A ``Completion`` is the response to a request for texts. ``requests`` declares and checks the
-   fields, with the ``tool_calls``, and ``prompts`` fills in the chat template and makes tokens.
-4. Each of its texts is a job of ``decoding``, with a sampler, in the queue of ``engine``, the one
-   thread that computes. A prompt is read a chunk at a time, and decoded beside the others.
+3. A ``Completion`` is the response to a request for texts. ``requests`` declares its fields, which
+   ``fields`` reads, with the ``tool_calls``. ``prompts`` fills in the chat template, and makes
+   tokens.
+4. Each of its texts is one of the ``jobs``, with a sampler, in the queue of ``engine``, the one
+   thread that computes. In ``stages`` a prompt is read a chunk at a time, then decoded.
 5. ``answer_text`` says what a token adds, and ``choices`` makes OpenAI's JSON of it.
 
 A mistake is an ``ApiError`` of ``api_errors``.

@@ -14,7 +14,7 @@ VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to ha
 TokenLogprobs = list[tuple[int, float]]
 
 
-class Progress(NamedTuple):
+class PromptProgress(NamedTuple):
     """The prompt has been read as far as ``done`` of its ``total`` tokens."""
 
     done: int

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from .answer_text import Token, TokenLogprobs
-from .decoding import Job
+from .jobs import Job
 from .requests import Request
 
 

@@ -21,13 +21,13 @@ from starlette.types import Receive, Scope, Send
 from ..common.guarded import MAX_HELPERS, LeftError, unless_left
 from ..models.call_parsers import read_tool_calls
 from ..version import __version__
-from .answer_text import Progress, Token
+from .answer_text import PromptProgress, Token
 from .api_errors import ApiError
 from .bodies import json_response, write_json
 from .choices import Choice, usage_of
 from .connections import MAX_ANSWERED
-from .decoding import Job, read_jobs
 from .engine import Engine
+from .jobs import Job, read_jobs
 from .requests import Request
 from .served_models import ServedModel
 from .turns import Turns
@@ -247,7 +247,7 @@ class Completion:
                 raise event
             if isinstance(event, BaseException):
                 raise ApiError("The answer has failed: see the server's log.", status=500)
-            if isinstance(event, Progress):
+            if isinstance(event, PromptProgress):
                 yield f": prompt {event.done}/{event.total}"
             elif event is not None:
                 token = await self._with_calls(event)

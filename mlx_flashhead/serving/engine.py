@@ -22,8 +22,9 @@ from ..decoding.policy import policy_of
 from ..loading.tuned import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from .api_errors import ApiError
-from .decoding import CHUNK_SECONDS, Batch, CachedTokens, Job, Reading, Single, Task, next_chunk
+from .jobs import Job
 from .served_models import ServedModel
+from .stages import CHUNK_SECONDS, Batch, CachedTokens, Reading, Single, Stage, next_chunk
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault
 
@@ -39,7 +40,7 @@ class Engine:
         self._arrived: SimpleQueue[list[Job]] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        self._tasks: list[Task] = []  # the oldest first
+        self._stages: list[Stage] = []  # the oldest first
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
         self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
         self._n_chunks = 0  # of all prompts
@@ -84,13 +85,13 @@ class Engine:
                 turn_failed = False
             except BaseException as error:  # whatever it is, the model stays in memory
                 logger.warning("A turn of the engine has failed", exc_info=error)
-                for task in list(self._tasks):
-                    self._break_up(task)
+                for stage in list(self._stages):
+                    self._break_up(stage)
                 while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
                     self._fail(self._waiting.pop(0), error)
                 turn_failed = True
         # arrays and streams of MLX must go before their thread ends
-        del self._caches, self._tasks
+        del self._caches, self._stages
         gc.collect()
         mx.clear_streams()
 
@@ -113,23 +114,23 @@ class Engine:
 
     @property
     def _begun(self) -> list[Job]:
-        return [job for task in self._tasks for job in task.jobs]
+        return [job for stage in self._stages for job in stage.jobs]
 
     @property
     def _readings(self) -> list[Reading]:
-        return [task for task in self._tasks if isinstance(task, Reading)]
+        return [stage for stage in self._stages if isinstance(stage, Reading)]
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._tasks)
+        return bool(self._waiting or self._stages)
 
     @contextmanager
-    def _working_for(self, jobs: list[Job], task: Task | None = None) -> Iterator[None]:
+    def _working_for(self, jobs: list[Job], stage: Stage | None = None) -> Iterator[None]:
         """A block that works for some jobs, and whose failure costs one of them at most.
 
         Args:
             jobs: They fail if the block does, or go on alone if one of several may be the cause.
-            task: What is amid a step then, and must not be used any more.
+            stage: What is amid a step then, and must not be used any more.
         """
         try:
             yield
@@ -138,8 +139,8 @@ class Engine:
                 self._fail(jobs[0], error)
             else:
                 logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
-            if task is not None:
-                self._break_up(task)
+            if stage is not None:
+                self._break_up(stage)
 
     def _build(self) -> None:
         """Advances a build, in idle time."""
@@ -193,7 +194,7 @@ class Engine:
             self._waiting.remove(job)
             begun[job.address] += 1
             with self._working_for([job]):
-                self._tasks.append(Reading(job, self._caches, self._flags))
+                self._stages.append(Reading(job, self._caches, self._flags))
 
     def _read(self) -> bool:
         """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""
@@ -221,22 +222,22 @@ class Engine:
         return True
 
     def _begin(self, reading: Reading) -> None:
-        self._tasks.remove(reading)
+        self._stages.remove(reading)
         job = reading.job
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
-            self._tasks.append(Single(reading, self._flags, self._stream))
+            self._stages.append(Single(reading, self._flags, self._stream))
             return
-        batches = (task for task in self._tasks if isinstance(task, Batch))
+        batches = (stage for stage in self._stages if isinstance(stage, Batch))
         batch = next((batch for batch in batches if batch.kind == job.kind), None)
         if batch is None:
             batch = Batch(job, self._flags.decode_concurrency, self._stream)
-            self._tasks.append(batch)
+            self._stages.append(batch)
         with self._working_for([job], batch):
             batch.add(reading)
 
     def _decode(self) -> bool:
         """Generates a token for every answer in progress. Returns whether there were any."""
-        decoders = [task for task in self._tasks if not isinstance(task, Reading)]
+        decoders = [stage for stage in self._stages if not isinstance(stage, Reading)]
         for decoder in decoders:
             with self._working_for(decoder.jobs, decoder):
                 for job, token, logprobs in decoder.step():
@@ -251,20 +252,20 @@ class Engine:
 
         A cache that cannot be stored costs nobody's answer.
         """
-        for task in list(self._tasks):
-            taken = [job for job in task.jobs if job in jobs]
+        for stage in list(self._stages):
+            taken = [job for job in stage.jobs if job in jobs]
             try:
-                for cached in task.remove(taken) if taken else ():
+                for cached in stage.remove(taken) if taken else ():
                     self._store(taken[0].served, cached)
             except BaseException as error:
                 logger.warning("Caches of answers are lost: %s", error, exc_info=error)
-                self._break_up(task)
-        self._tasks = [task for task in self._tasks if task.jobs]
+                self._break_up(stage)
+        self._stages = [stage for stage in self._stages if stage.jobs]
         self._go_on_alone(jobs)
 
-    def _break_up(self, task: Task) -> None:
-        self._tasks = [other for other in self._tasks if other is not task]
-        self._go_on_alone(task.jobs)
+    def _break_up(self, stage: Stage) -> None:
+        self._stages = [other for other in self._stages if other is not stage]
+        self._go_on_alone(stage.jobs)
 
     def _go_on_alone(self, jobs: list[Job]) -> None:
         """Goes on with those jobs that are wanted from their accepted tokens, each by itself."""

@@ -5,11 +5,9 @@ on the server's flags is checked in `Request`.
 """
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,6 +16,18 @@ from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
 from .api_errors import ApiError, field_error
 from .bodies import check_size, read_json
+from .fields import (
+    MAX_NAME,
+    Count,
+    Limit,
+    Share,
+    StopText,
+    StopTexts,
+    Temperature,
+    read_struct,
+    shown,
+    without_nulls,
+)
 from .served_models import ServedModel
 from .tool_calls import RequestedTools, read_tools
 
@@ -38,14 +48,8 @@ _OF_FLAGS = {
 }
 _MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
-_MAX_INT = 2**31 - 1
-_MAX_NAME = 40  # characters of a name or a value in a sentence
 
-Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
-Limit = Annotated[int, Meta(ge=1, le=_MAX_INT)]
-Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-1e30, le=1e30)]
-StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
 class StreamOptions(Struct):
@@ -84,6 +88,9 @@ class Message(Struct):
     ] = None
 
 
+_SCHEMA_WORDS = 'an object with a "name" and a "schema"'
+
+
 class _Schema(Struct, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1)]
     schema: Any = msgspec.field(default_factory=lambda: {"type": "object"})
@@ -95,9 +102,7 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
     """The form of an answer, described in the field that has the name of its type."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
-    json_schema: Annotated[
-        _Schema | None, Meta(description='an object with a "name" and a "schema"')
-    ] = None
+    json_schema: Annotated[_Schema | None, Meta(description=_SCHEMA_WORDS)] = None
     regex: str | None = None
     grammar: str | None = None
 
@@ -114,10 +119,10 @@ class Fields(Struct, kw_only=True):
     max_tokens: Limit | None = None
     max_completion_tokens: Limit | None = None
     stop: Annotated[
-        StopText | Annotated[list[StopText], Meta(max_length=16)],
+        StopText | StopTexts,
         Meta(description="a text or a list of at most 16 texts, each of 1 to 1,000 characters"),
     ] = []
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None  # as OpenAI's
+    temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Count | None = None  # 0: all tokens
     min_p: Share | None = None
@@ -211,24 +216,9 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
 }
 # What -1 stands for: no limit of an answer's own, and all tokens.
 _MINUS_ONE = {"max_tokens": None, "max_completion_tokens": None, "top_k": 0}
-_WORDS = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 _MAKERS: dict[str, Callable[[Any], Grammar]] = {
     "regex": Grammar.from_regex,
     "grammar": Grammar.from_lark,
-}
-_INDEX = re.compile(r"\[.*?\]$")
-# What may be in the fields' objects, by name.
-_HINTS = {
-    name: hint
-    for struct in (Message, ResponseFormat, StreamOptions)
-    for name, hint in get_type_hints(struct, include_extras=True).items()
 }
 
 
@@ -245,19 +235,13 @@ def read_fields(body: Mapping[str, Any], kind: type[Fields]) -> tuple[Any, list[
     Raises:
         ApiError: If a field has a wrong value, or would have an effect elsewhere.
     """
-    values = {}
-    for name, value in body.items():
-        value = _MINUS_ONE[name] if value == -1 and name in _MINUS_ONE else value
-        if value is not None:
-            values[name] = value
+    unlimited = {name: kept for name, kept in _MINUS_ONE.items() if body.get(name) == -1}
+    values = without_nulls({**body, **unlimited})
     further = [name for name in values if name not in kind.__struct_fields__]
     for name in further:
         if name in _ELSEWHERE:
             _check_neutral(name, values[name])
-    try:
-        fields = msgspec.convert(values, kind)
-    except msgspec.ValidationError as error:
-        raise _refusal(str(error), values, kind) from None
+    fields = read_struct(values, kind)
     return fields, [name for name in further if name not in _ELSEWHERE]
 
 
@@ -268,58 +252,7 @@ def _check_neutral(name: str, value: Any) -> None:
         raise field_error(name, "cannot be followed here: leave it out.")
     if not any(value == known and type(value) is type(known) for known in neutral):
         allowed = " or ".join(json.dumps(known) for known in neutral)
-        raise field_error(name, f"is {_shown(value)}: here it can be {allowed}, or left out.")
-
-
-def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> ApiError:
-    """The error of a wrong value: where it is, what it is, and what it must be.
-
-    Args:
-        problem: In msgspec's words, with a path such as ``$.messages[0].content[1]``.
-        values: The fields.
-        kind: What they should be.
-    """
-    if unknown := re.match(r"Object contains unknown field `(.*?)`", problem):
-        name = unknown[1]
-        return ApiError(f"{name:.{_MAX_NAME}} is not a field of this server.", name[:80])
-    missing = re.findall(r"missing required field `(.*?)`", problem)
-    path = [*re.findall(r"\w+(?:\[\d+\])?", problem.partition("`$.")[2]), *missing]
-    known = _HINTS | get_type_hints(kind, include_extras=True)
-    while (name := _INDEX.sub("", path[-1])) not in known or name in ("role", "type"):
-        path.pop()  # what is in it has no sentence of its own
-    param = re.match(r"messages\[\d+\](\.\w+)?|\w+", ".".join(path))
-    where = _INDEX.sub("", ".".join(path))
-    value: Any = values
-    for key, index in re.findall(r"(\w+)|\[(\d+)\]", where):
-        value = value[int(index)] if index else value.get(key)
-    return ApiError(
-        f"{where} is {_shown(value)}: it must be {_words(known[name])}.", param and param[0]
-    )
-
-
-def _words(hint: Any) -> str:
-    """What values of a type are."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return _words(get_args(hint)[0])
-    if origin is not Annotated:
-        return _WORDS[origin or hint]
-    kind, limits = get_args(hint)
-    if limits.description is not None:
-        return limits.description
-    return f"{_words(kind)}, {limits.ge} to {limits.le}"
-
-
-def _shown(value: Any) -> str:
-    """A value as it fits into a sentence."""
-    if value is None:
-        return "missing"
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return f"a list of {len(value):,}"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
+        raise field_error(name, f"is {shown(value)}: here it can be {allowed}, or left out.")
 
 
 class Request:
@@ -545,7 +478,7 @@ def _described_form(asked: ResponseFormat) -> dict[str, Any]:
     where = f"response_format.{asked.type}"
     described = _Schema("any") if asked.type == "json_object" else getattr(asked, asked.type)
     if described is None:
-        wanted = _words(_HINTS[asked.type])
+        wanted = _SCHEMA_WORDS if asked.type == "json_schema" else "a text"
         raise ApiError(f"{where} is missing: it must be {wanted}.", "response_format")
     if isinstance(described, _Schema):
         return {f"{where}.schema": described.schema}
@@ -566,7 +499,7 @@ def _template_settings(fields: ChatFields, served: ServedModel) -> tuple[dict[st
             reason = "must be true, false, a number or a text"
         if reason:
             field = "chat_template_kwargs"
-            raise ApiError(f"{field}.{name:.{_MAX_NAME}} {reason}.", field)
+            raise ApiError(f"{field}.{name:.{MAX_NAME}} {reason}.", field)
     settings = {name: value for name, value in given.items() if name in taken}
     return settings | fields.chat_template_kwargs, [name for name in given if name not in taken]
 

@@ -38,8 +38,18 @@ class Turns:
 
     async def run(self, address: str, work: Callable[[], Result]) -> Result:
         """The result of ``work()`` in a thread, once the address has its turn."""
-        # a generator makes another error of a StopIteration, which a future cannot hold
-        only = (work() for _ in range(1))
         loop = asyncio.get_running_loop()
         async with self.turn(address):
-            return await loop.run_in_executor(self._threads, next, only)
+            return await loop.run_in_executor(self._threads, _unless_it_stops, work)
+
+
+def _unless_it_stops(work: Callable[[], Result]) -> Result:
+    """The result of ``work()``. A future cannot hold its StopIteration, and would never end.
+
+    Raises:
+        RuntimeError: If the work raises StopIteration.
+    """
+    try:
+        return work()
+    except StopIteration as error:
+        raise RuntimeError("A work has run out of something") from error

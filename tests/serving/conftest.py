@@ -11,8 +11,8 @@ import pytest
 
 from chain_models import write_chain_model
 from engines import CHUNK, convert, flags, served_model
-from mlx_flashhead.serving.decoding import Reading
 from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.stages import Reading
 from scripted_server import TOKEN, scripted_server
 from server_process import serving
 

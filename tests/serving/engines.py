@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx_flashhead
 from mlx_flashhead.serving.answer_text import Token
-from mlx_flashhead.serving.decoding import Job
+from mlx_flashhead.serving.jobs import Job
 from mlx_flashhead.serving.prompts import Prompt
 from mlx_flashhead.serving.requests import Request
 from mlx_flashhead.serving.served_models import ServedModel

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from engines import CHUNK, LONG, SHORT, endless, submit, tokens_of, until
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
-from mlx_flashhead.serving.answer_text import Progress, Token
-from mlx_flashhead.serving.decoding import Reading
+from mlx_flashhead.serving.answer_text import PromptProgress, Token
+from mlx_flashhead.serving.stages import Reading
 
 
 def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
     engine = start("--decode-concurrency", 2)
     one = submit(engine, LONG)
-    until(one, Progress)
+    until(one, PromptProgress)
     answer = endless(engine, SHORT)
     waiting = submit(engine, LONG[1:])  # in the queue, and never begun
     one.ended = waiting.ended = answer.ended = True
@@ -47,7 +47,7 @@ def test_neither_a_short_question_nor_an_answer_waits_for_a_long_prompt(start, c
     engine = start()
     answer = endless(engine, [*SHORT, 50])
     long = submit(engine, LONG)
-    until(long, Progress)
+    until(long, PromptProgress)
     before = len(answer.tokens)
     assert len(tokens_of(submit(engine, SHORT))) == 8
     assert sum(size for of, size in chunks if of is long) < 399

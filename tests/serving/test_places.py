@@ -11,9 +11,9 @@ import pytest
 from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.answer_text import Token
-from mlx_flashhead.serving.decoding import Batch
 from mlx_flashhead.serving.endpoints import Api
 from mlx_flashhead.serving.serve import Server
+from mlx_flashhead.serving.stages import Batch
 from scripted_server import running
 
 PLACES = 32  # the default

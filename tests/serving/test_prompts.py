@@ -8,8 +8,8 @@ from engines import checked
 from mlx_flashhead.serving import prompts
 from mlx_flashhead.serving.answer_text import AnswerText
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.decoding import Job
 from mlx_flashhead.serving.fill_in_the_middle import FORMATS, middle_format
+from mlx_flashhead.serving.jobs import Job
 from mlx_flashhead.serving.prompts import Prompt, read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 

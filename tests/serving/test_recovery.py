@@ -11,8 +11,9 @@ from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.sampler import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.answer_text import AnswerText
-from mlx_flashhead.serving.decoding import Batch, Job, Reading
 from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.jobs import Job
+from mlx_flashhead.serving.stages import Batch, Reading
 
 NUMBERS = count()
 PROMPTS = [[*SHORT, i] for i in range(8)]

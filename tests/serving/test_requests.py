@@ -151,9 +151,17 @@ def test_forms(tiny, fields, kind):
 # of a chat: field → what is said → values
 CHAT_MISTAKES = {
     "messages": {"it must be a list of 1 to 4,096 objects": ["hello", [], None]},
-    "messages[0]": {"it must be a list of 1 to 4,096 objects": [["hello"], [{"content": "hello"}]]},
+    "messages[0]": {"it must be a list of 1 to 4,096 objects": [["hello"]]},
+    "messages[0].role": {"is missing: it must be a text": [[{"content": "hello"}]]},
     "messages[0].content": {
-        "must be a text": [message(5), *(message([{"type": t}]) for t in ("image_url", "text"))]
+        "must be a text": [
+            message(5),
+            message([{"type": "text"}]),
+            message([{"type": "` - at `$.n"}]),
+        ],
+        "this model takes text only": [
+            message([{"type": kind}]) for kind in ("image_url", "input_audio", "file", "video_url")
+        ],
     },
     "messages[0].images": {"left out, since no images are read here": [message(images=["a"])]},
     "messages[0].tool_calls": {
@@ -185,7 +193,10 @@ CHAT_MISTAKES = {
     "suffix": {"left out": ["b"]},
     "n_probes": {f"1 to {N_CLUSTERS}": [0, N_CLUSTERS + 1], "n_probes is 2.5": [2.5]},
     "dense": {"true or false": [1]},
-    "stop": {"at most 16 texts, each of 1 to 1,000": ["", [1], {}, ["x"] * 17, ["a", "x" * 1001]]},
+    "stop": {
+        "at most 16 texts, each of 1 to 1,000": ["", {}, ["x"] * 17],
+        "must be a text of 1 to 1,000": [[1], ["a", "x" * 1001]],
+    },
     "seed": {"whole number": [2**64]},
     "logprobs": {"true or false": [5]},
     "top_logprobs": {"needs logprobs": [2], "0 to 20": [21]},
@@ -200,9 +211,10 @@ CHAT_MISTAKES = {
         'must be "none", "auto", "required"': ["sometimes", 5],
     },
     "response_format": {
-        "must be an object with a type": ["json", {"type": ["text"]}],
-        "json_schema, regex, grammar": [{"type": "xml"}],
-        "must be an object": [json_schema(5), json_schema(SCHEMA, name=None)],
+        "must be an object with a type": ["json"],
+        '"text" or "json_object"': [{"type": kind} for kind in ("xml", "`$.stop", ["text"])],
+        "name is missing: it must be a text": [json_schema(SCHEMA, name=None)],
+        "must be an object": [json_schema(5)],
         "schema is False": [json_schema(False)],
         "must be a text": [{"type": "regex"}],
         'a "name"': [{"type": "json_schema"}],
@@ -251,6 +263,7 @@ TEXT_MISTAKES = {
             "stream_options.include_usage is 1: it must be true or false",
         ),
         (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
+        (chat, {"response_format": {"type": "text", "` - at `$.n`": 1}}, "` - at `$.n`", "a field"),
         (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),
         (chat, {"response_format": {"type": "text", "x" * 100: 1}}, "x" * 80, "not a field"),

@@ -11,7 +11,7 @@ from engines import checked, served_model, until
 from mlx_flashhead.models.call_parsers import read_tool_calls
 from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.decoding import read_jobs
+from mlx_flashhead.serving.jobs import read_jobs
 from mlx_flashhead.serving.server_options import make_parser
 
 MESSAGES = [{"role": "user", "content": "One day"}]

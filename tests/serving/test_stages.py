@@ -28,18 +28,18 @@ from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.loading.background import BackgroundBuild, background_build
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
-from mlx_flashhead.serving.answer_text import Progress, Token
-from mlx_flashhead.serving.decoding import (
+from mlx_flashhead.serving.answer_text import PromptProgress, Token
+from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.jobs import Job
+from mlx_flashhead.serving.prompts import Prompt
+from mlx_flashhead.serving.served_models import ServedModel
+from mlx_flashhead.serving.stages import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
-    Job,
     Reading,
     Single,
     next_chunk,
 )
-from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.prompts import Prompt
-from mlx_flashhead.serving.served_models import ServedModel
 from model_folders import write_model
 
 
@@ -159,9 +159,9 @@ def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(st
     engine = start()
     one = submit(engine, LONG)
     events = []
-    while isinstance(event := until(one, Progress | Token), Progress):
+    while isinstance(event := until(one, PromptProgress | Token), PromptProgress):
         events.append(event)
-    assert events == [Progress(done, 400) for done in (*range(CHUNK, 399, CHUNK), 399)]
+    assert events == [PromptProgress(done, 400) for done in (*range(CHUNK, 399, CHUNK), 399)]
     tokens_of(one)
     whole = [*LONG, *one.tokens]
     other = [*LONG[:200], *SHORT]
@@ -247,7 +247,7 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
     more = [True, False]
     build = SimpleNamespace(advance=lambda: more.pop(0), drop=lambda: None)
     engine = Engine.__new__(Engine)
-    engine._waiting = engine._tasks = []
+    engine._waiting = engine._stages = []
     served = SimpleNamespace(name="tiny", head=tiny.head, build=build)
     engine._builds = [(served, build)]
     with caplog.at_level("INFO"):
