@@ -15,6 +15,7 @@ import numpy as np
 
 from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
+from ..head.rounding import Stretch
 from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
 
 # mlx-lm's makers apply their processors in this order, each at most once.
@@ -108,17 +109,15 @@ class Changes:
         )
 
     @property
-    def stretch(self) -> float:
-        """The most that the penalties can stretch the distance of two logits."""
-        repetition = self._penalty(REPETITION, 1.0)
-        return max(repetition, 1 / repetition)
-
-    @property
-    def n_roundings(self) -> int:
-        """Roundings of a logit that the penalties change."""
+    def stretch(self) -> Stretch:
+        """What the penalties may make of the distance of two logits."""
         if not self.penalties:
-            return 0
-        return len(ORDER) + (self.penalties[FREQUENCY].window if FREQUENCY in self.penalties else 0)
+            return Stretch()
+        repetition = self._penalty(REPETITION, 1.0)
+        n_roundings = len(ORDER)
+        if FREQUENCY in self.penalties:
+            n_roundings += self.penalties[FREQUENCY].window
+        return Stretch(max(repetition, 1 / repetition), n_roundings)
 
 
 def with_few_allowed(
@@ -146,30 +145,6 @@ def with_few_allowed(
         return change
     change = change or ChangedTokens()
     return replace(change, biases=dict.fromkeys(tokens, 0.0) | dict(change.biases))
-
-
-def after_changes(
-    scored: mx.array, logits: mx.array, changes: Sequence[Changes | None], epsilon: float
-) -> mx.array:
-    """How far the scored logits of k states may be off after the penalties.
-
-    Args:
-        scored: (k,) float32, before them; 0 where they are exact.
-        logits: (k, S, n), after them.
-        changes: The changes of each state.
-        epsilon: Spacing of the logits' dtype.
-
-    Returns:
-        (k,) float32.
-    """
-    stretches = [1.0 if change is None else change.stretch for change in changes]
-    roundings = [0 if change is None else change.n_roundings for change in changes]
-    if not any(roundings):
-        return scored
-    real = logits > mx.finfo(logits.dtype).min  # neither padded nor ruled out
-    largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
-    after = scored * mx.array(stretches) + epsilon * mx.array(roundings) * largest
-    return mx.where(scored > 0, after, 0.0)
 
 
 def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:

@@ -7,7 +7,6 @@ import mlx.core as mx
 from ..head.draws.noise import Noise
 from ..head.draws.rows import Draws
 from .proposer import Proposer
-from .rounding import differs_among_others
 from .sampler import SamplerFunction, normalized
 from .sequence import PendingToken, Sequence
 
@@ -33,7 +32,8 @@ def choose_densely(
     """
     n = len(sequences)
     each = [logits[i : i + 1] if n > 1 else logits for i in range(n)]
-    if states is not None and differs_among_others(logits.dtype):
+    head = proposer.head
+    if states is not None and head is not None and head.differs_in_batches(states.dtype):
         # the text of a sequence that can be verified is the one that it has alone
         for i, sequence in enumerate(sequences):
             if proposer.can_verify(sequence):

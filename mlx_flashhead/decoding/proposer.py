@@ -17,7 +17,6 @@ from ..models.install import get_flash_head, hidden_dtype, logit_map_of
 from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
-from .rounding import differs_among_others
 from .sequence import PendingToken, Sequence
 from .settings import DecodingSettings
 
@@ -119,8 +118,8 @@ class Proposer:
             return True
         if n_texts == 1 or not policy.adapts or policy.lockstep:
             return False
-        rows = cast(FlashHead, self.head).clustered.rows
-        return not differs_among_others(rows.logits_dtype(hidden_dtype(self.model)))
+        head = cast(FlashHead, self.head)
+        return not head.differs_in_batches(hidden_dtype(self.model))
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified."""

@@ -16,13 +16,13 @@ import mlx.nn as nn
 from ..common.masks import Mask
 from ..head.backend import METAL
 from ..head.draws.noise import Noise
+from ..head.slot_product import CLASSES
 from ..models.compat.mlx_lm import sample_utils
 from ..models.install import hidden_dtype, installed_head
 from .caches import Snapshot
 from .policy import MAX_PENDING
 from .proposer import Proposer, step_arrays
 from .random_state import random_key
-from .rounding import CLASSES
 from .sampler import Processor, Sampler, SamplerFunction
 from .schedule import VerifySchedule
 from .sequence import Sequence

@@ -63,7 +63,7 @@ class VerifySchedule:
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
                 self._accept()
-        elif self._unjoined and len(self._unjoined) == self._proposer.head.steps.joined_early:
+        elif self._unjoined and len(self._unjoined) == self._proposer.head.joined_early:
             proposal = join(self._proposer.head, self._unjoined)
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]

@@ -1,20 +1,17 @@
-"""Verification multiplies the dense rows with all pending states at once.
-
-It finds which proposals are certain whatever rounding does.
-"""
+"""Pending tokens are verified by the head: which rows are due, and what a rejected one means."""
 
 from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.clustered import in_token_order
 from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
-from ..head.proposal import Proposal, Screen
-from .changes import after_changes, mask_array
+from ..head.proposal import Proposal
+from ..head.rounding import Stretch
+from ..head.verdict import Verdict
+from .changes import mask_array
 from .proposer import Proposer
-from .rounding import SlotProduct, rounding_of
 from .sampler import normalized
 from .sequence import PendingToken, Sequence
 
@@ -30,64 +27,35 @@ class Verification:
 
     def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
         self._proposer = proposer
-        self._head = proposer.head
         self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
-        rows: list[Row] = [
+        self._rows: list[Row] = [
             (sequence, sequence.pending[i], len(sequence.tokens) + i)
             for sequence, n in self.counts.items()
             for i in range(n)
             if sequence.pending[i].proposal is not None
         ]
-        self._rows = rows
-        self._product: SlotProduct | None = None
-        self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
+        self._verdict: Verdict | None = None  # until it is read
+        self._has_logprobs = False
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
-        if rows:
+        if self._rows:
             proposer.n_verifications += 1
-            tokens = [pending for _, pending, _ in self._rows]
-            sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in tokens]
-            self._proposal = join(self._head, tokens)
-            hidden = self._proposal.hidden
-            self._rounding = rounding_of(self._head, hidden.dtype, len(hidden))
-            self._product = SlotProduct(self._head, hidden, sources)
-            if self._product.ready:
-                self._screen()
+            self._verdict = _verdict(proposer, self._rows)
+            if self._verdict.ready:
+                self._note_logprobs(self._verdict)
 
     @property
     def ready(self) -> bool:
         """Whether it is time to :meth:`accept`: no thread is at work, or it is waited for."""
-        return self._product is None or self._product.ready or self._proposer.policy.lockstep
+        return self._verdict is None or self._verdict.ready or self._proposer.policy.lockstep
 
-    def _screen(self) -> None:
-        """Judges the rows by the product, as soon as it is there."""
-        slots = cast(SlotProduct, self._product).result()
-        self._product = None
-        rows = self._rows
-        draws = Draws.of([sequence.draw_at(index) for sequence, _, index in rows])
-        tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
-        epsilon = self._rounding.epsilon
-        if self._rounding.scored:
-            changes = [sequence.changes for sequence, *_ in rows]
-            scored = after_changes(tolerance.scored, self._proposal.logits, changes, epsilon)
-            tolerance = tolerance._replace(scored=scored)
-        screen: Screen = self._head.steps.screen(
-            slots,
-            self._proposal,
-            draws,
-            tolerance,
-            epsilon,
-            cast(LogitMap, self._proposer.logit_map),
-            mask_array([pending.allowed for _, pending, _ in rows]),
-        )
-        self._certain = screen.certain
-        for i, (sequence, pending, index) in enumerate(rows):
-            if sequence.logprobs:  # lazy, since few are read
-                logits = in_token_order(slots[i : i + 1].flatten(1), self._head.clustered.slot_of)
-                logits = self._proposer.model_logits(logits)  # (1, V), as the model gives them
-                logits = sequence.process(logits, sequence.context(index))
+    def _note_logprobs(self, verdict: Verdict) -> None:
+        """Notes the log-probabilities of the rows. They are lazy, since few are read."""
+        self._has_logprobs = True
+        for row, (sequence, pending, index) in enumerate(self._rows):
+            if sequence.logprobs:
+                logits = sequence.process(verdict.logits(row), sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
-        mx.async_eval(self._certain)
 
     def forget(self, sequences: list[Sequence]) -> None:
         """Drops what was launched for some sequences."""
@@ -99,10 +67,9 @@ class Verification:
 
         The dense choice takes its place, and nothing is pending any more.
         """
-        if self._product is not None:
-            self._screen()
-        if self._certain is not None:
-            self._decide()
+        if self._verdict is not None:
+            self._decide(self._verdict)
+            self._verdict = None
         for _ in range(self.counts[sequence]):
             pending = sequence.pending[0]
             if pending in self._choices:
@@ -116,13 +83,14 @@ class Verification:
                 sequence.pending.clear()
                 return
 
-    def _decide(self) -> None:
+    def _decide(self, verdict: Verdict) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
-        certain = cast(list[bool], cast(mx.array, self._certain).tolist())
-        self._certain = None
+        in_doubt = verdict.in_doubt()
+        if not self._has_logprobs:
+            self._note_logprobs(verdict)
         chosen = {}
-        for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
-            if not is_certain and sequence in self.snapshots:
+        for (sequence, pending, index), doubt in zip(self._rows, in_doubt, strict=True):
+            if doubt and sequence in self.snapshots:
                 proposal = cast(Proposal, pending.proposal)
                 hidden = proposal.hidden[pending.row : pending.row + 1]
                 logits = self._proposer.dense_row(hidden)
@@ -130,6 +98,23 @@ class Verification:
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
             self._choices[pending] = (cast(int, token.item()), logprobs)
+
+
+def _verdict(proposer: Proposer, rows: list[Row]) -> Verdict:
+    """Asks the head about the pending tokens of some rows."""
+    head: FlashHead = proposer.head
+    pending = [each for _, each, _ in rows]
+    # before they are joined: with them a thread need not wait for the step that is running
+    sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]
+    changes = [sequence.changes for sequence, _, _ in rows]
+    return head.verify(
+        join(head, pending),
+        Draws.of([sequence.draw_at(index) for sequence, _, index in rows]),
+        logit_map=cast(LogitMap, proposer.logit_map),
+        allowed=mask_array([each.allowed for each in pending]),
+        stretches=[Stretch() if each is None else each.stretch for each in changes],
+        sources=sources,
+    )
 
 
 def join(head: FlashHead, tokens: list[PendingToken]) -> Proposal:

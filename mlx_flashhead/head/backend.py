@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import re
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -40,6 +42,11 @@ SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
 def gpu_is_default() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def numpy_is_faster() -> bool:
+    """Whether MLX computes on a CPU without Apple's Accelerate."""
+    return mx.default_device().type == mx.cpu and sys.platform != "darwin"
 
 
 def device_name() -> str:
@@ -161,3 +168,24 @@ def compared_states(rows: Matrix, vocab_size: int, dtype: mx.Dtype) -> list[mx.a
         mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
         for seed in range(n_compared(vocab_size, rows.logits_dtype(dtype)))
     ]
+
+
+def scores_agree(
+    steps: PortableSteps, dense_logits: Callable[[mx.array], mx.array], dtype: mx.Dtype
+) -> float:
+    """Returns the share of logits that scoring gives like the product with one state.
+
+    They must agree to the last bit. Evaluates.
+
+    Args:
+        steps: What scores.
+        dense_logits: Gives the logits (1, V) of a state (1, D).
+        dtype: Of the states.
+    """
+    clustered = steps.clustered
+    states = compared_states(clustered.rows, clustered.vocab_size, dtype)
+    n_same = 0
+    for hidden in states:
+        same = logits_of_scores(steps, hidden) == dense_logits(hidden)
+        n_same += cast(int, mx.sum(same).item())
+    return n_same / (len(states) * clustered.vocab_size)

@@ -22,9 +22,9 @@ from .backend import (
     compared_states,
     gpu_is_default,
     log,
-    logits_of_scores,
     make_steps,
     named_backend,
+    scores_agree,
 )
 from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
@@ -34,8 +34,11 @@ from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, ProposalRow, Selection
+from .rounding import Rounding, Stretch, differs_in_batches, measure_rounding
 from .row_products import products_of_each
+from .slot_product import SlotProduct, Source
 from .steps import NO_DEPTH, PortableSteps, Risk
+from .verdict import Verdict
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -119,6 +122,7 @@ class FlashHead:
         self._draw_temperature: float | None = None
         self._of_thread = _OfThread()
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
+        self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}  # of these steps, measured
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
         self.gathers_rows = mx.metal.is_available() and (
@@ -129,12 +133,13 @@ class FlashHead:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        here = ("steps", "_of_thread")
+        here = ("steps", "_of_thread", "_roundings")
         return {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._of_thread = _OfThread()
+        self._roundings = {}
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
         mx.eval(self.steps.arrays())  # another thread could not
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
@@ -145,6 +150,7 @@ class FlashHead:
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         copied._of_thread = _OfThread()
+        copied._roundings = dict(self._roundings)
         return copied
 
     @property
@@ -235,6 +241,7 @@ class FlashHead:
         )
         log.warning(self.backend_reason)
         self.steps = PortableSteps(self.clustered)
+        self._roundings = {}
         self._requested_backend = PORTABLE
 
     def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:
@@ -258,12 +265,7 @@ class FlashHead:
 
         They must agree to the last bit. Evaluates.
         """
-        states = compared_states(self.clustered.rows, self.vocab_size, dtype)
-        n_same = 0
-        for hidden in states:
-            same = logits_of_scores(self.steps, hidden) == self.dense_logits(hidden)
-            n_same += cast(int, mx.sum(same).item())
-        return n_same / (len(states) * self.vocab_size)
+        return scores_agree(self.steps, self.dense_logits, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
@@ -373,10 +375,6 @@ class FlashHead:
         else:
             logits = in_token_order(products, self.clustered.slot_of)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
-
-    def slot_logits(self, hidden: mx.array) -> mx.array:
-        """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
-        return self.steps.verifying_product(hidden).reshape(len(hidden), self.n_clusters, -1)
 
     def unverified_logits(
         self,
@@ -504,6 +502,65 @@ class FlashHead:
         return Proposal(
             hidden, mx.array(list(tokens), mx.uint32), probes, logits, mx.zeros(len(rows))
         )
+
+    @property
+    def joined_early(self) -> int:
+        """Pending rows that are joined before the launch of their verification; 0: all at once."""
+        return self.steps.joined_early
+
+    def verify(
+        self,
+        proposal: Proposal,
+        draws: Draws,
+        *,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
+        stretches: Sequence[Stretch] = (),
+        sources: Sequence[Source] | None = None,
+    ) -> Verdict:
+        """Launches the verification of proposed tokens by the dense rows.
+
+        Args:
+            proposal: Of k rows.
+            draws: The draws of :meth:`propose`, of k rows.
+            logit_map: As of :meth:`propose`.
+            allowed: As of :meth:`propose`, of k rows.
+            stretches: What biases and penalties make of the distances of each row's logits; by
+                default nothing.
+            sources: Where the k states are that have been computed already; None: in the proposal.
+
+        Returns:
+            Says which tokens are accepted, and which are in doubt.
+        """
+        k = len(proposal.hidden)
+        return Verdict(
+            steps=self.steps,
+            proposal=proposal,
+            draws=draws,
+            product=SlotProduct(self.steps, proposal.hidden, sources),
+            rounding=self.rounding(proposal.hidden.dtype, k),
+            stretches=stretches,
+            logit_map=logit_map,
+            allowed=allowed,
+        )
+
+    def rounding(self, dtype: mx.Dtype, k: int) -> Rounding:
+        """The bounds for products of ``k`` states of ``dtype``, measured by now or else at once."""
+        by_size = self.measure_rounding(dtype)
+        return next((by_size[size] for size in by_size if size >= k), by_size[max(by_size)])
+
+    def measure_rounding(self, dtype: mx.Dtype) -> dict[int, Rounding]:
+        """The bounds for products of states, by class of their number. Evaluates once."""
+        if dtype not in self._roundings:
+            self._roundings[dtype] = measure_rounding(self.steps, self.dense_logits, dtype)
+        return self._roundings[dtype]
+
+    def differs_in_batches(self, dtype: mx.Dtype) -> bool:
+        """Whether a state's dense logits may be others in a product of several states.
+
+        By more than float32's own rounding. ``dtype`` is that of the states.
+        """
+        return differs_in_batches(self.clustered.rows, dtype)
 
     def _retrieve(
         self,

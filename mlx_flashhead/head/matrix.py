@@ -205,3 +205,9 @@ def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
     """The array as numpy float32, from any float dtype (numpy has no bfloat16)."""
     array = array.astype(mx.float32) if isinstance(array, mx.array) else array
     return np.asarray(array, np.float32)
+
+
+def to_mlx(array: np.ndarray) -> mx.array:
+    """An array of numpy as one of MLX."""
+    # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
+    return mx.array(memoryview(array))  # type: ignore[arg-type]

@@ -165,14 +165,17 @@ class PortableSteps:
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
 
     def verifying_product(self, hidden: mx.array) -> mx.array:
-        """Computes :meth:`product` for states that are verified: another rounding is allowed.
+        """Computes :meth:`product` for states that are verified, in clusters: (k, D) → (k, C, n).
 
-        It computes in float16 where the rows are the same in it and a GPU lacks bfloat16.
+        Another rounding is allowed: it computes in float16 where the rows are the same in it and a
+        GPU lacks bfloat16.
         """
         if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
-            return self.product(hidden)
-        logits = self.float16_rows.matmul(hidden.astype(mx.float16))
-        return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
+            logits = self.product(hidden)
+        else:
+            logits = self.float16_rows.matmul(hidden.astype(mx.float16))
+            logits = logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
+        return logits.reshape(len(hidden), *self.clustered.token_ids.shape)
 
     def dense(self, hidden: mx.array) -> mx.array:
         """Computes logits of all tokens: hidden (R, D) → (R, V)."""

@@ -14,7 +14,6 @@ import mlx.nn as nn
 from ..common.stored import store, stored
 from ..decoding.policy import Tuning, least_gain, policy_of
 from ..decoding.rehearsal import rehearse
-from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import is_busy, prepare_wide_steps, tune
 from ..head.backend import device_name
 from ..head.flash_head import FlashHead
@@ -63,7 +62,7 @@ def install_stored(
     policy_of(head).draft_probes = options.n_probes or config.draft_probes
     if not options.drafts:  # nothing is compiled or measured within a text
         logit_map_of(model)  # with its own kernels
-        measure_rounding(head, hidden_dtype(model))
+        head.measure_rounding(hidden_dtype(model))
         rehearse(model)
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come

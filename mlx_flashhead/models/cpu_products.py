@@ -3,21 +3,16 @@
 Each is evaluated at once, which pays for prompts and batches. docs/how-it-works.md has figures.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from ..head.backend import numpy_is_faster
+from ..head.matrix import as_float32, to_mlx
 from .observed import with_methods
-
-
-def numpy_is_faster() -> bool:
-    """Whether MLX computes on a CPU without Apple's Accelerate."""
-    return mx.default_device().type == mx.cpu and sys.platform != "darwin"
 
 
 @contextmanager
@@ -45,11 +40,6 @@ def _methods_by_numpy(cls: type) -> dict[str, Any]:
     return {}
 
 
-def _floats(array: mx.array) -> np.ndarray:
-    """The array in float32; one that is so already is a view of MLX's memory."""
-    return np.asarray(array.astype(mx.float32))
-
-
 def _product(layer: nn.Module, x: mx.array) -> mx.array:
     """The layer's rows times x: (…, D) → (…, V) of the dtype of x."""
     weight = layer.weight
@@ -57,28 +47,6 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
         weight = mx.dequantize(
             weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
         )
-    product = to_mlx(_floats(x).reshape(-1, x.shape[-1]) @ _floats(weight).T)
+    product = to_mlx(as_float32(x).reshape(-1, x.shape[-1]) @ as_float32(weight).T)
     product = product.reshape(*x.shape[:-1], len(weight)).astype(x.dtype)
     return product + layer.bias if "bias" in layer else product
-
-
-def to_mlx(array: np.ndarray) -> mx.array:
-    """An array of numpy as one of MLX."""
-    # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
-    return mx.array(memoryview(array))  # type: ignore[arg-type]
-
-
-def slot_products(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Products of rows in clusters with states.
-
-    Args:
-        rows: Rows (C, n, D) float32, in memory by rows or by columns.
-        states: States (k, D) float32.
-
-    Returns:
-        The products (k, C, n).
-    """
-    if rows.flags.c_contiguous:
-        return (states @ rows.reshape(-1, rows.shape[-1]).T).reshape(-1, *rows.shape[:2])
-    products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)
-    return np.ascontiguousarray(products.swapaxes(0, 1))

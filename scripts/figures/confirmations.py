@@ -28,13 +28,14 @@ from mlx_flashhead.benchmarks.variants import with_flash_head
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.rounding import CLASSES, may_use_tf32, measure_rounding
 from mlx_flashhead.head.backend import gpu_is_default, logits_of_scores, make_steps
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.dense_kernels import dense_kernel
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
 from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.rounding import may_use_tf32
+from mlx_flashhead.head.slot_product import CLASSES
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import hidden_dtype, installed_head
 
@@ -72,7 +73,7 @@ def confirmed(model: str) -> Iterator[tuple[str, Any]]:
 
     yield "first_token", [seconds("greedy", 1) for _ in range(2)]
     yield "kernels", _kernels(head, dtype, partial(seconds, n_tokens=ANSWER))
-    bounds = measure_rounding(head, dtype)
+    bounds = head.measure_rounding(dtype)
     yield "rounding", {size: _rounding_figures(each) for size, each in bounds.items()}
     yield "sums", list(sums(SIZES))
     yield "products", list(products(WIDTHS))
@@ -267,7 +268,7 @@ def head_times(shapes: Sequence[str], bits: Sequence[int]) -> Iterator[dict[str,
                 "bits": n_bits,
                 "dense": _milliseconds(head.dense_logits, state),
                 "proposal": _milliseconds(partial(_proposed, head), state),
-                "verification": _milliseconds(head.slot_logits, states),
+                "verification": _milliseconds(head.steps.verifying_product, states),
             }
             del head
             mx.clear_cache()

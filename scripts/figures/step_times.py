@@ -289,7 +289,7 @@ def flash_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy
 
 
 def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
-    """The verification of k states, filled up to the next size of decoding/rounding.py."""
+    """The verification of k states, filled up to the next size of head/slot_product.py."""
     size = next(size for size in SIZES if size >= k)
     read = chip.us(model.head * BYTES[head])
     matrix = 2 * STATES * model.head / chip.tflops / 1e6

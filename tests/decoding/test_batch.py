@@ -1,5 +1,7 @@
 """Texts that are generated together: each has the tokens that it has alone."""
 
+import threading
+
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
@@ -7,6 +9,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.decoding import batch
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
 from mlx_flashhead.head.draws.rows import Draws
@@ -148,3 +151,12 @@ def test_each_text_has_stops_of_its_own(flash, greedy):
     for found, whole, end in zip(tokens, greedy, ends, strict=True):
         n = min(whole.index(whole[8]) + 1, 5)
         assert found == whole[:n] and end.finish_reason == "stop"
+
+
+def test_arrays_made_at_import_are_evaluated_in_any_thread():
+    """A lazy array could not be evaluated but in the thread that imported the module."""
+    read = []
+    thread = threading.Thread(target=lambda: read.append(batch.NO_LOGPROBS.tolist()))
+    thread.start()
+    thread.join()
+    assert read == [[0.0]]

@@ -1,12 +1,21 @@
 """Bounds of rounding: whatever lies within them, no text differs."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
+from architecture_models import tiny_architecture
+from emulated_mlx_lm import emulated
 from flash_loops import flash_of, make_flash
-from mlx_flashhead.decoding import rounding, verification
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.head import rounding
+from mlx_flashhead.head.margins import TF32
+from mlx_flashhead.head.slot_product import SlotProduct
+from mlx_flashhead.head.verdict import Verdict
+from recorded_calls import recorded_calls
+from tf32 import in_tf32
 from tiny_models import tiny_model
 
 PROCESSORS = {
@@ -33,8 +42,8 @@ def model(request):
 def faults(monkeypatch):
     """Products of several states that lie off by as much as their bounds allow."""
     injected = []
-    result = rounding.SlotProduct.result
-    screen = verification.Verification._screen
+    result = SlotProduct.result
+    screen = Verdict._screen
 
     def wrong(product):
         slots = result(product)
@@ -47,15 +56,13 @@ def faults(monkeypatch):
         off = tolerance.product[:, None, None] + tolerance.relative / 2 * mx.abs(exact)
         return (exact + 0.99 * signs * off).astype(slots.dtype)
 
-    def with_tolerance(verification):
-        hidden = verification._proposal.hidden
-        verification._product.tolerance = verification._rounding.tolerance(
-            hidden, verification._head.steps
-        )
-        screen(verification)
+    def with_tolerance(verdict):
+        hidden = verdict._proposal.hidden
+        verdict._product.tolerance = verdict._rounding.tolerance(hidden, verdict._steps)
+        screen(verdict)
 
-    monkeypatch.setattr(rounding.SlotProduct, "result", wrong)
-    monkeypatch.setattr(verification.Verification, "_screen", with_tolerance)
+    monkeypatch.setattr(SlotProduct, "result", wrong)
+    monkeypatch.setattr(Verdict, "_screen", with_tolerance)
     return injected
 
 
@@ -76,13 +83,14 @@ def test_faults_within_the_bounds_change_no_text(model, faults, processors, samp
 def judged(monkeypatch):
     """Whether each verified proposal was certain without the logits of its own state."""
     flags = []
-    decide = verification.Verification._decide
+    in_doubt = Verdict.in_doubt
 
-    def noting(verification):
-        flags.extend(verification._certain.tolist())
-        decide(verification)
+    def noting(verdict):
+        doubts = in_doubt(verdict)
+        flags.extend(not doubt for doubt in doubts)
+        return doubts
 
-    monkeypatch.setattr(verification.Verification, "_decide", noting)
+    monkeypatch.setattr(Verdict, "in_doubt", noting)
     return flags
 
 
@@ -114,3 +122,56 @@ def test_doubts_are_few_with_a_penalty(judged, penalty):
     processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
     flash.tokens(logits_processors=processors, n_probes=20)
     assert len(judged) > 20 and sum(judged) > 0.7 * len(judged)
+
+
+def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):
+    """With a bound that is measured on a few states of which none shows the error."""
+    flash = make_flash(num_hidden_layers=2)
+    rows = np.array(flash.head.clustered.rows.weight)
+    result = SlotProduct.result
+    used = []
+
+    def coarse(product):
+        used.append(product)
+        states = in_tf32(np.array(product._hidden, np.float32), cut_off=True)
+        slots = result(product)
+        return mx.array(np.einsum("kd,cnd->kcn", states, in_tf32(rows, cut_off=True))).astype(
+            slots.dtype
+        )
+
+    monkeypatch.setattr(rounding, "may_use_tf32", lambda: True)
+    assert flash.head.rounding(mx.float32, 4).product > TF32
+    monkeypatch.setattr(SlotProduct, "result", coarse)
+    for seed in range(3):
+        flash.checked({"temp": 1.0, "seed": seed})
+    flash.checked()
+    assert used
+
+
+@pytest.mark.parametrize("by_tf32", [False, True])
+def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_tf32(
+    monkeypatch, by_tf32
+):
+    """In float32, too: each token of a text that can be verified later."""
+    flash = make_flash(num_hidden_layers=2)
+    monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
+    alone = recorded_calls(monkeypatch, Proposer, "dense_row")
+    monkeypatch.setattr(rounding, "may_use_tf32", lambda: by_tf32)
+    tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
+    n_dense_steps = 2 * 7
+    assert len(alone) >= n_dense_steps if by_tf32 else len(alone) < n_dense_steps / 2
+    assert tokens == flash.batch([[5, 17, 3], [8]], max_tokens=9, dense=True)[0]
+
+
+def test_dense_tokens_of_a_batch_are_computed_alone_where_float32_is_made_of_16_bits(monkeypatch):
+    """muse_spark makes float32 of its head's logits: their dtype says nothing of the product."""
+    with emulated():
+        model = tiny_architecture("muse_spark", tied=False)
+        model.lm_head.set_dtype(mx.bfloat16)
+        flash = flash_of(model)
+        assert model(mx.array([[1]])).dtype == mx.float32
+        monkeypatch.setattr(Proposer, "max_batch", 1)  # so that both are dense for the time being
+        alone = recorded_calls(monkeypatch, Proposer, "dense_row")
+        flash.batch([[5, 17, 3], [8]], max_tokens=9)
+        n_dense_steps = 2 * 7
+        assert len(alone) >= n_dense_steps

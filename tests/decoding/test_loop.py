@@ -18,10 +18,10 @@ from mlx_flashhead.decoding.caches import UNKNOWN_CACHE
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.rounding import SlotProduct
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.slot_product import SlotProduct
 from mlx_flashhead.head.steps import PortableSteps
 from recorded_calls import recorded_calls
 from tiny_models import tiny_model
@@ -59,7 +59,7 @@ def test_every_sampler(flash, name, n_probes, misses):
 def test_every_processor(flash, name, settings, misses, monkeypatch):
     """Without one, a thread computes the verification."""
     if name is None:
-        monkeypatch.setattr("mlx_flashhead.decoding.rounding.WORTH_A_THREAD", 0)
+        monkeypatch.setattr("mlx_flashhead.head.slot_product.WORTH_A_THREAD", 0)
     flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
     # the clusters of tokens that these change are scored too: here nearly all; a scale is dense
     assert misses or name in ("penalty", "bias", "scale")

@@ -9,10 +9,10 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding import rehearsal, schedule
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds, rehearse
-from mlx_flashhead.decoding.rounding import CLASSES
 from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.slot_product import CLASSES
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator

@@ -11,16 +11,15 @@ import pytest
 
 import step_times
 from flash_loops import flash_of
-from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.caches import Snapshot
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds
-from mlx_flashhead.decoding.rounding import RoundedSums, Rounding
 from mlx_flashhead.decoding.sequence import PendingToken, Sequence
 from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal
+from mlx_flashhead.head.rounding import RoundedSums, Rounding
 from pages import CHECKOUT
 from tiny_models import tiny_model
 
@@ -78,7 +77,7 @@ def dispatches(flash, kind, k: int) -> Counter:
             if len(unjoined) == MetalSteps.joined_early and i + 1 < k:
                 join(head, unjoined)
                 unjoined = []
-        return [Verification(proposer, [text], [None])._certain]
+        return [Verification(proposer, [text], [None])._verdict.certain]
 
     states = mx.zeros((k, head.hidden_size), mx.bfloat16), mx.zeros((k, N_PROBES), mx.uint32)
     logits = mx.zeros((k, N_PROBES, head.cluster_size), mx.bfloat16)
@@ -92,7 +91,7 @@ def dispatches_with(flash, name, k, monkeypatch, **rounding):
     """Those with such a rounding, and how many there are beside what the estimates count."""
     kind = kinds(flash.head.vocab_size)[name]
     bounds = Rounding(2.0**-7, longest=1.0, product=1e-3, **rounding)
-    monkeypatch.setattr(verification, "rounding_of", lambda *_: bounds)
+    monkeypatch.setattr(FlashHead, "rounding", lambda *_: bounds)
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
     monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
     found = dispatches(flash, kind, k)

@@ -261,8 +261,8 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
         head.check_kernels(dtype)
         calls = recorded_calls(monkeypatch, Matrix, "matmul")
         hidden = states(6, key=5).astype(dtype)
-        many = head.slot_logits(hidden)
-        few = head.slot_logits(hidden[:5])
+        many = head.steps.verifying_product(hidden)
+        few = head.steps.verifying_product(hidden[:5])
         head.dense_logits(hidden)
     dtypes = [multiplied.dtype for _, multiplied in calls]
     assert dtypes == [mx.float16 if taken else dtype, dtype, dtype]

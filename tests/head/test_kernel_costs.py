@@ -108,7 +108,7 @@ class TestGraph:
             parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None)
                      for n in (31, 1)]  # fmt: skip
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
-            slots = head.slot_logits(one.hidden)
+            slots = head.steps.verifying_product(one.hidden)
             return list(head.steps.screen(slots, one, draws, tolerance, 0.0))
 
         inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)

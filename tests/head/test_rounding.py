@@ -1,6 +1,7 @@
 """How far two ways of computing a logit may lie apart: each bound against a simulation of it."""
 
-import threading
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,28 +10,15 @@ import pytest
 
 from flash_loops import make_flash
 from kernel_cases import make_rows
-from mlx_flashhead.decoding import batch, rounding
-from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.rounding import (
-    CLASSES,
-    RoundedSums,
-    SlotProduct,
-    measure_rounding,
-    rounding_of,
-)
-from mlx_flashhead.head import backend
+from mlx_flashhead.head import backend, rounding
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.rounding import RoundedSums
+from mlx_flashhead.head.slot_product import CLASSES
 from mlx_flashhead.head.steps import Candidates
 from recorded_calls import recorded_calls
-
-
-def in_tf32(values, cut_off: bool) -> np.ndarray:
-    """Float32 with ten bits after the first, rounded to the nearest or cut off."""
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    rounded = bits if cut_off else bits + 0xFFF + (bits >> 13 & 1)
-    return (rounded & 0xFFFFE000).astype(np.uint32).view(np.float32)
+from tf32 import in_tf32
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
@@ -78,43 +66,10 @@ def test_sums_of_several_states_are_cut_for_few_rows_alone(monkeypatch):
         assert rounding._coarser(floats, 1024, mx.bfloat16, 2) == 0
 
 
-def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):
-    """With a bound that is measured on a few states of which none shows the error."""
-    flash = make_flash(num_hidden_layers=2)
-    rows = np.array(flash.head.clustered.rows.weight)
-    result = SlotProduct.result
-    used = []
-
-    def coarse(product):
-        used.append(product)
-        states = in_tf32(np.array(product._hidden, np.float32), cut_off=True)
-        slots = result(product)
-        return mx.array(np.einsum("kd,cnd->kcn", states, in_tf32(rows, cut_off=True))).astype(
-            slots.dtype
-        )
-
-    monkeypatch.setattr(rounding, "may_use_tf32", lambda: True)
-    assert rounding_of(flash.head, mx.float32, 4).product > TF32
-    monkeypatch.setattr(SlotProduct, "result", coarse)
-    for seed in range(3):
-        flash.checked({"temp": 1.0, "seed": seed})
-    flash.checked()
-    assert used
-
-
-@pytest.mark.parametrize("by_tf32", [False, True])
-def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_tf32(
-    monkeypatch, by_tf32
-):
-    """In float32, too: each token of a text that can be verified later."""
-    flash = make_flash(num_hidden_layers=2)
-    monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
-    alone = recorded_calls(monkeypatch, Proposer, "dense_row")
-    monkeypatch.setattr(rounding, "may_use_tf32", lambda: by_tf32)
-    tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
-    n_dense_steps = 2 * 7
-    assert len(alone) >= n_dense_steps if by_tf32 else len(alone) < n_dense_steps / 2
-    assert tokens == flash.batch([[5, 17, 3], [8]], max_tokens=9, dense=True)[0]
+@pytest.fixture(autouse=True)
+def _few_logits_are_enough(monkeypatch):
+    """The scored logits of these small vocabularies may be the dense ones, too."""
+    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 600)
 
 
 @pytest.fixture
@@ -125,7 +80,7 @@ def flash():
 def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     """One that differs, wherever it is, gives all of them a tolerance."""
     head = flash.head
-    assert measure_rounding(head, mx.bfloat16)[rounding.N_STATES].scored == 0
+    assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored == 0
     score = head.steps.score
     last = head.n_clusters - 1
 
@@ -135,8 +90,8 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
         return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
 
     monkeypatch.setattr(head.steps, "score", other)
-    rounding._roundings.pop(head)
-    found = measure_rounding(head, mx.bfloat16)[rounding.N_STATES]
+    head._roundings.clear()
+    found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
     assert found.scored >= 2 * head.hidden_size * 2.0**-24
     hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
     assert (found.tolerance(hidden, head.steps).scored > 0).all()
@@ -175,12 +130,12 @@ def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatc
         return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
 
     monkeypatch.setattr(head.steps, "score", other)
-    assert measure_rounding(head, mx.bfloat16)[rounding.N_STATES].scored > 0
+    assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
 
 
 def test_scored_logits_of_too_few_have_a_tolerance(flash, monkeypatch):
     monkeypatch.setattr(backend, "ENOUGH_LOGITS", 1_000_000)
-    assert measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES].scored > 0
+    assert flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
 
 
 def test_a_measured_distance_counts_four_times(flash, monkeypatch):
@@ -193,8 +148,8 @@ def test_a_measured_distance_counts_four_times(flash, monkeypatch):
         return Candidates(score(hidden, selection, *logit_map).logits + far)
 
     monkeypatch.setattr(head.steps, "score", other)
-    rounding._roundings.pop(head, None)
-    found = measure_rounding(head, mx.bfloat16)[rounding.N_STATES]
+    head._roundings.clear()
+    found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
     states = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0))
     tolerance = found.tolerance(states[: rounding.N_STATES].astype(mx.bfloat16), head.steps)
     assert 3 * far < tolerance.scored.max().item() < 5 * far
@@ -205,7 +160,7 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
     flash = make_flash(num_hidden_layers=1, dtype=dtype)
     head = flash.head
     hidden = mx.random.normal((2, head.hidden_size)).astype(dtype)
-    found = measure_rounding(head, dtype)[rounding.N_STATES].tolerance(hidden, head.steps)
+    found = head.measure_rounding(dtype)[rounding.N_STATES].tolerance(hidden, head.steps)
     exact = mx.random.normal((5000,), key=mx.random.key(1)) * 10
     pair = [(exact * (1 + 8 * sign * FLOAT32)).astype(dtype).astype(mx.float32) for sign in (-1, 1)]
     distance = mx.abs(pair[0] - pair[1])
@@ -214,8 +169,8 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
 
 def test_a_kernel_of_another_order_gives_scored_logits_a_tolerance(flash, monkeypatch):
     kernel = DenseKernel("qmv_quad", scored=False)
-    monkeypatch.setattr(rounding, "_dense_kernel", lambda head: kernel)
-    assert measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES].scored > 0
+    monkeypatch.setattr(rounding, "_dense_kernel", lambda clustered: kernel)
+    assert flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -238,7 +193,7 @@ def test_rounded_sums_of_hidden_values(dtype, bits, added):
 
 
 def test_the_tolerances_have_what_a_state_alone_loses(flash):
-    found = measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES]
+    found = flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
     more = replace(found, scored=1e-6, sums=RoundedSums(mx.bfloat16, 4, 64, 2.0))
     without = replace(more, sums=None)
     hidden = mx.random.normal((2, flash.head.hidden_size)).astype(mx.bfloat16)
@@ -254,9 +209,9 @@ def test_all_classes_are_measured_at_once(flash, monkeypatch):
     monkeypatch.setattr(rounding, "_classes", lambda: CLASSES)
     head = flash.head
     sizes = (1, 2, 3, 5, 9, 17, 32, 40)
-    found = [rounding_of(head, mx.bfloat16, k) for k in sizes]
-    assert asked == [(head,)]
-    known = measure_rounding(head, mx.bfloat16)
+    found = [head.rounding(mx.bfloat16, k) for k in sizes]
+    assert asked == [(head.clustered,)]
+    known = head.measure_rounding(mx.bfloat16)
     assert list(known) == list(CLASSES)
     classes = [1, 2, 4, 8, 16, 32, 32, 32]
     assert all(one is known[size] for one, size in zip(found, classes, strict=True))
@@ -267,14 +222,25 @@ def test_the_longest_row_has_its_bias():
     rows = flash.head.clustered.rows
     lengths = np.linalg.norm(np.array(rows.weight, np.float32), axis=-1)
     lengths += np.abs(np.array(rows.bias))
-    longest, offsets = rounding._longest_rows(flash.head)
+    longest, offsets = rounding._longest_rows(flash.head.clustered)
     assert longest == pytest.approx(lengths.max(), rel=1e-5) and offsets == 0
 
 
-def test_arrays_made_at_import_are_evaluated_in_any_thread():
-    """A lazy array could not be evaluated but in the thread that imported the module."""
-    read = []
-    thread = threading.Thread(target=lambda: read.append(batch.NO_LOGPROBS.tolist()))
-    thread.start()
-    thread.join()
-    assert read == [[0.0]]
+def test_other_steps_are_measured_anew(flash):
+    """Those that take the place of kernels may add in another order; a copy keeps its own."""
+    head = flash.head
+    copied = deepcopy(head)
+    with pytest.MonkeyPatch.context() as patch:
+        score = head.steps.score
+
+        def other(hidden, selection, *logit_map):
+            return Candidates(score(hidden, selection, *logit_map).logits + 1)
+
+        patch.setattr(head.steps, "score", other)
+        assert head.rounding(mx.bfloat16, 1).scored > 0
+    shared = deepcopy(head)
+    head.fall_back("nothing: it is a test")
+    assert head.rounding(mx.bfloat16, 1).scored == 0
+    assert shared.rounding(mx.bfloat16, 1).scored > 0
+    assert copied.rounding(mx.bfloat16, 1).scored == 0
+    assert pickle.loads(pickle.dumps(shared)).rounding(mx.bfloat16, 1).scored == 0

@@ -1,27 +1,24 @@
-"""How far two ways of computing a logit may lie apart, and the product of several states."""
+"""How far two ways of computing a logit may lie apart."""
 
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import cast
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, cast
 
 import mlx.core as mx
-import numpy as np
 
-from ..head.backend import logits_of_scores, shows_other_sums
-from ..head.dense_kernels import ANY_ROWS, DenseKernel, dense_kernel, mlx_version
-from ..head.flash_head import FlashHead
-from ..head.margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
-from ..head.matrix import Matrix
-from ..head.proposal import Tolerance
-from ..head.steps import PortableSteps
-from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
+from .backend import logits_of_scores, scores_agree, shows_other_sums
+from .clustered import ClusteredRows, in_token_order
+from .dense_kernels import ANY_ROWS, DenseKernel, dense_kernel, mlx_version
+from .margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
+from .matrix import Matrix
+from .proposal import Tolerance
+from .slot_product import CLASSES, SlotProduct
+from .steps import PortableSteps
 
-CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
-WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
+DenseLogits = Callable[[mx.array], mx.array]  # states (R, D) → (R, V), as of each state alone
+
 N_STATES = 3  # states whose products are compared for the rounding
 # An M1 to M4 has no matrix units that take TF32. Those of an M5 and later do so unless
 # MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
@@ -30,65 +27,6 @@ PIECE = 1024  # clusters whose rows are floats at once
 # MLX up to 0.32.3 cuts sums of several states with quantized rows into parts, where the rows are
 # few: for about 512 threadgroups of 32 rows. Source: `qmm_splitk` in quantized.cpp.
 PARTS = 512 * 32
-
-_worker = ThreadPoolExecutor(1, "verification")  # whose thread begins with the first product
-
-
-class SlotProduct:
-    """Logits of states (k, D) in the order of the clusters, (k, C, n).
-
-    They are lazy. On a CPU where numpy is faster than MLX's BLAS, a thread computes them beside the
-    steps of the model.
-
-    Args:
-        head: Whose rows are multiplied.
-        hidden: (k, D), the states.
-        sources: For each state an array (R, D) that has been computed already, and a row of it. A
-            thread takes them from there, since ``hidden`` may wait for the step that is running.
-    """
-
-    def __init__(
-        self,
-        head: FlashHead,
-        hidden: mx.array,
-        sources: Sequence[tuple[mx.array, int]] | None = None,
-    ):
-        self._head = head
-        self._k = len(hidden)
-        rows = head.clustered.rows
-        self._future: Future[np.ndarray] | None = None
-        by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
-        if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
-            if sources is None:
-                states = np.asarray(hidden.astype(mx.float32))
-            else:
-                states = np.stack([np.asarray(each.astype(mx.float32))[i] for each, i in sources])
-            self._future = _worker.submit(slot_products, np.asarray(rows.weight), states)
-        missing = product_size(self._k) - self._k
-        self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden
-
-    @property
-    def ready(self) -> bool:
-        """Whether :meth:`result` does not wait for a thread."""
-        return self._future is None or self._future.done()
-
-    def result(self) -> mx.array:
-        """Returns the logits (k, C, n), after waiting for the thread if there is one."""
-        if self._future is None:
-            return self._head.slot_logits(self._hidden)[: self._k]
-        logits = to_mlx(self._future.result())
-        bias = self._head.clustered.rows.bias
-        return logits if bias is None else logits + bias
-
-
-def product_size(k: int) -> int:
-    """Returns the size to which a product of ``k`` states is filled up.
-
-    Its kernel is then the one whose rounding is known. A CPU has one for all sizes.
-    """
-    if mx.default_device().type == mx.cpu:
-        return k
-    return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
 
 
 @dataclass(frozen=True)
@@ -153,19 +91,41 @@ class Rounding:
         return Tolerance(product, scored, ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0)
 
 
-_roundings: WeakKeyDictionary[FlashHead, dict[mx.Dtype, dict[int, Rounding]]] = WeakKeyDictionary()
+class Stretch(NamedTuple):
+    """What biases and penalties may make of the distance of two logits."""
+
+    factor: float = 1.0  # the most that they can stretch it
+    n_roundings: int = 0  # of a logit that they change
 
 
-def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
-    """The bounds for products of ``k`` states of ``dtype``, measured by now or else at once."""
-    by_size = measure_rounding(head, dtype)
-    return next((by_size[size] for size in by_size if size >= k), by_size[max(by_size)])
+def stretched(
+    scored: mx.array, logits: mx.array, stretches: Sequence[Stretch], epsilon: float
+) -> mx.array:
+    """How far the scored logits of k states may be off after biases and penalties.
+
+    Args:
+        scored: (k,) float32, before them; 0 where they are exact.
+        logits: (k, S, n), after them.
+        stretches: Of each state.
+        epsilon: Spacing of the logits' dtype.
+
+    Returns:
+        (k,) float32.
+    """
+    roundings = [stretch.n_roundings for stretch in stretches]
+    if not any(roundings):
+        return scored
+    factors = [stretch.factor for stretch in stretches]
+    real = logits > mx.finfo(logits.dtype).min  # neither padded nor ruled out
+    largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
+    after = scored * mx.array(factors) + epsilon * mx.array(roundings) * largest
+    return mx.where(scored > 0, after, 0.0)
 
 
-def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
-    """Measures the bounds for products of states, for each class of their number.
-
-    Evaluates, once for a head.
+def measure_rounding(
+    steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype
+) -> dict[int, Rounding]:
+    """Measures the bounds for products of states, for each class of their number. Evaluates.
 
     A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it is
     made. MLX is known to round some products more coarsely, which is added: rows of few bits, which
@@ -178,25 +138,21 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
 
     Args:
-        head: The head whose products are measured.
-        dtype: The dtype of the states.
+        steps: Of the head whose products are measured.
+        dense_logits: The dense logits of a state alone: (1, D) → (1, V).
+        dtype: Of the states.
 
     Returns:
         The bounds for each class of the number of states.
     """
-    known = _roundings.setdefault(head, {})
-    if dtype not in known:
-        known[dtype] = dict(_measured(head, dtype))
-    return known[dtype]
-
-
-def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]]:
-    hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
+    clustered = steps.clustered
+    rows = clustered.rows
+    shape = CLASSES[-1], rows.hidden_size
+    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
-    alone = mx.concatenate([head.dense_logits(state) for state in states])
-    rows = head.clustered.rows
-    longest, longest_offsets = _longest_rows(head)
-    kernel = _dense_kernel(head)
+    alone = mx.concatenate([dense_logits(state) for state in states])
+    longest, longest_offsets = _longest_rows(clustered)
+    kernel = _dense_kernel(clustered)
     epsilon = mx.finfo(alone.dtype).eps
     product_dtype = rows.product_dtype(dtype)
     sums = None
@@ -210,31 +166,34 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
     lengths = norms * longest
 
-    in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
+    in_float32 = 2 * (rows.hidden_size + 1) * FLOAT32
     scored_share = 0.0
-    if not _scores_are_dense(head, dtype):
-        scored = mx.concatenate([logits_of_scores(head.steps, state) for state in states])
+    if not _scores_are_dense(steps, dense_logits, dtype):
+        scored = mx.concatenate([logits_of_scores(steps, state) for state in states])
         scored_share = max(in_float32, _share_beyond(allowed, scored, alone, lengths))
+    found = {}
     for size in _classes():
         starts = range(0, N_STATES, size)
-        products = [SlotProduct(head, hidden[i : i + size]).result() for i in starts]
+        products = [SlotProduct(steps, hidden[i : i + size]).result() for i in starts]
         slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
-        together = mx.take(slots, head.clustered.slot_of, axis=-1)
-        known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
+        together = in_token_order(slots, clustered.slot_of)
+        known = in_float32 + _coarser(rows, clustered.token_ids.size, product_dtype, size)
         share = max(known, _share_beyond(allowed, together, alone, lengths))
-        yield size, Rounding(epsilon, longest, share, scored_share, sums)
+        found[size] = Rounding(epsilon, longest, share, scored_share, sums)
+    return found
 
 
-def _scores_are_dense(head: FlashHead, dtype: mx.Dtype) -> bool:
+def _scores_are_dense(steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype) -> bool:
     """Whether scored logits are the dense ones to the last bit: by MLX's table, and as seen.
 
     In 16 bits few logits show another order of sums, so that those of a small vocabulary do not do.
     """
-    kernel = _dense_kernel(head)
+    clustered = steps.clustered
+    kernel = _dense_kernel(clustered)
     if kernel is not None and not kernel.scored:
         return False
-    shown = shows_other_sums(head.vocab_size, head.clustered.rows.logits_dtype(dtype))
-    return shown and head.scored_logits_agree(dtype) == 1
+    shown = shows_other_sums(clustered.vocab_size, clustered.rows.logits_dtype(dtype))
+    return shown and scores_agree(steps, dense_logits, dtype) == 1
 
 
 def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:
@@ -274,12 +233,17 @@ def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float
     return half * (1 + n_parts if are_cut else 1)
 
 
-def differs_among_others(dtype: mx.Dtype) -> bool:
-    """Whether a state's logits of ``dtype`` may be others in a product of several states.
+def differs_in_batches(rows: Matrix, dtype: mx.Dtype) -> bool:
+    """Whether a state's logits may be others in a product of several states.
 
-    By more than float32's own rounding: in 16 bits, or where float32 becomes TF32.
+    By more than float32's own rounding: where the product has 16 bits, whatever is made of its
+    logits then, or where float32 becomes TF32.
+
+    Args:
+        rows: What is multiplied.
+        dtype: Of the states.
     """
-    return dtype != mx.float32 or may_use_tf32()
+    return rows.product_dtype(dtype) != mx.float32 or may_use_tf32()
 
 
 def may_use_tf32() -> bool:
@@ -289,19 +253,19 @@ def may_use_tf32() -> bool:
     return WITHOUT_TF32.match(str(mx.device_info().get("architecture"))) is None
 
 
-def _dense_kernel(head: FlashHead) -> DenseKernel | None:
+def _dense_kernel(clustered: ClusteredRows) -> DenseKernel | None:
     """MLX's kernel for one state; None on a CPU."""
     if mx.default_device().type == mx.cpu:
         return None
-    return dense_kernel(head.clustered.rows, head.vocab_size)
+    return dense_kernel(clustered.rows, clustered.vocab_size)
 
 
-def _longest_rows(head: FlashHead) -> tuple[float, float]:
+def _longest_rows(clustered: ClusteredRows) -> tuple[float, float]:
     """The length of the longest row with its bias, and that of the longest row of offsets."""
-    rows = head.clustered.rows
     longest = longest_offsets = mx.array(0.0)
-    for start in range(0, head.n_clusters, PIECE):  # all at once would take much memory
-        part = rows.map(itemgetter(slice(start, start + PIECE)))
+    # all at once would take much memory
+    for start in range(0, clustered.n_clusters, PIECE):
+        part = clustered.rows.map(itemgetter(slice(start, start + PIECE)))
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
         if part.bias is not None:
             lengths = lengths + mx.abs(part.bias).astype(mx.float32)

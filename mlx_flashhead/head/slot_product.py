@@ -1,0 +1,96 @@
+"""The product of all rows with the states of several proposals, in the order of the clusters.
+
+Each row is read once for all states. Its numbers are not those that each state has alone:
+head/rounding.py says how far they may lie apart.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+
+from .backend import numpy_is_faster
+from .matrix import as_float32, to_mlx
+from .steps import PortableSteps
+
+CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
+WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
+
+_worker = ThreadPoolExecutor(1, "verification")  # whose thread begins with the first product
+
+Source = tuple[mx.array, int]  # states (R, D), and a row of them
+
+
+class SlotProduct:
+    """Logits of states (k, D) in the order of the clusters, (k, C, n).
+
+    They are lazy. On a CPU where numpy is faster than MLX's BLAS, a thread computes them beside the
+    steps of the model.
+
+    Args:
+        steps: Of the head whose rows are multiplied.
+        hidden: (k, D), the states.
+        sources: For each state an array that has been computed already, and a row of it. A thread
+            takes them from there, since ``hidden`` may wait for the step that is running.
+    """
+
+    def __init__(
+        self,
+        steps: PortableSteps,
+        hidden: mx.array,
+        sources: Sequence[Source] | None = None,
+    ):
+        self._steps = steps
+        self._k = len(hidden)
+        self._future: Future[np.ndarray] | None = None
+        rows = steps.clustered.rows
+        by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
+        if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
+            if sources is None:
+                states = as_float32(hidden)
+            else:
+                states = np.stack([as_float32(each)[row] for each, row in sources])
+            self._future = _worker.submit(_product, np.asarray(rows.weight), states)
+        missing = product_size(self._k) - self._k
+        self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`result` does not wait for a thread."""
+        return self._future is None or self._future.done()
+
+    def result(self) -> mx.array:
+        """Returns the logits (k, C, n), after waiting for the thread if there is one."""
+        if self._future is None:
+            return self._steps.verifying_product(self._hidden)[: self._k]
+        logits = to_mlx(self._future.result())
+        bias = self._steps.clustered.rows.bias
+        return logits if bias is None else logits + bias
+
+
+def product_size(k: int) -> int:
+    """Returns the size to which a product of ``k`` states is filled up.
+
+    Its kernel is then the one whose rounding is known. A CPU has one for all sizes.
+    """
+    if mx.default_device().type == mx.cpu:
+        return k
+    return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
+
+
+def _product(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Multiplies rows in clusters with states by numpy.
+
+    Args:
+        rows: Rows (C, n, D) float32, in memory by rows or by columns.
+        states: States (k, D) float32.
+
+    Returns:
+        The products (k, C, n).
+    """
+    if rows.flags.c_contiguous:
+        flat: np.ndarray = np.matmul(states, rows.reshape(-1, rows.shape[-1]).T)
+        return flat.reshape(-1, *rows.shape[:2])
+    products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)
+    return np.ascontiguousarray(products.swapaxes(0, 1))
