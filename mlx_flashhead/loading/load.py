@@ -18,7 +18,6 @@ from ..decoding.random_state import random_key
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
 from ..interop.drafters import when_drafted
-from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.mlx_vlm import drafted_answer
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
@@ -35,8 +34,6 @@ from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored
 
-# Without a model's weights and code.
-TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
 # of models of mlx-vlm, whose drafters may have heads of their own: their tokenizers and the choices
 _targets: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
 
@@ -125,56 +122,6 @@ def load_dense_head(folder: Path, options: HeadOptions, **loading: Any):
     loaded = load_dense(folder, **loading)
     _attach_fine_head(find_head(loaded[0]), folder, options)
     return loaded
-
-
-def load_draft(
-    path_or_hf_repo: str, *, draft_probes: int | None = None, trust_remote_code: bool = False
-):
-    """Loads a draft model, with its FlashHead if it has one. It builds none.
-
-    The target verifies each draft, so few probes will do: by default a tenth of the head's bytes
-    (docs/drafts.md).
-
-    Args:
-        path_or_hf_repo: Folder or Hugging Face repository of the draft model.
-        draft_probes: Clusters scored for each draft.
-        trust_remote_code: Run the model's own Python code.
-
-    Returns:
-        ``(model, tokenizer)``.
-
-    Raises:
-        ValueError: If the model does not exist, its FlashHead is damaged, or it has none and probes
-            are chosen.
-    """
-    model, tokenizer, _ = load_with_head(
-        resolve(path_or_hf_repo),
-        HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True),
-        trust_remote_code=trust_remote_code,
-    )
-    if draft_probes is not None and get_flash_head(model) is None:
-        raise ValueError(f"{path_or_hf_repo} has no FlashHead: leave `draft_probes` out.")
-    return model, tokenizer
-
-
-def check_draft(draft: str, target: str) -> None:
-    """Checks that a draft model has the vocabulary of its target, before either is loaded.
-
-    Args:
-        draft: Folder or Hugging Face repository of the draft model.
-        target: Folder or Hugging Face repository of the target.
-
-    Raises:
-        ValueError: If it has another one, or if one of the models does not exist.
-    """
-    sizes = []
-    for name in (draft, target):
-        sizes.append(load_tokenizer(resolve(name, files=TOKENIZER_FILES)).vocab_size)
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"`draft_model` {draft} has another vocabulary than {target} ({sizes[0]:,} and "
-            f"{sizes[1]:,} tokens): give a smaller model of the same family."
-        )
 
 
 def sharded_load(

@@ -16,6 +16,7 @@ from ..index.files import FILE_NAME
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 FINE_HEADS = "fine_heads"  # the folder of finer heads in it
+DRAFTERS = "drafters"  # the folder of MTP layers
 SPEEDS = "speeds"  # the folder of what was measured on this machine
 
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
@@ -21,7 +20,8 @@ from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
 from .fetch import FINE_HEADS, HOME_VARIABLE, home
 from .locate import HeadLocation
-from .origin import is_repository, local_origin
+from .origin import local_origin
+from .original import base_model, name_of_source, shown_name
 from .tensor_files import ENDING, Tensor, tensor_files
 
 DEFAULT_BITS = 8
@@ -30,7 +30,6 @@ SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
 MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
 SKETCH_ROWS = 8  # fetched by themselves before all rows are
 PIECE_ROWS = 2048  # compared and rounded at once, in float32
-CARD = "README.md"
 
 Say = Callable[[str], None]
 
@@ -76,7 +75,7 @@ def give_fine_head(
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         rows, original = _cached_rows(cached, coarse)
-        if rows is None or (source is not True and _name_of_source(source) != original):
+        if rows is None or (source is not True and name_of_source(source) != original):
             rows, original = _fetch(location, folder, source, bits, cached, say, progress)
     except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
         raise ValueError(
@@ -86,12 +85,6 @@ def give_fine_head(
         ) from None
     replace_rows(location.module, rows)
     say(f"With the finer head of {original}, in {rows.bits or 16} bits.")
-
-
-def _name_of_source(source: str | Path | bool) -> str:
-    """A named source, as the cache knows it: its path from the root, or its repository."""
-    path = Path(str(source)).expanduser()
-    return str(path.resolve()) if path.exists() else str(source)
 
 
 def _cached_rows(cached: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
@@ -121,13 +114,8 @@ def _fetch(
         raise ValueError(
             f"Rows of width {coarse.hidden_size} fit no group of 32: add `head_bits` 16."
         )
-    original = _base_model(folder) if source is True else _name_of_source(source)
-    tensor = _find(original, location)
-    names = f"{original} is not the original of {_name(folder)}"
-    # a few rows first, so that another head is rejected before much is fetched
-    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
-    fine = tensor.rows(ids).astype(mx.float32)
-    check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
+    original = base_model(folder, "fine_head") if source is True else name_of_source(source)
+    tensor, names = find_original_head(location, folder, original)
     say(f"Fetching {tensor.name} of {original} ({megabytes(tensor.nbytes)}) for a finer head.")
     with tqdm(
         total=tensor.nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress
@@ -144,6 +132,34 @@ def _fetch(
     with new_file(cached) as file:  # whole or not at all
         mx.save_safetensors(str(file), arrays, metadata=about)
     return rows, original
+
+
+def find_original_head(
+    location: HeadLocation, folder: Path, original: str, keyword: str = "fine_head"
+) -> tuple[Tensor, str]:
+    """Finds the head of a model's original, and compares a few of its rows with the model's.
+
+    So another head is rejected before much is fetched.
+
+    Args:
+        location: The model's head.
+        folder: The model's folder.
+        original: A repository, a folder or a file.
+        keyword: The argument by which a user names another one, for an error.
+
+    Returns:
+        The rows' tensor, and what an error begins with if they turn out to be others.
+
+    Raises:
+        ValueError: If there are none, or they are others.
+    """
+    rows = location.rows()
+    tensor = _find(original, location)
+    names = f"{original} is not the original of {shown_name(folder)}"
+    ids = np.linspace(0, rows.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
+    fine = tensor.rows(ids).astype(mx.float32)
+    check_same([distances(rows.take(mx.array(ids)), fine)], names, SKETCH_DRIFT, keyword)
+    return tensor, names
 
 
 def _checked_rows(
@@ -191,29 +207,34 @@ def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
     """Measures how far rows are from their finer forms.
 
     Args:
-        coarse: Quantized rows (n, D).
+        coarse: Rows (n, D), quantized or floats.
         fine: The finer ones (n, D), float32.
 
     Returns:
         For each row four lengths (n, 4), float32: of its movement beyond rounding, of its rounding,
         of both together, and of the finer row itself.
     """
-    scales: Any = coarse.scales
-    dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
-    quantized = Matrix(fine.astype(dtype)).quantize(**coarse.quantization)
-    rounded = quantized.dequantized(mx.float32)
+    stored_as: Any = coarse.scales if coarse.quantized else coarse.weight
+    dtype = mx.bfloat16 if stored_as.dtype == mx.uint8 else stored_as.dtype
+    form = Matrix(fine.astype(dtype))
+    if coarse.quantized:
+        form = form.quantize(**coarse.quantization)
+    rounded = form.dequantized(mx.float32)
     stored = coarse.dequantized(mx.float32)
     differences = (stored - rounded, rounded - fine, stored - fine, fine)
     return np.array(mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1))
 
 
-def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None:
+def check_same(
+    compared: list[np.ndarray], names: str, max_drift: float, keyword: str = "fine_head"
+) -> None:
     """Compares the `distances` of all rows with those that rounding explains.
 
     Args:
         compared: `distances` (n, 4) of parts of the rows.
         names: What the error begins with.
         max_drift: Share of the rows' length that they may have moved by, beyond rounding.
+        keyword: The argument by which a user names another one, for the error.
 
     Raises:
         ValueError: If they are not those of the same rows.
@@ -229,38 +250,8 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
     if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
         raise ValueError(
             f"{names}, or was trained further: beyond rounding, rows are {100 * min(drift, 1):.1f} "
-            f"% of their length apart, row {worst} the most. Choose another `fine_head`."
+            f"% of their length apart, row {worst} the most. Choose another `{keyword}`."
         )
-
-
-def _base_model(folder: Path) -> str:
-    """The one repository that a model's card, else its configuration, names as its base.
-
-    Raises:
-        ValueError: If there is none, or the card cannot be fetched.
-    """
-    origin = local_origin(folder)
-    name = _name(folder)
-    card = folder / CARD
-    in_cache = origin.revision is not None
-    with suppress(Exception):  # cards and the Hub's client raise any type
-        source: Any = name if in_cache and not card.exists() else card
-        data: Any = ModelCard.load(source, ignore_metadata_errors=True).data
-        bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
-        if len(bases) == 1 and is_repository(bases[0]):
-            return bases[0]
-    if origin.repo_id is None or in_cache:
-        raise ValueError(
-            f"The card of {name} names no original (`base_model`), or cannot be fetched: name one "
-            "with `fine_head`."
-        )
-    return origin.repo_id
-
-
-def _name(folder: Path) -> str:
-    """A model's repository, else the name of its folder, which others need not know."""
-    origin = local_origin(folder)
-    return folder.resolve().name if origin.revision is None else origin.known_as
 
 
 def _find(source: str, location: HeadLocation) -> Tensor:

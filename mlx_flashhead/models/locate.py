@@ -139,6 +139,30 @@ def _path_of(model: nn.Module, module: nn.Module) -> str:
     return next(path for path, other in model.named_modules() if other is module)
 
 
+def find_embedding(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Finds the layer that embeds a model's tokens, and the module that holds it.
+
+    Args:
+        model: A model of mlx-lm.
+
+    Raises:
+        UnsupportedHeadError: If there is none.
+    """
+    found: list[nn.Module] = []
+
+    def record(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -> None:
+        if method == LINEAR and mx.issubdtype(args[0].dtype, mx.integer):
+            found.append(module)
+
+    embeddings = [each for each in model.modules() if hasattr(type(each), EMBEDDING)]
+    with _observed(embeddings, record):
+        forward(model, mx.array([[0]]))
+    for holder in model.modules():
+        if found and any(part is found[0] for part in dict.values(holder)):
+            return found[0], holder
+    raise UnsupportedHeadError(f"This {architecture(model)!r} model embeds tokens in no layer.")
+
+
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
     """Finds where a drafter of mlx-vlm makes its logits.
 

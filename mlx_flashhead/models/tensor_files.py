@@ -1,11 +1,12 @@
-"""Single matrices of floats in safetensors files: on this machine, or on the Hugging Face Hub.
+"""Single tensors of safetensors files: on this machine, or on the Hugging Face Hub.
 
 The header of a file says where each tensor lies, and the Hub sends ranges of bytes.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,13 +15,14 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
 from .fetch import hub_errors
 
 ENDING = ".safetensors"
+INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = constants.SAFETENSORS_MAX_HEADER_LENGTH  # bytes, as the Hub's client has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -64,17 +66,17 @@ class TensorFile:
             yield from response.iter_bytes()
 
     def matrices(self) -> list["Tensor"]:
-        """The matrices of floats of the header; ValueError if it is none, or is too large."""
+        """Its matrices of floats; raises as :meth:`tensors`."""
+        return [each for each in self.tensors() if each.is_matrix]
+
+    def tensors(self) -> list["Tensor"]:
+        """The tensors of the header; ValueError if it is none, or is too large."""
         first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
         content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
         try:
             header = json.loads(content)
-            header.pop("__metadata__", None)
-            matrices = []
-            for name, about in header.items():
-                if about["dtype"] in _DTYPES and len(about["shape"]) == 2:
-                    matrices.append(Tensor(self, name, about, first))
-            return matrices
+            metadata = header.pop("__metadata__", {})
+            return [Tensor(self, name, about, first, metadata) for name, about in header.items()]
         except _DAMAGE:
             raise ValueError(
                 f"{self} is damaged or no safetensors file (headers have up to "
@@ -83,22 +85,40 @@ class TensorFile:
 
 
 class Tensor:
-    """A matrix of floats in a file, by its place.
+    """A tensor in a file, by its place.
 
     Args:
         file: The file.
         name: Its name there.
         about: What the header says of it.
         first: Where in the file the bytes of the first tensor begin.
+        metadata: What the header says of the whole file.
     """
 
-    def __init__(self, file: TensorFile, name: str, about: dict[str, Any], first: int):
+    def __init__(
+        self,
+        file: TensorFile,
+        name: str,
+        about: dict[str, Any],
+        first: int,
+        metadata: dict[str, str],
+    ):
         self.file = file
         self.name = name
-        self.dtype = _DTYPES[about["dtype"]]
+        self.metadata = metadata
+        self.stored_as = str(about["dtype"])  # in the words of safetensors
+        self.dtype = _DTYPES.get(self.stored_as, mx.uint8)
         self.shape = tuple(map(int, about["shape"]))
-        self.start = first + int(about["data_offsets"][0])
-        self.nbytes = self.dtype.size * self.shape[0] * self.shape[1]
+        start, end = map(int, about["data_offsets"])
+        self.start = first + start
+        self.nbytes = end - start
+        if self.is_matrix:
+            self.nbytes = self.dtype.size * self.shape[0] * self.shape[1]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of floats."""
+        return self.stored_as in _DTYPES and len(self.shape) == 2
 
     def array(self, content: Any) -> mx.array:
         """Rows (n, D), from their bytes."""
@@ -131,6 +151,84 @@ class Tensor:
             if file.tell() != self.nbytes:
                 raise ValueError(f"{self.file} came with {file.tell():,} bytes: try again.")
             return np.memmap(file, mode="r", shape=(self.nbytes,))
+
+
+def selected_tensors(source: str, select: Callable[[str], bool]) -> list[Tensor]:
+    """The tensors of a folder or a repository whose names are wanted.
+
+    Args:
+        source: A folder, a repository, or a file.
+        select: Says of a tensor's name whether it is.
+
+    Raises:
+        ValueError: If the files cannot be read.
+    """
+    # names of tensors and of their files, where an index has them
+    places = read_json(source, INDEX).get("weight_map", {})
+    holding = {place for name, place in places.items() if select(name)}
+    files = tensor_files(source)
+    if holding:
+        files = [file for file in files if Path(file.name).name in holding]
+    return [tensor for file in files for tensor in file.tensors() if select(tensor.name)]
+
+
+def read_json(source: str, name: str) -> dict[str, Any]:
+    """A JSON file of a folder or a repository; empty if it is not there, or no object.
+
+    Raises:
+        ValueError: If the Hub does not answer.
+    """
+    path = Path(os.path.expanduser(source))
+    file = path / name
+    if not path.exists():
+        try:
+            with hub_errors(source):
+                file = Path(huggingface_hub.hf_hub_download(source, name))
+        except errors.RemoteEntryNotFoundError:
+            return {}
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def copy_tensors(tensors: list[Tensor], path: Path, bar: tqdm) -> None:
+    """Writes tensors into one safetensors file, as they are.
+
+    Those that lie side by side come in one range.
+
+    Args:
+        tensors: Of any files.
+        path: The file to be written.
+        bar: Hears of the bytes.
+
+    Raises:
+        ValueError: If a file of them ends early.
+    """
+    tensors = sorted(tensors, key=lambda tensor: (str(tensor.file), tensor.start))
+    header: dict[str, Any] = {"__metadata__": tensors[0].metadata}
+    ranges: list[tuple[TensorFile, int, int]] = []
+    n_bytes = 0
+    for tensor in tensors:
+        offsets = [n_bytes, n_bytes + tensor.nbytes]
+        n_bytes += tensor.nbytes
+        shape = list(tensor.shape)
+        header[tensor.name] = {"dtype": tensor.stored_as, "shape": shape, "data_offsets": offsets}
+        start = tensor.start
+        if ranges and ranges[-1][0] == tensor.file and ranges[-1][2] == start:
+            start = ranges.pop()[1]
+        ranges.append((tensor.file, start, tensor.start + tensor.nbytes))
+    content = json.dumps(header).encode()
+    with path.open("wb") as written:
+        written.write(len(content).to_bytes(8, "little") + content)
+        for file, start, end in ranges:
+            before = written.tell()
+            for piece in file.stream(start, end):
+                written.write(piece)
+                bar.update(len(piece))
+            if written.tell() - before != end - start:
+                raise ValueError(f"{file} ends before its tensors: try again.")
 
 
 def tensor_files(source: str) -> list[TensorFile]:

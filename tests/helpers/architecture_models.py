@@ -27,8 +27,10 @@ def architectures() -> list[str]:
     return sorted(path.stem for path in files if defines.search(path.read_text(encoding="utf-8")))
 
 
-def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
+def tiny_architecture(name: str, *, tied: bool, seed: int = 0, **changes) -> nn.Module:
     """A random float32 model of a few layers, not evaluated; some do not care for ``tied``.
+
+    ``changes`` are other values of its configuration.
 
     Raises:
         ImportError: If mlx-lm cannot import the architecture here.
@@ -43,6 +45,7 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
     own = OVERRIDES.get(name, {})
     own = own(tied) if callable(own) else own
     config = COMMON | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | own
+    config |= changes
     known = architecture.ModelArgs.__dataclass_fields__
     whole = config | {"text_config": config}
     config = {key: value for key, value in whole.items() if key in known}

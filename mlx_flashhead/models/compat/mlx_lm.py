@@ -129,3 +129,31 @@ def batch_response(**fields: Any) -> BatchResponse:
 def as_stop_sequences(stops: Any) -> Any:
     """A sequence's stops, whichever version's they are: 0.31 has state machines."""
     return StopSequences(stops) if hasattr(stops, "make_state") else stops
+
+
+def keys_by_layer_type(
+    layers: list[Any], caches: list[Any]
+) -> tuple[dict[str, tuple[Any, Any]], int]:
+    """The keys and values of the last layer of each type that has a cache of its own.
+
+    Args:
+        layers: Of a model, each with a ``layer_type``. Later layers may have no caches.
+        caches: Of a text alone, or of one that is alone in a batch.
+
+    Returns:
+        Keys and values (1, H, n, D) in the order of the text, by type; and the text's length.
+    """
+    found = {}
+    n_tokens = 0
+    for layer, cache in zip(layers, caches, strict=False):
+        alone = cache.extract(0) if hasattr(cache, "extract") else cache
+        n_tokens = alone.offset
+        if hasattr(alone, "_temporal_order"):
+            found[layer.layer_type] = (
+                alone._temporal_order(alone.keys),
+                alone._temporal_order(alone.values),
+            )
+        else:
+            whole = alone.keys[..., :n_tokens, :], alone.values[..., :n_tokens, :]
+            found[layer.layer_type] = whole
+    return found, n_tokens

@@ -3,9 +3,12 @@
 It is an extra, so that nothing here is imported before it is needed.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -84,3 +87,83 @@ def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, li
     if prompt_cache is None:
         prompt_cache = cache.make_prompt_cache(model.language_model, max_kv_size=limit)
     return ar.generation_stream, prompt_cache
+
+
+# Kinds of drafters that want the states with which a head is called, of models that mlx-lm has.
+DRAFTER_KINDS = (
+    "gemma4_assistant", "gemma4_unified_assistant", "glm4_moe_lite_mtp", "glm_moe_dsa_mtp",
+    "nemotron_h_mtp", "qwen3_5_mtp",
+)  # fmt: skip
+
+
+def available_drafters() -> list[str]:
+    """Those of `DRAFTER_KINDS` of which the installed mlx-vlm has the class."""
+    packages = {kind: f"mlx_vlm.speculative.drafters.{kind}" for kind in DRAFTER_KINDS}
+    return [kind for kind, name in packages.items() if hasattr(import_module(name), "Model")]
+
+
+def load_drafter(folder: Path) -> nn.Module:
+    """The drafter in a folder, evaluated."""
+    from mlx_vlm.speculative import drafters
+
+    module: Any = drafters.load_drafter(str(folder), "mtp")[0]
+    return module
+
+
+def drafter_splitter(config: dict[str, Any]) -> Any:
+    """Returns what finds the tensors of a model's own drafter among the model's.
+
+    It has ``output_model_type``, ``read_text_config(config)``, ``select_keys(name, text_config)``,
+    ``iter_selected(folder, text_config)`` and ``prepare(folder, source_config=…)``.
+
+    Args:
+        config: The model's config.json.
+
+    Returns:
+        The splitter; None of a model whose drafters mlx-vlm does not know.
+    """
+    from mlx_vlm.speculative.drafters.mtp_split import get_mtp_splitter
+
+    # code of a checkpoint is not run
+    return get_mtp_splitter(source_config={**config, "model_file": None})
+
+
+def drafter_of(config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:
+    """A drafter with the weights that :meth:`drafter_splitter` or a file gives it, evaluated."""
+    from mlx_vlm.utils import get_model_and_args, load_model_weights
+
+    package, _ = get_model_and_args(config)
+    made = package.Model(package.ModelConfig.from_dict(config))
+    return load_model_weights(made, config, weights, Path())
+
+
+def begun(drafter: nn.Module, target: Any, layers: list[Any]) -> Any:
+    """A drafter for one text, which shares the arrays of ``drafter``.
+
+    Args:
+        drafter: The drafter.
+        target: Has the parts of the target under the names that drafters look for.
+        layers: The caches of the drafter's layers, from which it goes on.
+    """
+    own: Any = copy.copy(drafter)
+    # mlx-vlm asks for a target of its own class; what must agree was compared when it was loaded
+    own.validate_target_compatibility = lambda target: None
+    own.reset(target)
+    if layers:
+        own._cache = layers
+        own._next_position = _length(layers[0])
+    return own
+
+
+def take_back(drafter: Any, n: int) -> None:
+    """Takes the last ``n`` pairs back from a drafter of :func:`begun`, and what it drafted next."""
+    for layer in drafter._cache:
+        layer.trim(n)
+    drafter._next_position = _length(drafter._cache[0])
+    drafter._seed_token = drafter._seed_hidden = None
+
+
+def _length(layer: Any) -> int:
+    """Tokens in a cache, or in the first one of several."""
+    parts = getattr(layer, "caches", None)
+    return int(_length(parts[0]) if parts else layer.offset)

@@ -1,0 +1,130 @@
+"""Loads what drafts for a model: a smaller model, a drafter that was trained with it, its MTP layer.
+
+No draft changes a text.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..models.compat.mlx_lm import load_tokenizer
+from ..models.fetch import resolve
+from ..models.install import get_flash_head
+from ..models.own_drafter import load_own_drafter
+from ..models.trained_drafter import (
+    TrainedDrafter,
+    check_drafter,
+    is_trained_drafter,
+    load_trained_drafter,
+    read_config,
+)
+from .head_options import DENSE, HeadOptions
+from .load import load_with_head
+
+# Without a model's weights and code.
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """What drafts, as a user chooses."""
+
+    model: str | None = None  # folder or repository of a smaller model, or of a trained drafter
+    mtp: str | Path | bool | None = None  # where the model's own MTP layer is; True: its original
+    probes: int | None = None  # clusters scored for each draft of a smaller model
+
+    def check(self, target: str) -> None:
+        """Checks what drafts for a target, before anything is loaded; raises as :func:`load`."""
+        if self.model is not None:
+            check_draft(self.model, target)
+
+    def load(
+        self, target: nn.Module, folder: Path, options: HeadOptions, *, trust_remote_code: bool
+    ) -> Any:
+        """What drafts for a model that is loaded; None if nothing does.
+
+        Args:
+            target: The model.
+            folder: Its folder.
+            options: Say how progress is shown.
+            trust_remote_code: Run a smaller model's own Python code.
+
+        Raises:
+            ValueError: If it cannot be had, or was trained with another model.
+        """
+        if self.mtp:
+            say = options.say
+            return load_own_drafter(target, folder, self.mtp, say=say, progress=options.progress)
+        if self.model is None:
+            return None
+        drafter, _ = load_draft(
+            self.model, draft_probes=self.probes, trust_remote_code=trust_remote_code
+        )
+        if isinstance(drafter, TrainedDrafter):
+            drafter.check_target(target)
+        return drafter
+
+
+def load_draft(
+    path_or_hf_repo: str, *, draft_probes: int | None = None, trust_remote_code: bool = False
+):
+    """Loads a draft model, or a drafter that was trained with its target.
+
+    A draft model comes with its FlashHead if it has one. None is built. The target verifies each
+    draft, so few probes will do: by default a tenth of the head's bytes (docs/drafts.md).
+
+    Args:
+        path_or_hf_repo: Folder or Hugging Face repository of a smaller model, or of a trained
+            drafter: an MTP layer, or an assistant of Gemma 4. The latter need mlx-vlm.
+        draft_probes: Clusters scored for each draft of a smaller model.
+        trust_remote_code: Run a smaller model's own Python code.
+
+    Returns:
+        ``(model, tokenizer)``. A trained drafter has the tokens of its target, and None as its
+        tokenizer.
+
+    Raises:
+        ValueError: If the model does not exist, its FlashHead is damaged, it has none and probes
+            are chosen, or such a drafter cannot draft for models of mlx-lm.
+    """
+    folder = resolve(path_or_hf_repo)
+    if is_trained_drafter(read_config(folder)):
+        if draft_probes is not None:
+            raise ValueError(
+                f"{path_or_hf_repo} drafts with its target's head: leave `draft_probes` out."
+            )
+        return load_trained_drafter(folder, path_or_hf_repo), None
+    model, tokenizer, _ = load_with_head(
+        folder,
+        HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True),
+        trust_remote_code=trust_remote_code,
+    )
+    if draft_probes is not None and get_flash_head(model) is None:
+        raise ValueError(f"{path_or_hf_repo} has no FlashHead: leave `draft_probes` out.")
+    return model, tokenizer
+
+
+def check_draft(draft: str, target: str) -> None:
+    """Checks that what drafts has the vocabulary of its target, before either is loaded.
+
+    Args:
+        draft: Folder or Hugging Face repository of a draft model, or of a trained drafter.
+        target: Folder or Hugging Face repository of the target.
+
+    Raises:
+        ValueError: If it has another one, if a drafter was trained with another model, or if one of
+            the models does not exist.
+    """
+    folders = [resolve(name, files=TOKENIZER_FILES) for name in (draft, target)]
+    config, target_config = map(read_config, folders)
+    if is_trained_drafter(config):
+        check_drafter(config, draft, target_config, target)
+        return
+    sizes = [load_tokenizer(folder).vocab_size for folder in folders]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`draft_model` {draft} has another vocabulary than {target} ({sizes[0]:,} and "
+            f"{sizes[1]:,} tokens): give a smaller model of the same family."
+        )

@@ -1,0 +1,144 @@
+"""A trained drafter in one text: it reads the target's states, and drafts from the latest one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .compat import mlx_lm
+from .compat import mlx_vlm as compat
+from .locate import find_embedding
+from .trained_drafter import TrainedDrafter
+
+Project = Callable[[mx.array], mx.array]  # states (1, L, D) → logits (1, 1, V) of the last one
+Choose = Callable[[mx.array, int], mx.array]  # logits (1, V) and a place of the text → token (1,)
+
+
+class _Target:
+    """The parts of a target under all the names at which mlx-vlm's drafters look for them."""
+
+    def __init__(self, model: nn.Module, project: Project):
+        embedding, holder = find_embedding(model)
+        whole: Any = model
+        self.embed_tokens = self.embeddings = embedding
+        self.embed_scale = float(getattr(holder, "embed_scale", 1.0))
+        self.lm_head = project
+        self.config = whole.args
+        self.model = self.backbone = self
+
+
+class DrafterInText:
+    """A drafter in one text. Everything is lazy.
+
+    A layer of it takes pairs: the target's state at a place, and the token at the next place. What
+    it drafts itself it takes with states of its own.
+
+    Args:
+        drafter: The drafter.
+        model: The target, of mlx-lm.
+        project: Makes the logits of drafts from states, where the drafter has no head of its own.
+        choose: Chooses the token of a place from its logits.
+        greedy: Whether that is the likeliest token.
+        layers: The caches of the drafter's layers, from which it goes on; None: new ones.
+    """
+
+    def __init__(
+        self,
+        drafter: TrainedDrafter,
+        model: nn.Module,
+        *,
+        project: Project,
+        choose: Choose,
+        greedy: bool,
+        layers: list[Any] | None = None,
+    ):
+        self._model: Any = model
+        self.layers = drafter.make_cache() if layers is None else layers
+        self._drafter: Any = compat.begun(drafter.module, _Target(model, project), self.layers)
+        self._choose = choose
+        self._greedy = greedy
+        self._place = 0  # for which the next token is chosen
+        self._drafts = mx.zeros((1, 0), mx.uint32)  # the latest ones, whose pairs it holds
+
+    def read(self, tokens: mx.array, states: mx.array, place: int) -> None:
+        """Takes pairs, and drafts the token after the last one.
+
+        Args:
+            tokens: (n,), each the one after a state. They may not be computed yet.
+            states: (n, D) of the target.
+            place: The text's place after the last token.
+        """
+        if not self.layers:
+            return
+        self._place = place
+        self._drafter.accept_verified_tokens(
+            states[None],
+            tokens[None],
+            len(tokens),
+            [],
+            self._sample,
+            mx.uint32,
+            greedy=self._greedy,
+        )
+
+    def draft(
+        self, latest: mx.array, state: mx.array, n: int, place: int, caches: list[Any]
+    ) -> mx.array:
+        """Drafts the ``n`` tokens after the latest one, (n,) uint32.
+
+        Args:
+            latest: (1,), the latest token, with which the last pair ends.
+            state: (1, D), the target's state that has chosen it.
+            n: How many.
+            place: The text's place of the first one.
+            caches: The target's, for a drafter that reads these.
+        """
+        self._place = place
+        if self.layers:
+            self._place += 1  # its first token is drafted already
+        else:
+            keys, n_tokens = mlx_lm.keys_by_layer_type(self._model.layers, caches)
+            self._drafter.set_shared_kv(keys, n_tokens, position=n_tokens - 1)
+        drafts: mx.array = self._drafter.draft_block(
+            latest, state[None], None, n + 1, self._sample, mx.uint32, greedy=self._greedy
+        )
+        self._drafts = drafts.astype(mx.uint32)
+        return self._drafts[0]
+
+    def accept(self, n_right: int, states: mx.array, token: int, place: int) -> None:
+        """Keeps the first drafts, takes back the others, and reads on with the target's states.
+
+        Args:
+            n_right: How many drafts were right.
+            states: (T, D) of the step that took the latest token and the drafts.
+            token: The one that was chosen after the last right draft.
+            place: The text's place after that token.
+        """
+        if not self.layers:
+            return
+        self._place = place
+        self._drafter.accept_verified_tokens(
+            states[None],
+            self._drafts,
+            n_right,
+            [token],
+            self._sample,
+            mx.uint32,
+            greedy=self._greedy,
+        )
+
+    def forget_drafts(self) -> None:
+        """Takes all of the latest drafts back."""
+        if self.layers:
+            self._drafter.accept_verified_tokens(None, self._drafts, 0, [], None, mx.uint32)
+
+    def take_back(self, n_pairs: int) -> None:
+        """Takes the last pairs back."""
+        compat.take_back(self._drafter, n_pairs)
+
+    def _sample(self, logits: mx.array) -> mx.array:
+        """Chooses the next place's token: logits (1, 1, V) → (1, 1)."""
+        token = self._choose(logits[:, -1], self._place)
+        self._place += 1
+        return token[None].astype(mx.uint32)
