@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from .decoding.sampler import make_sampler
     from .head.flash_head import FlashHead
     from .index.settings import FlashHeadConfig
+    from .loading.drafts import load_draft
     from .loading.load import attach, load, sharded_load
     from .models.install import detach, get_flash_head
     from .structured.processor import grammar_processor
 
 __all__ = [
     "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",
-    "generate", "get_flash_head", "grammar_processor", "load", "make_sampler",
-    "sharded_load", "stream_generate",
+    "generate", "get_flash_head", "grammar_processor", "load", "load_draft",
+    "make_sampler", "sharded_load", "stream_generate",
 ]  # fmt: skip
 
 # Imported at first use: mlx-lm takes a second, which `--help` and `--version` do without.
@@ -37,6 +38,7 @@ _MODULES = {
     "conversion.pipeline": ("convert",),
     "head.flash_head": ("FlashHead",),
     "index.settings": ("FlashHeadConfig",),
+    "loading.drafts": ("load_draft",),
     "loading.load": ("attach", "load", "sharded_load"),
     "decoding.generation": ("batch_generate", "generate", "stream_generate"),
     "decoding.sampler": ("make_sampler",),

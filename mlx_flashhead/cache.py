@@ -21,9 +21,9 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.cache``."""
     parser = Parser(
         prog="mlx_flashhead.cache",
-        description="List the FlashHeads and finer heads that are kept on this machine since the "
-        "first use of a model, remove some, measure their speed, or build one. They are in "
-        "$MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
+        description="List the FlashHeads, finer heads and MTP layers that are kept on this machine "
+        "since the first use of a model, remove some, measure their speed, or build one. They are "
+        "in $MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
     )
     group = parser.add_mutually_exclusive_group()
     remove = "Remove what is kept for these models, or under identifiers that begin like this."
@@ -84,6 +84,8 @@ def _row(head: "Entry") -> tuple[str, ...]:
     model = printable(head.model)
     if head.is_fine_head:
         model += f", head of {head.path.stem.rpartition('-')[2]} bits"
+    elif head.is_drafter:
+        model += ", MTP layer"
     built = time.strftime("%Y-%m-%d", time.localtime(head.path.stat().st_mtime))
     speeds = ""
     if head.config is not None:

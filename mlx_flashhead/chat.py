@@ -15,12 +15,14 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.chat``."""
     parser = Parser(prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead.")
     flags.add_model_flags(parser)
+    flags.add_draft_flags(parser.add_argument)
     flags.add_answer_flags(parser, max_tokens=256, seed=SEED)
     parser.add_argument(
         "--resume", action="store_true", help="Continue the last conversation at a terminal."
     )
     group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
+    flags.add_draft_probes(group.add_argument)
     group.add_argument("--dense", action="store_true", help="Begin with the normal (dense) head.")
     return parser
 
@@ -34,6 +36,7 @@ def _check_arguments(parser: Parser, args: Namespace) -> None:
             "--resume continues a conversation that has its own system prompt: leave "
             "--system-prompt out"
         )
+    flags.check_draft_flags(parser, args)
     flags.check_before_loading(args)
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
     from .loading.background import IdleBuild, background_build
+    from .loading.drafts import DraftOptions
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
     from .models.fetch import resolve
@@ -57,6 +61,8 @@ def main() -> None:
 
     resumed = last_conversation() if args.resume else []
     choices = HeadOptions.from_flags(args, dense=args.dense)
+    drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
+    drafting.check(args.model)
     folder = resolve(args.model)
     model, tokenizer, _ = load_with_head(
         folder,
@@ -67,9 +73,14 @@ def main() -> None:
     )
     if args.n_probes and (args.dense or args.no_build) and get_flash_head(model) is None:
         raise ValueError(NO_FLASH_HEAD)
+    draft_model = drafting.load(model, folder, choices, trust_remote_code=args.trust_remote_code)
     mx.random.seed(args.seed)
     conversation = Conversation(
-        model, tokenizer, system_prompt=args.system_prompt, max_kv_size=args.max_kv_size
+        model,
+        tokenizer,
+        system_prompt=args.system_prompt,
+        max_kv_size=args.max_kv_size,
+        draft_model=draft_model,
     )
     if resumed:
         conversation.replace(resumed)
@@ -105,6 +116,7 @@ def _answer_options(args: Namespace, tokenizer: Any) -> dict[str, Any]:
         "verify": not args.no_verify,
         "max_wait": args.max_wait,
         "lookup": args.lookup,
+        "num_draft_tokens": args.num_draft_tokens,
         "sampler": sampler,
     }
 

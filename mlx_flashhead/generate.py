@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .common import flags
-from .common.arguments import Parser, whole_number
+from .common.arguments import Parser
 from .common.command import command
 from .common.interrupts import ctrl_c_raises
 from .common.terminal import printable_output
@@ -25,7 +25,7 @@ from .structured.processor import GrammarProcessor
 EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.
 ALONE = (
-    "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
+    "adapter_path", "draft_model", "mtp", "prompt_cache_file", "image", "quantize_activations",
     "fine_head",
 )  # fmt: skip
 
@@ -36,14 +36,11 @@ def make_parser() -> Parser:
     parser = Parser(prog="mlx_flashhead.generate", description=about)
     flags.add_model_flags(parser)
     flags.add_prompt_flags(parser)
+    flags.add_draft_flags(parser.add_argument)
     flags.add_answer_flags(parser, max_tokens=100, seed=None)
     group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
-    group.add_argument(
-        "--draft-probes",
-        type=whole_number(1),
-        help="Clusters scored for each drafted token (default: a tenth of its head, in bytes).",
-    )
+    flags.add_draft_probes(group.add_argument)
     group.add_argument(
         "--dense", action="store_true", help="Use the normal (dense) head, for comparison."
     )
@@ -102,10 +99,6 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
             "--draw-probes disregards the form of the text: leave it out",
         ),
         (
-            args.draft_probes is not None and not drafts,
-            "--draft-probes is for a draft model: add --draft-model, or leave it out",
-        ),
-        (
             args.pipeline and not several,
             "--pipeline needs several processes: start them with mlx.launch",
         ),
@@ -129,6 +122,7 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     for wrong, sentence in mistakes:
         if wrong:
             parser.error(sentence)
+    flags.check_draft_flags(parser, args)
     text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     args.prompt_text = sys.stdin.read() if text == "-" else text
     if not args.prompt_text:
@@ -231,15 +225,16 @@ def _load(
     args: Namespace, processes: mx.distributed.Group, options: Any, cache: _PromptCache | None
 ) -> _Loaded:
     """The model with its FlashHead, its tokenizer, and the draft model."""
-    from .loading.load import check_draft, load_dense_head, load_draft, load_with_head
+    from .loading.drafts import DraftOptions
+    from .loading.load import load_dense_head, load_with_head
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
     name: str = cache.model if cache is not None else args.model
     tokenizer_config = {} if cache is None else dict(cache.tokenizer_config)
     tokenizer_config["trust_remote_code"] = args.trust_remote_code
-    if args.draft_model is not None:
-        check_draft(args.draft_model, name)
+    drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
+    drafting.check(name)
     if processes.size() > 1:
         loaded = _load_part(args, processes, name, tokenizer_config)
     else:
@@ -258,12 +253,9 @@ def _load(
             raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
     for token in args.extra_eos_token:
         loaded.tokenizer.add_eos_token(token)
-    if args.draft_model is not None:
-        loaded.draft_model, _ = load_draft(
-            args.draft_model,
-            draft_probes=args.draft_probes,
-            trust_remote_code=args.trust_remote_code,
-        )
+    loaded.draft_model = drafting.load(
+        loaded.model, loaded.folder, options, trust_remote_code=args.trust_remote_code
+    )
     return loaded
 
 

@@ -41,8 +41,9 @@ class ChatAnswer:
 class Conversation:
     """Questions and answers in turn, with any model and mlx-lm's wrapper of its tokenizer.
 
-    The cache keeps ``max_kv_size`` tokens (default: all), the first four and the newest. ValueError
-    if the tokenizer has no chat template, or the template takes no system prompt.
+    The cache keeps ``max_kv_size`` tokens (default: all), the first four and the newest. A
+    ``draft_model`` guesses the answers' next tokens, as of :func:`stream_generate`. ValueError if
+    the tokenizer has no chat template, or the template takes no system prompt.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Conversation:
         *,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
+        draft_model: Any = None,
     ):
         if not tokenizer.has_chat_template:
             raise ValueError(
@@ -61,6 +63,7 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self._max_kv_size = max_kv_size
+        self._draft_model = draft_model
         system = {"role": "system", "content": system_prompt or ""}
         self._start: list[Message] = [] if system_prompt is None else [system]
         self.reset()
@@ -95,6 +98,7 @@ class Conversation:
                 raise KeyboardInterrupt
 
         kwargs |= {"prompt_cache": self.cache, "prompt_progress_callback": progress}
+        kwargs["draft_model"] = self._draft_model
         rest = prompt[answer.n_cached :]
         stream = stream_generate(self.model, self.tokenizer, rest, logprobs=False, **kwargs)
         self.cached_ids = list(prompt)
@@ -125,6 +129,8 @@ class Conversation:
 
     def _clear_cache(self) -> None:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
+        if self._draft_model is not None:
+            self.cache += make_prompt_cache(self._draft_model, self._max_kv_size)
         self.cached_ids = []  # that were put in, dropped ones included
 
     def _trim_cache(self, prompt: list[int]) -> int:

@@ -4,6 +4,7 @@ mlx-lm's own parsers would take a second to import.
 """
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -161,13 +162,55 @@ def add_prompt_flags(parser: Any) -> None:
         default=5000,
         help="First token whose cache is quantized (default: %(default)s).",
     )
-    add("--draft-model", help="A smaller model that drafts, with its FlashHead if it has one.")
+
+
+def add_draft_flags(add: Callable[..., Any], most: float = math.inf) -> None:
+    """Adds what drafts the next tokens, by a parser's or a group's ``add_argument``.
+
+    Args:
+        add: That.
+        most: The largest number of drafts at a time that a user may choose.
+    """
+    add(
+        "--draft-model",
+        metavar="FOLDER_OR_REPO",
+        help="Guess the next tokens by this, which leaves the text as it is: a smaller model, an "
+        "MTP layer, or an assistant of Gemma 4.",
+    )
+    add(
+        "--mtp",
+        nargs="?",
+        const=True,
+        type=lambda text: text or True,
+        metavar="SOURCE",
+        help="Guess the next tokens by the model's own MTP layer, which leaves the text as it is: "
+        "from its folder, else from its original, of which no more is fetched, once. SOURCE is a "
+        "repository or a folder (without a value: the original that the model names).",
+    )
     add(
         "--num-draft-tokens",
-        type=whole_number(1),
+        type=whole_number(1, most),
         default=3,
-        help="Tokens that are drafted at a time (default: %(default)s).",
+        help="Most tokens that are guessed at a time (default: %(default)s).",
     )
+
+
+def add_draft_probes(add: Callable[..., Any]) -> None:
+    """Adds how a smaller model's FlashHead drafts."""
+    add(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each token that a smaller model drafts (default: a tenth of its "
+        "head, in bytes).",
+    )
+
+
+def check_draft_flags(parser: Any, args: Namespace) -> None:
+    """Ends the command with a sentence if the flags of :func:`add_draft_flags` do not agree."""
+    if args.mtp and args.draft_model is not None:
+        parser.error("--mtp and --draft-model both guess the next tokens: give one of them")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
 
 
 def add_source_options(group: Any, no_build: str | None = None) -> None:

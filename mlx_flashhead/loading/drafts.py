@@ -1,4 +1,4 @@
-"""Loads what drafts for a model: a smaller model, a drafter that was trained with it, its MTP layer.
+"""Loads what drafts for a model: a smaller one, or a drafter that was trained with it.
 
 No draft changes a text.
 """
@@ -68,9 +68,13 @@ class DraftOptions:
 
 
 def load_draft(
-    path_or_hf_repo: str, *, draft_probes: int | None = None, trust_remote_code: bool = False
+    path_or_hf_repo: str,
+    *,
+    mtp_of: nn.Module | None = None,
+    draft_probes: int | None = None,
+    trust_remote_code: bool = False,
 ):
-    """Loads a draft model, or a drafter that was trained with its target.
+    """Loads what drafts for a model: a smaller one, or a drafter that was trained with it.
 
     A draft model comes with its FlashHead if it has one. None is built. The target verifies each
     draft, so few probes will do: by default a tenth of the head's bytes (docs/drafts.md).
@@ -78,6 +82,7 @@ def load_draft(
     Args:
         path_or_hf_repo: Folder or Hugging Face repository of a smaller model, or of a trained
             drafter: an MTP layer, or an assistant of Gemma 4. The latter need mlx-vlm.
+        mtp_of: A model that is loaded, whose own MTP layer is wanted: the path is its own then.
         draft_probes: Clusters scored for each draft of a smaller model.
         trust_remote_code: Run a smaller model's own Python code.
 
@@ -90,6 +95,9 @@ def load_draft(
             are chosen, or such a drafter cannot draft for models of mlx-lm.
     """
     folder = resolve(path_or_hf_repo)
+    if mtp_of is not None:
+        say = HeadOptions().say
+        return load_own_drafter(mtp_of, folder, say=say), None
     if is_trained_drafter(read_config(folder)):
         if draft_probes is not None:
             raise ValueError(

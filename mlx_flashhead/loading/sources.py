@@ -1,7 +1,8 @@
 """Where a model's FlashHead comes from: from the user, from the model's folder, or from the cache.
 
-A cache entry is a folder, or a file of a finer head. Its name is the fingerprint of a head's rows
-and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
+A cache entry is a folder, or a file of a finer head or of a model's MTP layer. Its name is the
+fingerprint of a head's rows and a number, so a moved or renamed model finds its own. Nothing of
+another name is touched.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
 from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import FINE_HEADS, HOME_VARIABLE, SPEEDS, home, resolve
+from ..models.fetch import DRAFTERS, FINE_HEADS, HOME_VARIABLE, SPEEDS, home, resolve
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
@@ -33,6 +34,7 @@ INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
+    DRAFTERS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
     SPEEDS: re.compile(r"[0-9a-f]{24}\.json"),
 }
 
@@ -72,16 +74,21 @@ def explicit_head(options: HeadOptions, folder: Path | None = None) -> StoredHea
 
 @dataclass(frozen=True)
 class Entry:
-    """A cached FlashHead, or a finer head."""
+    """A cached FlashHead, a finer head, or a model's MTP layer."""
 
     path: Path
     model: str  # its name
-    config: FlashHeadConfig | None = None  # None for a finer head, and for a damaged FlashHead
+    config: FlashHeadConfig | None = None  # None for the others, and for a damaged FlashHead
 
     @property
     def is_fine_head(self) -> bool:
         """Whether this is a finer head."""
-        return self.path.suffix == ENDING
+        return self.path.parent.name == FINE_HEADS
+
+    @property
+    def is_drafter(self) -> bool:
+        """Whether this is a model's MTP layer."""
+        return self.path.parent.name == DRAFTERS
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +104,7 @@ class Entry:
         Returns:
             Whether its folder is gone, which it is not if it holds other files.
         """
-        is_one_file = self.is_fine_head or self.path.is_symlink()
+        is_one_file = self.path.suffix == ENDING or self.path.is_symlink()
         files_of_it = [self.path] if is_one_file else [self.path / name for name in INDEX_FILES]
         for file in files_of_it:
             file.unlink(missing_ok=True)
@@ -109,7 +116,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All cached FlashHeads and finer heads, the latest first."""
+    """All cached FlashHeads, finer heads and MTP layers, the latest first."""
     found = []
     for path in _cached(INDEX_FOLDER):
         if any((path / name).exists() for name in INDEX_FILES):
@@ -118,7 +125,7 @@ def entries() -> list[Entry]:
                 config = files.read_settings(path)
                 entry = Entry(path, str(config.recipe.get("model", "unknown")), config)
             found.append(entry)
-    for path in _cached(FINE_HEADS):
+    for path in [*_cached(FINE_HEADS), *_cached(DRAFTERS)]:
         about: Any = (None, {})
         with suppress(RuntimeError, ValueError, OSError):
             about = mx.load(str(path), return_metadata=True)

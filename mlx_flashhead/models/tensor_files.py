@@ -181,11 +181,11 @@ def read_json(source: str, name: str) -> dict[str, Any]:
     path = Path(os.path.expanduser(source))
     file = path / name
     if not path.exists():
-        try:
-            with hub_errors(source):
+        with hub_errors(source):
+            try:
                 file = Path(huggingface_hub.hf_hub_download(source, name))
-        except errors.RemoteEntryNotFoundError:
-            return {}
+            except errors.RemoteEntryNotFoundError:
+                return {}
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_bytes())
         if isinstance(content, dict):

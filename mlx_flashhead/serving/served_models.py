@@ -16,8 +16,9 @@ from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
+from ..loading.drafts import DraftOptions
 from ..loading.head_options import LATER, HeadOptions
-from ..loading.load import load_draft, load_with_head
+from ..loading.load import load_with_head
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache, maybe_quantize_kv_cache
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
@@ -124,14 +125,12 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
     tokenizer_config: dict[str, Any] = {"trust_remote_code": trusted}
     adapter_path: str | None = args.adapter_path if default else None
     choices = HeadOptions.from_flags(args, dense=args.dense)
-    draft_model: nn.Module | None = None
+    drafting = DraftOptions()
     if default:
         if args.chat_template:
             tokenizer_config["chat_template"] = args.chat_template
-        if args.draft_model:
-            draft_model, _ = load_draft(
-                args.draft_model, draft_probes=args.draft_probes, trust_remote_code=trusted
-            )
+        drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
+        drafting.check(path_or_repo)
     else:  # a source is one model's
         fine_head = choices.fine_head if choices.fine_head is True else None
         choices = replace(choices, flash_head=None, n_probes=None, fine_head=fine_head)
@@ -151,10 +150,12 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
             tokenizer_config=tokenizer_config,
             trust_remote_code=trusted,
         )
+    draft_model = drafting.load(model, folder, choices, trust_remote_code=trusted)
     context = args.context_size or context_of(settings, tokenizer)
     if args.kv_bits is not None and args.quantized_kv_start < context:
-        for each in filter(None, (model, draft_model)):
-            check_quantized_cache(each, args.kv_bits, args.kv_group_size)
+        for each in (model, draft_model):
+            if isinstance(each, nn.Module):  # a trained drafter's caches stay as they are
+                check_quantized_cache(each, args.kv_bits, args.kv_group_size)
     later = choices.missing == LATER
     build = background_build(model, tokenizer, folder, choices, BackgroundBuild) if later else None
     return ServedModel(

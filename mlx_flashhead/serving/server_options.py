@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..common.flags import MAX_WAIT, add_answering_options, add_lookup_flag
+from ..common.flags import (
+    MAX_WAIT,
+    add_answering_options,
+    add_draft_flags,
+    add_draft_probes,
+    add_lookup_flag,
+    check_draft_flags,
+)
 
 Add = Callable[..., Any]  # a group's add_argument
 LOCAL = "127.0.0.1"
@@ -59,18 +66,8 @@ def _add_models(group: Any) -> None:
         help="Take the normal (dense) head, unless a request says otherwise.",
     )
     add("--adapter-path", help="Folder of LoRA adapters for --model.")
-    add("--draft-model", help="A model that drafts tokens for --model.")
-    add(
-        "--draft-probes",
-        type=whole_number(1),
-        help="Clusters scored for each drafted token (default: a tenth of its head, in bytes).",
-    )
-    add(
-        "--num-draft-tokens",
-        type=whole_number(1, 64),
-        default=3,
-        help="Tokens drafted at once (default: %(default)s).",
-    )
+    add_draft_flags(add, most=64)
+    add_draft_probes(add)
     add("--trust-remote-code", action="store_true", help="Run these models' own Python code.")
     add("--chat-template", help="A chat template that replaces the one of --model.")
     add(
@@ -240,8 +237,7 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--model is needed: give a folder or a repository of a model")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
-    if args.draft_probes is not None and args.draft_model is None:
-        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
+    check_draft_flags(parser, args)
     if args.host is None:
         args.host = "0.0.0.0" if args.lan else LOCAL
     elif args.lan and is_loopback(args.host):

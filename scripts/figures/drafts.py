@@ -31,7 +31,7 @@ from mlx_flashhead.head.draws import rows
 from mlx_flashhead.head.draws.noise import position_key
 from mlx_flashhead.head.matrix import as_float32, to_mlx
 from mlx_flashhead.head.steps import Candidates
-from mlx_flashhead.loading.load import load_draft
+from mlx_flashhead.loading.drafts import load_draft
 from mlx_flashhead.models.cpu_products import numpy_products
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense

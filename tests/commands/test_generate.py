@@ -117,7 +117,7 @@ def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, t
 
 def test_draft_models(run, generated, refused, dense, converted, right, monkeypatch):
     """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
-    module = importlib.import_module("mlx_flashhead.loading.load")
+    module = importlib.import_module("mlx_flashhead.loading.drafts")
     drafts = []
     load_draft = module.load_draft
 
@@ -149,8 +149,9 @@ def test_draft_models(run, generated, refused, dense, converted, right, monkeypa
 def test_a_draft_model_with_another_vocabulary_is_refused_at_once(
     refused, dense, converted, monkeypatch
 ):
-    module = importlib.import_module("mlx_flashhead.loading.load")
-    monkeypatch.setattr(module, "load_dense", lambda *_, **__: pytest.fail("loaded"))
+    load = importlib.import_module("mlx_flashhead.loading.load")
+    monkeypatch.setattr(load, "load_dense", lambda *_, **__: pytest.fail("loaded"))
+    module = importlib.import_module("mlx_flashhead.loading.drafts")
     load_tokenizer = module.load_tokenizer
 
     def other_for_drafts(folder):
