@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from architecture_configs import COMMON
+from architecture_configs import COMMON, HIDDEN_SIZE
 from architecture_models import OVERRIDES, stirred, tiny_architecture
+from mlx_flashhead.models.locate import find_head
 from mlx_flashhead.models.trained_drafter import TrainedDrafter
 
 DENSE = {"num_experts": 0}
@@ -52,7 +53,10 @@ def drafter_config(family: str) -> dict:
 
 def tiny_module(family: str, seed: int = 0) -> nn.Module:
     """A random drafter of mlx-vlm."""
-    config = drafter_config(family)
+    return _module(drafter_config(family), seed)
+
+
+def _module(config: dict, seed: int) -> nn.Module:
     package = importlib.import_module(f"mlx_vlm.speculative.drafters.{config['model_type']}")
     mx.random.seed(seed)
     module = package.Model(package.ModelConfig.from_dict(config))
@@ -72,3 +76,51 @@ def write_drafter(folder: Path, family: str, **changes) -> Path:
     config = drafter_config(family) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def exact_pair(family: str, *, noise: float = 0.0, seed: int = 0, **changes):
+    """A model whose next token follows from its latest one, and a drafter that knows it.
+
+    The model's layers add nothing to the embedding of a token, and the drafter passes it on.
+
+    Args:
+        family: Theirs.
+        noise: Of the drafter's embeddings. With some, a part of its drafts is wrong.
+        seed: Of the weights.
+        **changes: Of the model's configuration.
+    """
+    model = tiny_target(family, seed=seed, **changes)
+    config = drafter_config(family)
+    if family == "gemma4":  # as wide as its target, whose head it has
+        config |= {"tie_word_embeddings": False}
+        config["text_config"] |= {"hidden_size": HIDDEN_SIZE}
+    config["text_config"] |= changes
+    module = _module(config, seed)
+    adds_nothing(model)
+    adds_nothing(module)
+    weights = dict(tree_flatten(module.parameters()))
+    (entry,) = (name for name in weights if name.endswith(ENTRIES))
+    width = weights[entry].shape[0]
+    passing = mx.concatenate([mx.eye(width), mx.zeros((width, width))], axis=1)
+    mx.random.seed(seed + 1)
+    changed = {entry: passing + noise * mx.random.normal(passing.shape) * (passing > 0)}
+    if family == "gemma4":
+        changed["lm_head.weight"] = find_head(model).module["weight"]
+    module.load_weights(list(changed.items()), strict=False)
+    return model, TrainedDrafter(module, config, f"exact/{family}")
+
+
+ENTRIES = ("fc.weight", "eh_proj.weight", "pre_projection.weight")
+OUTPUTS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
+OUTPUTS += ("per_layer_projection.weight",)
+
+
+def adds_nothing(model: nn.Module) -> None:
+    """Sets the last matrices of all layers to zero, and all norms to one."""
+    changed = {}
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith(OUTPUTS):
+            changed[name] = mx.zeros_like(array)
+        elif "norm" in name:
+            changed[name] = mx.ones_like(array)
+    model.load_weights(list(changed.items()), strict=False)
