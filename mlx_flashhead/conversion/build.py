@@ -45,7 +45,6 @@ def model_index(
     location: HeadLocation,
     options: IndexOptions,
     *,
-    drafted: Task[np.ndarray] | None = None,
     original: Matrix | None = None,
     step_seconds: float = math.inf,
 ) -> Task[FlashHeadIndex]:
@@ -58,8 +57,6 @@ def model_index(
         tokenizer: Its tokenizer.
         location: Its head.
         options: How the index is made, and what it is calibrated on.
-        drafted: Makes states of a drafter (N, D) float32, on which the index is calibrated in place
-            of the options' text.
         original: The rows before they were quantized.
         step_seconds: About how long the model works at once.
 
@@ -74,10 +71,7 @@ def model_index(
     about: dict[str, Any] = {"source": options.source}
     if options.quick:
         about["quick"] = True
-    if drafted is not None:
-        states = yield from drafted
-        about["source"] = "drafts"
-    elif options.source == BUILTIN:
+    if options.source == BUILTIN:
         states, next_ids, cut_short = yield from builtin_states(
             model,
             tokenizer,

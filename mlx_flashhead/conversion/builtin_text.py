@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Sequence
 from importlib import resources
-from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -133,12 +132,3 @@ def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[lis
         for number, window in enumerate(windows_of(text, BUILTIN_WINDOW)):
             placed.append((number, rng.random(), window))
     return [window for _, _, window in sorted(placed)]
-
-
-def builtin_requests() -> list[str]:
-    """What users say in the dialogues, and the beginnings of the documents, in turns."""
-    messages = [message for conversation in dialogues() for message in conversation]
-    kinds = [[message["content"] for message in messages if message["role"] == "user"]]
-    for texts in builtin_documents().values():
-        kinds.append([text[:BEGINNING] for text in texts])
-    return [text for turn in zip_longest(*kinds) for text in turn if text]

@@ -1,10 +1,10 @@
 """Hidden states at the head's input to calibrate on.
 
-They are states of built-in text, of a user's text, or of a drafter that answers requests.
+They are states of built-in text, or of a user's text.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..head.matrix import as_float32
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.locate import HeadLocation, recorded_hidden
@@ -25,9 +24,6 @@ TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 MIN_STEP = 16  # tokens, however long they take
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
-
-ANSWER_TOKENS = 64  # of a drafter
-DRAFTED_POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
 def text_states(
@@ -183,38 +179,3 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path} is empty: give a text of some pages.")
     return text
-
-
-def drafted_states(
-    location: HeadLocation,
-    answers: Iterable[Iterator[int]],
-    eos_token_ids: Iterable[int],
-    *,
-    seconds: float,
-) -> Task[np.ndarray]:
-    """Records hidden states of a drafter while it writes answers.
-
-    Args:
-        location: The drafter's head.
-        answers: The tokens of each answer, as they are written.
-        eos_token_ids: Tokens that end an answer.
-        seconds: The time limit.
-
-    Returns:
-        Up to 4,000 states (N, D) float32.
-    """
-    states = np.empty((0, location.rows().hidden_size), np.float32)
-    ends = frozenset(eos_token_ids)
-    deadline = monotonic() + seconds
-    for answer in answers:
-        with recorded_hidden(location) as recorded:
-            for token in answer:
-                if token in ends:
-                    break
-            drafted = [hidden.reshape(-1, hidden.shape[-1]) for hidden in recorded]
-            if drafted:
-                states = np.concatenate([states, as_float32(mx.concatenate(drafted))])
-        yield Progress("Recording drafts", sum(map(len, drafted)), DRAFTED_POSITIONS, "position")
-        if len(states) >= DRAFTED_POSITIONS or monotonic() > deadline:
-            break
-    return states[:DRAFTED_POSITIONS]

@@ -56,7 +56,6 @@ class DecodingPolicy:
     # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
     paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
-    drafts_only: bool = False  # whether the head only serves a draft model
     draft_probes: int | None = None  # clusters scored for a draft; None: the head's number
 
     def take(self, tuning: Tuning, *, always: bool = False) -> None:
@@ -94,8 +93,6 @@ def decoding_mode(
         return "dense: as requested"
     if head is None:
         return "dense: the model has no FlashHead"
-    if policy_of(head).drafts_only:
-        return "dense: its FlashHead only drafts"
     if not verify:
         return "unverified"
     if not is_recognised(model):

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 
 from ..common.command import sentence
@@ -55,7 +54,6 @@ def build_steps(
     options: HeadOptions,
     anew: bool = False,
     step_seconds: float = math.inf,
-    drafted: Task[np.ndarray] | None = None,
 ) -> Task[StoredHead]:
     """Builds a FlashHead in short parts, or waits for another process that builds it.
 
@@ -69,7 +67,6 @@ def build_steps(
         options: How the model gets its FlashHead.
         anew: Replace a FlashHead that there is, and take more time.
         step_seconds: About how long the model works at once.
-        drafted: Makes a drafter's states (N, D), which replace the states of a text.
 
     Returns:
         The FlashHead.
@@ -84,7 +81,7 @@ def build_steps(
         stored = None if anew else sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
-        how = _index_options(rows, anew=anew, of_drafter=drafted is not None)
+        how = _index_options(rows, anew=anew)
         how.check_size(rows.n_rows)
         origin = local_origin(source)
         minutes = max(1, math.ceil(round(expected_seconds(rows, how)) / 60))
@@ -97,14 +94,11 @@ def build_steps(
         yield Progress("", 0, 0, "")  # what is said comes before what takes time
         del rows
         recipe = make_recipe(how, origin, origin.result_name())
-        if drafted is not None:
-            del recipe["command"]  # no command converts a drafter of mlx-vlm
         index = yield from model_index(
             model,
             text_side(model, tokenizer),
             location,
             how,
-            drafted=drafted,
             step_seconds=step_seconds,
         )
         index = replace(index, config=replace(index.config, recipe=recipe))
@@ -150,11 +144,9 @@ def _locked(place: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
     return lock
 
 
-def _index_options(rows: Matrix, *, anew: bool, of_drafter: bool) -> IndexOptions:
+def _index_options(rows: Matrix, *, anew: bool) -> IndexOptions:
     """How an index is made at the first use of a model, or anew."""
     how = IndexOptions(quick=True)
-    if of_drafter:  # within a tenth of the head's bytes more tokens than with 16
-        how = replace(how, cluster_size=32)
     if anew:
         return replace(how, calibration_seconds=600.0)  # all of its text on a busy machine, too
     if expected_seconds(rows, how) > LONG_BUILD_SECONDS:

@@ -1,41 +1,27 @@
 """Loads any model with a FlashHead, or attaches one to a model in memory."""
 
 import warnings
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.builtin_text import builtin_requests
-from ..conversion.calibration import ANSWER_TOKENS, drafted_states
-from ..conversion.options import IndexOptions
 from ..decoding.policy import policy_of
-from ..decoding.random_state import random_key
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
-from ..interop.drafters import when_drafted
-from ..models.compat.mlx_vlm import drafted_answer
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
 from ..models.loading import load_dense, load_dense_part
-from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
+from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
-from ..models.templates import prompt_of
-from ..models.vlm import architecture, is_vlm, text_side
 from . import sources
 from .background import build_steps, finish
 from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored
-
-# of models of mlx-vlm, whose drafters may have heads of their own: their tokenizers and the choices
-_targets: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
 
 
 def load(
@@ -289,11 +275,7 @@ def attach_head(
     if stored is None:
         steps = build_steps(model, tokenizer, location, source=source, options=options)
         stored = finish(steps, options)
-    head = install_stored(model, stored, options, location)
-    if is_vlm(model):
-        _targets[head] = tokenizer, options
-        when_drafted(_attach_to_drafter)
-    return head
+    return install_stored(model, stored, options, location)
 
 
 def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions) -> None:
@@ -321,63 +303,3 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
             options.say(text)
         else:
             warnings.warn(text, stacklevel=2)
-
-
-def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
-    """Gives a drafter with a head of its own a FlashHead, where its target has one.
-
-    It is built from the drafter's states, as it drafts answers of the target.
-    """
-    head = get_flash_head(target)
-    if head is None or head not in _targets:  # as while the drafter drafts for its own build
-        return
-    known = _targets.pop(head)
-    tokenizer = known[0]
-    options = replace(known[1], n_probes=None, drafts=True)
-    try:
-        location = drafter_head(drafter, target)
-        if location is None or get_flash_head(location.module) is not None:
-            return
-        check_plain_product(location)
-        stored = sources.find(location.rows(), options.say)
-        if stored is None and options.missing == BUILD:
-            stored = _build_for_drafter(target, drafter, kind, tokenizer, location, options)
-        if stored is not None:
-            own = install_stored(drafter, stored, options, location)
-            n_probes = stored.index.config.draft_probes
-            own.projection = partial(FlashHead.draft_logits, n_probes=n_probes)
-            policy_of(own).drafts_only = True
-    except Exception as error:  # whatever it is, the drafter goes on with its own head
-        options.say(f"The drafter has no FlashHead: {error}")
-    finally:
-        _targets[head] = known
-
-
-def _build_for_drafter(
-    target: nn.Module,
-    drafter: nn.Module,
-    kind: str,
-    tokenizer: Any,
-    location: HeadLocation,
-    options: HeadOptions,
-) -> StoredHead:
-    """Builds the FlashHead of a drafter's own head, at ``location``."""
-    text = text_side(target, tokenizer)
-    prompts = (prompt_of(text, request) for request in builtin_requests())
-    drafting = partial(drafted_answer, target, drafter, kind, n_tokens=ANSWER_TOKENS)
-    drafted = drafted_states(
-        location,
-        map(drafting, prompts),
-        text.eos_token_ids,
-        seconds=IndexOptions.calibration_seconds,
-    )
-    with random_key((0, 0)):
-        steps = build_steps(
-            drafter,
-            tokenizer,
-            location,
-            source=Path(architecture(drafter)),
-            options=options,
-            drafted=drafted,
-        )
-        return finish(steps, options)

@@ -19,7 +19,7 @@ import numpy as np
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap, fit_logit_map
-from ..interop.drafters import keep_from_weights
+from ..interop.head_weights import keep_from_weights
 from .finer_head import restore_rows
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 from .vlm import forward, is_vlm
@@ -116,8 +116,7 @@ def install(
         ValueError: If there is a FlashHead already, the head is not supported, or an argument is
             not valid. The model is unchanged.
     """
-    # a drafter may hold the embedding of a target with a FlashHead
-    if get_flash_head(model if location is None else location.module) is not None:
+    if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
     if location is None:
         location = find_head(model)

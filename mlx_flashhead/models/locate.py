@@ -10,10 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..head.matrix import AFFINE, Matrix
-from .compat.mlx_vlm import own_head
 from .errors import UnsupportedHeadError
 from .observed import with_methods
 from .vlm import architecture, check_writes_text, forward, is_vlm
@@ -161,26 +159,6 @@ def find_embedding(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         if found and any(part is found[0] for part in dict.values(holder)):
             return found[0], holder
     raise UnsupportedHeadError(f"This {architecture(model)!r} model embeds tokens in no layer.")
-
-
-def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
-    """Finds where a drafter of mlx-vlm makes its logits.
-
-    Args:
-        drafter: The drafter.
-        target: The model that it drafts for.
-
-    Returns:
-        The place; None if its head is the target's, or retrieves.
-    """
-    head = own_head(drafter, target)
-    if head is None:
-        return None
-    module = head if isinstance(head, nn.Module) else head.__self__
-    parameters: Any = tree_flatten(drafter.parameters())
-    dtypes = [array.dtype for _, array in parameters if mx.issubdtype(array.dtype, mx.floating)]
-    method = LINEAR if module is head else EMBEDDING
-    return HeadLocation(module, _path_of(drafter, module), method, dtypes[0])
 
 
 def check_plain_product(location: HeadLocation) -> None:

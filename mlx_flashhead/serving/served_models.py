@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ..decoding.batch import check_batched_lookup
 from ..decoding.guessing.guesser import check_lookup
-from ..decoding.policy import decoding_mode, policy_of
+from ..decoding.policy import decoding_mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..head.flash_head import FlashHead
@@ -73,7 +73,7 @@ class ServedModel:
             return "dense: the draft model proposes tokens"
         if self.settings.max_wait == 0 and not dense:
             return "dense: --max-wait is 0"
-        if n_probes is not None and self.head and not policy_of(self.head).drafts_only:
+        if n_probes is not None and self.head:
             return "verified" if verify else "unverified"  # even where it is no faster
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"

@@ -262,7 +262,6 @@ def test_what_is_said_is_what_decodes(tiny, monkeypatch):
     for owner, name, value, said in (
         (policy_of(tiny.head), "dense", True, "verified"),
         (tiny, "settings", DecodingSettings(verify=False), "unverified"),
-        (policy_of(tiny.head), "drafts_only", True, "dense: its FlashHead only drafts"),
         (tiny, "settings", DecodingSettings(max_wait=0), "dense: --max-wait is 0"),
     ):
         with monkeypatch.context() as patch:

@@ -22,36 +22,6 @@ def too_old() -> str | None:
     return installed if parts < (0, 7, 8) else None
 
 
-def own_head(drafter: Any, target: Any) -> Any:
-    """Returns what makes a drafter's logits, if it is the drafter's own.
-
-    Returns:
-        A linear layer, or an embedding's ``as_linear``; None if it is the target's, or a retrieval
-        as of Gemma 4's assistant with centroids.
-    """
-    target = getattr(target, "language_model", target)
-    drafter.bind(target)
-    head = getattr(drafter, "_lm_head_fn", None) or getattr(drafter, "lm_head", None)
-    if head is None:  # a tied EAGLE-3
-        head = getattr(getattr(drafter, "embed_tokens", None), "as_linear", None)
-    layer = getattr(head, "__self__", head)
-    shared = any(layer is other for other in target.modules())
-    return head if isinstance(layer, nn.Module) and not shared else None
-
-
-def drafted_answer(
-    target: Any, drafter: Any, kind: str, prompt: list[int], n_tokens: int
-) -> Iterator[int]:
-    """Tokens of the target after a prompt, sampled if possible, in the loop with the drafter."""
-    from mlx_vlm.generate.ar import generate_step
-
-    options = {"max_tokens": n_tokens, "draft_model": drafter, "draft_kind": kind}
-    if not getattr(drafter, "requires_greedy_sampling", False):
-        options["temperature"] = 0.8  # the states of likely tokens alone are more alike
-    for token, _ in generate_step(mx.array([prompt]), target, None, None, **options):
-        yield int(token)
-
-
 # What makes a text of mlx-vlm's ``generate_step`` other than plain greedy decoding.
 _OTHERWISE = (
     "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "sampler",

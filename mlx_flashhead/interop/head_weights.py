@@ -1,6 +1,6 @@
-"""Hooks in mlx-vlm for models with drafters, put in place at the first such model.
+"""Hooks in mlx-vlm, put in place at the first of its models with a FlashHead.
 
-There is no other way: drafters read a head's weights, and meet their targets, inside of its loops.
+There is no other way: its loops, and its drafters in them, read a head's weights.
 """
 
 from collections.abc import Callable
@@ -8,22 +8,6 @@ from functools import cache, wraps
 from typing import Any
 
 from .replace import put_in_place
-
-
-@cache  # once per process
-def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
-    """Calls ``then`` with each model and its drafter and the drafter's kind, before a prompt."""
-
-    def checked(original: Any) -> Any:
-        @wraps(original)
-        def validate(target_model: Any, draft_model: Any, draft_kind: Any) -> None:
-            original(target_model, draft_model, draft_kind)
-            then(target_model, draft_model, draft_kind)
-
-        return validate
-
-    # each loop for one text calls this with its drafter, and so does the server once
-    put_in_place("mlx_vlm.speculative.drafters.validate_drafter_compatibility", checked)
 
 
 @cache  # once per process
