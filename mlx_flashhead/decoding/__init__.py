@@ -10,8 +10,8 @@
 
 A text that decodes alone may take several tokens a step:
 
-    guess    ← a grammar, draft_model.py or lookup.py                       guesses.py
-    states   ← twin(latest token and guess, stand-ins for the caches)       wide.py
+    guess    ← the offer that gains most, of a grammar, a lookup, a model   guessing/
+    states   ← twin(latest token and guess, stand-ins for the caches)       wide/
     accepted as far as the guess is what is chosen                          decoder.py
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
-from .guessing.guesser import check_lookup, guesser_of
+from .guessing.guesses import check_lookup, guesses_of
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
@@ -299,7 +299,7 @@ class _Texts:
         text = self._texts[sequence.uid]
         if len(self) == 1 and not text.decoded_alone:
             text.decoded_alone = True
-            sequence.guesser = guesser_of(self._proposer, text.prompt)
+            sequence.guesses = guesses_of(self._proposer, [*text.prompt, *sequence.fed])
 
     def _hand_out(self) -> list[Response]:
         """Hands out one accepted token of each text that has one.

@@ -23,7 +23,8 @@ import mlx.core as mx
 from ..wide.twin import NoWideStepError
 from .caches import BatchCaches, OwnCaches, Snapshot, rollback
 from .dense_choice import choose_densely
-from .guessing.guesser import Guess, Guesser
+from .guessing.guesser import Guess, LatestToken
+from .guessing.guesses import Guesses
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
@@ -123,7 +124,7 @@ class Decoder:
             pays
             and (n_texts == 1 or n_texts <= proposer.max_batch)
             and not self.several_draw
-            and not (sequence.guesser is not None and sequence.guesser.drafts)
+            and not sequence.guessed_instead
             and proposer.pays(sequence, n_texts)
             and proposer.can_verify(sequence)
         )
@@ -143,11 +144,13 @@ class Decoder:
         guess = self._guess(latest)
         single = guess is None or not self._take_wide_step(self.sequences[0], latest, guess)
         if single:
-            self._latest = self._step(self.sequences, self.caches.layers, latest)
+            self._latest, states = self._step(self.sequences, self.caches.layers, latest)
             self._latest_token = None
             tokens = cast(list[int], latest.tolist())
-            for sequence, token in zip(self.sequences, tokens, strict=True):
+            for row, (sequence, token) in enumerate(zip(self.sequences, tokens, strict=True)):
                 sequence.pending[sequence.n_read].read(token)
+                if sequence.guesses is not None:
+                    sequence.guesses.hear([token], _row(states, row))
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
         return single
@@ -159,12 +162,12 @@ class Decoder:
                 _log_once_that_steps_are_single()
             return None
         sequence = self.sequences[0]
-        guesser: Guesser | None = sequence.guesser
-        if guesser is None:
+        guesses = sequence.guesses
+        if guesses is None:
             return None
-        if guesser.drafts and sequence.recognised and not sequence.ahead:
+        if guesses.instead and sequence.recognised and not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
-        return guesser.guess(sequence, latest, self._latest_token, self.caches.layers)
+        return guesses.guess(sequence, LatestToken(latest, self._latest_token), self.caches.layers)
 
     def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> bool:
         """Feeds a text its latest token and those guessed after it, and keeps those that are right.
@@ -176,7 +179,7 @@ class Decoder:
         Returns:
             Whether the model has taken the tokens. Otherwise nothing has changed.
         """
-        guesser: Guesser = sequence.guesser
+        guesses = cast(Guesses, sequence.guesses)
         proposer = self._proposer
         if not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))
@@ -184,9 +187,9 @@ class Decoder:
         states: list[mx.array] = []
         try:
             with proposer.noting(states, logits=not sequence.proposing):
-                step = guesser.wide.feed(fed[None], self.caches.layers)
+                step = guesses.wide.feed(fed[None], self.caches.layers)
         except NoWideStepError:
-            guesser.note(guess, 0)
+            guesses.judge(guess, 0)
             return False
         if sequence.current_processors:  # which see it
             sequence.pending[-1].read(cast(int, latest.item()))
@@ -209,14 +212,16 @@ class Decoder:
             n_right += 1
         del sequence.pending[n_pending + n_right + 1 :]
         for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):
-            pending.guessed = guess.source
+            pending.guessed = guess.guesser.name
             pending.read(token)
         sequence.pending[-1].token = None  # is read in the next round
         step.back_to(n_right + 1)
         sequence.keep_cached(n_cached + n_right + 1)
         self._latest = chosen[n_right : n_right + 1]
         self._latest_token = tokens[n_right]
-        guesser.note(guess, n_right)
+        guesses.judge(guess, n_right)
+        kept = [cast(int, latest.item()), *guessed[:n_right]]
+        guesses.hear(kept, states[-1][0, : n_right + 1] if states else None)
         return True
 
     def hand_out(self, sequence: Sequence) -> PendingToken:
@@ -282,8 +287,15 @@ class Decoder:
 
     # The round's parts.
 
-    def _step(self, sequences: list[Sequence], layers: list[Any], latest: mx.array) -> mx.array:
-        """Feeds the latest tokens (R,), and launches the next ones (R,)."""
+    def _step(
+        self, sequences: list[Sequence], layers: list[Any], latest: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """Feeds the latest tokens (R,), and launches the next ones.
+
+        Returns:
+            The next tokens (R,), and the states (R, 1, D) with which the head was called, if there
+            is one.
+        """
         proposer = self._proposer
         n = len(sequences)
         for i, sequence in enumerate(sequences):
@@ -309,7 +321,7 @@ class Decoder:
             tokens = mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]
         pending = [sequence.pending[-1] for sequence in sequences]
         mx.async_eval(step_arrays(tokens, pending), self._schedule.joined)
-        return tokens
+        return tokens, states[-1] if states else None
 
     # Sequences come, go, and start again.
 
@@ -335,7 +347,10 @@ class Decoder:
     def _feed_last(self, sequences: list[Sequence], layers: list[Any]) -> None:
         """Launches the step after the last accepted tokens of sequences, which join the round."""
         latest = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.uint32)
-        tokens = self._step(sequences, layers, latest)
+        tokens, states = self._step(sequences, layers, latest)
+        for row, sequence in enumerate(sequences):
+            if sequence.guesses is not None:
+                sequence.guesses.hear([sequence.tokens[-1]], _row(states, row))
         self._join(sequences, layers, tokens)
 
     def _join(self, sequences: list[Sequence], layers: list[Any], tokens: mx.array) -> None:
@@ -381,6 +396,11 @@ def _last(states: mx.array) -> mx.array:
     """The states of the last positions: (R, L, D) → (R, D)."""
     n_rows, n_positions, width = states.shape
     return states.reshape(n_rows, width) if n_positions == 1 else states[:, -1]
+
+
+def _row(states: mx.array | None, row: int) -> mx.array | None:
+    """The state (1, D) of a row's last position: of (R, L, D)."""
+    return None if states is None else states[row, -1:]
 
 
 def _rows(array: mx.array, rows: list[int]) -> mx.array:

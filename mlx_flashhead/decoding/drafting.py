@@ -101,7 +101,6 @@ def drafted_steps(
             draft_model,
             draft_layers,
             num_draft_tokens,
-            n_prompt=len(context) + len(prompt) - options.get("n_begun", 0),
             n_held=max((length_of(layer) or 0 for layer in draft_layers), default=0),
             scores_few=draft_model is not model,
         )
@@ -116,7 +115,7 @@ def drafted_steps(
         logits_processors=functions,
         prompt_cache=layers,
         context=context,
-        draft=draft,
+        guesser=draft,
         announce=announce,
         **options,
     )

@@ -12,8 +12,8 @@ from ..models.compat import mlx_lm as compat
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
-from .guessing.draft_model import DraftModel
-from .guessing.guesser import check_lookup, guesser_of
+from .guessing.guesser import Guesser
+from .guessing.guesses import Guesses, check_lookup, guesses_of
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
@@ -47,7 +47,7 @@ def verified_steps(
     context: Iterable[int] = (),
     n_begun: int = 0,
     prefill: Callable[..., Iterable[Any]] | None = None,
-    draft: DraftModel | None = None,
+    guesser: Guesser | None = None,
     announce: Callable[[str], Any] | None = None,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
@@ -66,7 +66,7 @@ def verified_steps(
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Another loop that reads the prompt, with mlx-lm's keywords.
-        draft: A draft model, which guesses the next tokens in the place of a lookup.
+        guesser: Guesses the next tokens in the place of a lookup, such as a draft model.
         announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
             FIRST for the first one of a text that is verified from its second on.
 
@@ -106,16 +106,18 @@ def verified_steps(
         sequence.end_verified(REPLACED if cache_is_known else UNKNOWN_CACHE)
     check_lookup(proposer, cache)
     quantized_from = None if kv_bits is None else quantized_kv_start
-    sequence.guesser = guesser_of(proposer, before, draft=draft, quantized_from=quantized_from)
+    sequence.guesses = guesses_of(proposer, context, guesser, quantized_from)
     caches = OwnCaches(cache, quantized_from)
     decoder = Decoder(proposer, caches, feed)
     progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
-    with mx.stream(stream), proposer.reading():
+    with mx.stream(stream):
         logits = _read_prompt(
             model,
             prompt,
             lambda tokens, embeddings: feed(tokens, cache, embeddings),
             cache,
+            proposer=proposer,
+            guesses=sequence.guesses,
             embeddings=input_embeddings,
             step_size=prefill_step_size,
             progress=progress,
@@ -125,7 +127,7 @@ def verified_steps(
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
-    text = _Text(decoder, sequence, caches, stream, shared, draft)
+    text = _Text(decoder, sequence, caches, stream, shared)
     try:
         while sequence.n_yielded != sequence.limit:
             # 2) The decoder makes tokens until some are accepted.
@@ -151,6 +153,8 @@ def _read_prompt(
     feed: Callable[[mx.array, mx.array | None], mx.array],
     cache: list[Any],
     *,
+    proposer: Proposer,
+    guesses: Guesses | None,
     embeddings: mx.array | None,
     step_size: int,
     progress: Callable[[int, int], Any],
@@ -163,6 +167,8 @@ def _read_prompt(
         prompt: Tokens (n,).
         feed: Runs the model: tokens (1, n), and embeddings (1, n, D) if there are any.
         cache: The caches of its layers.
+        proposer: Says which head makes the logits.
+        guesses: Hear the prompt.
         embeddings: (n, D), in the place of the tokens' own.
         step_size: Tokens that are read at once.
         progress: Called with the number of tokens read so far, and of all, as by mlx-lm.
@@ -175,21 +181,37 @@ def _read_prompt(
         ValueError: As from mlx-lm, if there is nothing to read, or prompt and embeddings do not fit
             together.
     """
+    states: list[mx.array] | None = None
+    if guesses is not None and guesses.wants_states:
+        states = []
+
+    def read(start: int, end: int) -> mx.array:
+        some = None if embeddings is None else embeddings[start:end][None]
+        tokens = prompt[start:end]
+        logits = feed(tokens[None], some)
+        if guesses is not None:
+            guesses.hear(cast(list[int], tokens.tolist()), states.pop()[0] if states else None)
+        return logits
+
     if loop is not None:
-        return _read_by(loop, cache)
+        with proposer.reading():
+            logits = _read_by(loop, cache)
+        if guesses is not None:
+            guesses.hear(cast(list[int], prompt.tolist()))
+        return logits
     _check(model, prompt, embeddings)
     total = len(prompt) if embeddings is None else len(embeddings)
     done = 0
     progress(done, total)
-    while total - done > 1:
-        end = done + min(step_size, total - done - 1)
-        feed(prompt[done:end][None], None if embeddings is None else embeddings[done:end][None])
-        mx.eval([layer.state for layer in cache])
-        done = end
-        progress(done, total)
-        mx.clear_cache()
-    last = None if embeddings is None else embeddings[done:][None]
-    return feed(prompt[done:][None], last)[:, -1, :]
+    with proposer.reading(states):
+        while total - done > 1:
+            end = done + min(step_size, total - done - 1)
+            read(done, end)
+            mx.eval([layer.state for layer in cache])
+            done = end
+            progress(done, total)
+            mx.clear_cache()
+        return read(done, total)[:, -1, :]
 
 
 def _check(model: nn.Module, prompt: mx.array, embeddings: mx.array | None) -> None:
@@ -255,13 +277,11 @@ class _Text:
         caches: OwnCaches,
         stream: Any,
         shared: bool,
-        draft: DraftModel | None,
     ):
         self._decoder = decoder
         self._sequence = sequence
         self._caches = caches
         self._stream = stream
-        self._draft = draft
         self._shared = shared  # whether the caller has the caches, too
         self._shown = False  # whether the caller has the latest token, and may do what it wants
         self._ahead_in: list[Any] = []  # layers that stay ahead meanwhile
@@ -301,9 +321,11 @@ class _Text:
             self.bring_back()
         if not self._shown:
             self._sequence.leave_state()
-        if self._draft is not None:
+        sequence = self._sequence
+        if sequence.guesses is not None:
             with mx.stream(self._stream):
-                self._draft.leave(self._sequence.tokens[: self._sequence.n_yielded])
+                sequence.guesses.take_back(sequence.n_cached - sequence.n_yielded)
+                sequence.guesses.leave()
 
     def bring_back(self) -> None:
         """Rolls the caches back to the token handed out last."""

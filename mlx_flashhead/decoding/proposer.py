@@ -1,6 +1,7 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -80,7 +81,7 @@ class Proposer:
         The words are "verified", "unverified", FIRST, PAUSED, or "dense: " and why.
         ``n_handed_out`` counts the tokens since its prompt was read.
         """
-        if sequence.guesser is not None and sequence.guesser.drafts:
+        if sequence.guessed_instead:
             return DRAFTED
         if sequence.proposing:
             return FIRST if n_handed_out == 1 else "verified"
@@ -129,14 +130,25 @@ class Proposer:
             return False  # mlx-lm raises an error of its own
         return sequence.changes is not None and sequence.changes.fit(self.head.vocab_size)
 
-    def reading(self) -> AbstractContextManager[None]:
+    def reading(self, states: list[mx.array] | None = None) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
 
         Their last logits choose the first token: by the normal (dense) head, or the unverified one.
+
+        Args:
+            states: Gets the states (R, n, D) of each call of the head; None where none are wanted.
         """
         if self.head is None:
             return nullcontext()
-        return cast(FlashHead, self.head).intercepted(self._project)
+        project = self._project if states is None else self._noting_project(states)
+        return cast(FlashHead, self.head).intercepted(project)
+
+    def _noting_project(self, states: list[mx.array]) -> Callable[[mx.array], mx.array]:
+        def project(hidden: mx.array) -> mx.array:
+            states.append(hidden)
+            return self._project(hidden)
+
+        return project
 
     def _project(self, hidden: mx.array) -> mx.array:
         if self.unverified and hidden.shape[-2] == 1:

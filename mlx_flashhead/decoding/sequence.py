@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,9 @@ from .caches import Snapshot
 from .changes import Changes
 from .random_state import DrawChain, set_key
 from .sampler import Processor, Sampler, SamplerFunction, draw_of, normalized
+
+if TYPE_CHECKING:
+    from .guessing.guesses import Guesses
 
 CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
 
@@ -87,7 +90,6 @@ class Sequence:
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
-        self.n_rolled_back = 0  # how often tokens that were read were taken back
         self.proposing = False  # whether the FlashHead proposes its next tokens
         # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
@@ -97,7 +99,7 @@ class Sequence:
         self.recognised = self.settings is not None and self.changes is not None
         draws_by_seed = type(sampler) is Sampler and not self.greedy
         self.seed = cast(Sampler, sampler).new_seed() if draws_by_seed else 0
-        self.guesser: Any = None  # guesses its tokens while it decodes alone; None: nothing does
+        self.guesses: Guesses | None = None  # of its tokens, for the time that it decodes alone
         self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
         self.vocab_size = 0  # of its logits; 0 before any
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
@@ -122,6 +124,11 @@ class Sequence:
     def greedy(self) -> bool:
         """Whether its sampler takes the likeliest token."""
         return self.settings is not None and self.settings.greedy
+
+    @property
+    def guessed_instead(self) -> bool:
+        """Whether its tokens are guessed in the place of proposals."""
+        return self.guesses is not None and self.guesses.instead
 
     @property
     def draws_from_mlx(self) -> bool:
@@ -228,6 +235,12 @@ class Sequence:
     # Its tokens.
 
     @property
+    def fed(self) -> list[int]:
+        """Those of its tokens that the caches hold."""
+        read = [cast(int, pending.token) for pending in self.pending[: self.n_read]]
+        return [*self.tokens, *read][: self.n_cached]
+
+    @property
     def n_chosen(self) -> int:
         """The number of tokens chosen so far, those that are pending among them."""
         return len(self.tokens) + len(self.pending)
@@ -286,7 +299,8 @@ class Sequence:
     def roll_back(self, n_tokens: int) -> None:
         """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
         self.rejected = False
-        self.n_rolled_back += 1
+        if self.guesses is not None:
+            self.guesses.take_back(self.n_cached - n_tokens)
         self.keep_cached(n_tokens)
         while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
             self.snapshots.pop()

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..decoding.batch import check_batched_lookup
-from ..decoding.guessing.guesser import check_lookup
+from ..decoding.guessing.guesses import check_lookup
 from ..decoding.policy import decoding_mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings

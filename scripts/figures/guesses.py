@@ -28,8 +28,10 @@ from mlx_flashhead.benchmarks.reporting import machine
 from mlx_flashhead.common.arguments import Parser, picture, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, percent, show
-from mlx_flashhead.decoding.guessing.guesser import EXPECTED, Worth
-from mlx_flashhead.decoding.guessing.lookup import Lookup
+from mlx_flashhead.decoding.guessing.guesser import Offer
+from mlx_flashhead.decoding.guessing.guesses import best_offer
+from mlx_flashhead.decoding.guessing.lookup import EXPECTED, Lookup, LookupGuesser
+from mlx_flashhead.decoding.guessing.worth import Worth
 from mlx_flashhead.models.cpu_products import numpy_products
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.templates import prompt_of
@@ -96,7 +98,9 @@ class WherePaid:
 
     def width(self, length: int, n_unknown: int) -> int:
         """The tokens of a step where an n-gram of this length was found."""
-        return self._worths[length].best_width(self._costs, n_unknown)
+        chances = self._worths[length].chances(MAX_WIDTH - 1, n_unknown)
+        offer = Offer(LookupGuesser(), chances, lambda n: mx.zeros(n, mx.uint32))
+        return best_offer([offer], self._costs)[1]
 
     def note(self, length: int, n_right: int, wrong: bool) -> None:
         """Notes what a guess was worth."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.decoding import guesses
+from mlx_flashhead.decoding.guessing import guesses
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.serving.access import Access, access_of

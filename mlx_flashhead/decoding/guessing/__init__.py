@@ -1,1 +1,1 @@
-"""Whoever guesses a text's next tokens."""
+"""Whoever guesses a text's next tokens, and the choice among their offers."""

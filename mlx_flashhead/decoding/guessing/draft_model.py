@@ -4,22 +4,28 @@ Its own rounding is of no matter: the target's wide step decides.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...models.install import get_flash_head
-from ..caches import copied_layers
+from ...wide.step import MAX_WIDTH
+from ..caches import copied_layers, trims
 from ..policy import policy_of
 from ..sampler import normalized
-from ..sequence import Sequence
+from .guesser import Guesser, LatestToken, Offer
+from .worth import Worth
 
+if TYPE_CHECKING:
+    from ..sequence import Sequence as Text
+
+EXPECTED = 0.6  # how often its drafts are right, before any was made
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 STEP_SIZE = 2048  # tokens that are read at once
 
 
-class DraftModel:
+class DraftModel(Guesser):
     """A draft model in one text.
 
     It draws as the target does, from its own logits: the same number, or the same noise. Models of
@@ -29,89 +35,108 @@ class DraftModel:
         model: The draft model, with a FlashHead or without.
         layers: Its caches.
         n_drafts: Tokens that it guesses at a time, at most.
-        n_prompt: Tokens before the text.
-        n_held: How many of these the caches hold.
+        n_held: How many of the tokens that it will hear the caches hold already.
         scores_few: Whether its FlashHead, if it has one, scores few tokens; not where the target
             drafts for itself.
     """
+
+    name = "draft model"
+    instead = True
 
     def __init__(
         self,
         model: nn.Module,
         layers: list[Any],
         n_drafts: int,
-        n_prompt: int,
         n_held: int = 0,
         *,
         scores_few: bool = True,
     ):
-        self.n_drafts = n_drafts
+        self._n_drafts = min(n_drafts, MAX_WIDTH - 1)
         self._model: Any = model
         self._layers = layers
         self._scores_few = scores_few
         # tokens of its vocabulary, by logits of which nothing is computed
         self._n_tokens: int = self._model(mx.zeros((1, 1), mx.uint32)).shape[-1]
-        self._n_prompt = n_prompt
-        self._n_held = n_held  # tokens that are known and in the caches
-        self._fed = mx.zeros(0, mx.uint32)  # those after them, which are drafts but for the first
+        self._worth = Worth(EXPECTED)
+        self._recent: list[int] = []  # the last tokens that were heard
+        self._waiting: list[int] = []  # those of them that the caches do not hold yet
+        self._n_ahead = n_held  # tokens in the caches that have not been heard yet
+        self._drafted = mx.zeros(0, mx.uint32)  # those of them that are drafts, and one before
         self._copies: list[Any] = []  # of caches that cannot be trimmed, without these
 
-    def drafts(self, known: list[int], latest: mx.array, n: int, text: Sequence) -> mx.array:
-        """Guesses ``n`` tokens, (n,) uint32, lazy.
+    def hear(self, tokens: list[int], states: mx.array | None) -> None:
+        """Keeps tokens until the next drafts are wanted, but for those that the caches hold."""
+        self._recent = [*self._recent, *tokens][-LATEST:]
+        n_held = min(self._n_ahead, len(tokens))
+        self._n_ahead -= n_held
+        self._waiting += tokens[n_held:]
 
-        Args:
-            known: The tokens of the prompt and the text before the latest one.
-            latest: (1,), the latest token, which may not be computed yet.
-            n: How many.
-            text: The text.
-        """
-        recent = sorted({token for token in known[-LATEST:] if token < self._n_tokens})
-        n_common = min(self._n_tokens, text.vocab_size or self._n_tokens)
-        with self._scoring(recent):
-            while len(known) - self._n_held > STEP_SIZE:
-                self._feed(mx.array(known[self._n_held : self._n_held + STEP_SIZE], mx.uint32))
-                mx.eval([layer.state for layer in self._layers])
-                self._n_held += STEP_SIZE
-            if len(known) > self._n_held:
-                self._feed(mx.array(known[self._n_held :], mx.uint32))
-                self._n_held = len(known)
-            self._copies = copied_layers(self._layers)
-            drafts = [latest.astype(mx.uint32)]
-            for i in range(n):
-                logits = self._feed(drafts[-1])[:, :n_common]
-                place = text.n_chosen + i
-                drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
-        self._fed = mx.concatenate(drafts[:-1])
-        return mx.concatenate(drafts[1:])
+    def take_back(self, n: int) -> None:
+        """Takes tokens back. Caches that cannot be trimmed keep them, and drafts are worse then."""
+        del self._recent[len(self._recent) - n :]
+        n_waiting = min(n, len(self._waiting))
+        del self._waiting[len(self._waiting) - n_waiting :]
+        for layer in self._layers:
+            if trims(layer):
+                layer.trim(n - n_waiting)
 
-    def note(self, n_accepted: int) -> None:
-        """Takes back all drafts but the first ``n_accepted``."""
-        n_right = min(1 + n_accepted, len(self._fed))
-        n_wrong = len(self._fed) - n_right
+    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+        """As many drafts as it may make. None is made yet."""
+        if not self._n_drafts:
+            return None
+        chances = self._worth.chances(self._n_drafts)
+        return Offer(self, chances, lambda n: self._drafts(latest.array, n, text))
+
+    def judge(self, n: int, n_right: int) -> None:
+        """Takes back all drafts but those that were right."""
+        self._worth.note(n_right, n_right < n)
+        n_kept = min(1 + n_right, len(self._drafted))
+        n_wrong = len(self._drafted) - n_kept
         if n_wrong:
             replays = any(copied is not None for copied in self._copies)
             for layer, copied in zip(self._layers, self._copies, strict=True):
                 if copied is not None:
                     vars(layer).update(vars(copied))
                 else:
-                    layer.trim(len(self._fed) if replays else n_wrong)
+                    layer.trim(len(self._drafted) if replays else n_wrong)
             if replays:
-                self._feed(self._fed[:n_right])
-        self._n_held += n_right
-        self._fed = self._fed[:0]
+                self._feed(self._drafted[:n_kept])
+        self._n_ahead = n_kept
+        self._drafted = self._drafted[:0]
 
-    def leave(self, text: list[int]) -> None:
-        """Leaves the prompt and the tokens of the text in the caches, where these can be trimmed.
+    def leave(self) -> None:
+        """Leaves in the caches what was heard.
 
-        Others may hold a few tokens more or less. The next text's drafts are worse then, and the
-        text is the same.
+        Those that cannot be trimmed may hold a few tokens more. The next text's drafts are worse
+        then, and the text is the same.
         """
-        n_ahead = self._n_held - self._n_prompt - len(text)
-        if n_ahead > 0 and all(copied is None for copied in self._copies):
-            for layer in self._layers:
-                layer.trim(n_ahead)
-        elif n_ahead < 0:
-            self._feed(mx.array(text[n_ahead:], mx.uint32))
+        self._read()
+
+    def _read(self) -> None:
+        """Feeds the tokens that the caches do not hold yet, many at a time."""
+        while len(self._waiting) > STEP_SIZE:
+            self._feed(mx.array(self._waiting[:STEP_SIZE], mx.uint32))
+            mx.eval([layer.state for layer in self._layers])
+            del self._waiting[:STEP_SIZE]
+        if self._waiting:
+            self._feed(mx.array(self._waiting, mx.uint32))
+            self._waiting = []
+
+    def _drafts(self, latest: mx.array, n: int, text: "Text") -> mx.array:
+        """Guesses ``n`` tokens, (n,) uint32, lazy, behind the ``latest`` one (1,)."""
+        recent = sorted({token for token in self._recent if token < self._n_tokens})
+        n_common = min(self._n_tokens, text.vocab_size or self._n_tokens)
+        with self._scoring(recent):
+            self._read()
+            self._copies = copied_layers(self._layers)
+            drafts = [latest.astype(mx.uint32)]
+            for i in range(n):
+                logits = self._feed(drafts[-1])[:, :n_common]
+                place = text.n_chosen + i
+                drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
+        self._drafted = mx.concatenate(drafts[:-1])
+        return mx.concatenate(drafts[1:])
 
     def _feed(self, tokens: mx.array) -> mx.array:
         """Feeds tokens (n,). Returns the logits (1, V) after the last one, lazy."""

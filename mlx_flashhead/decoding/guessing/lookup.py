@@ -4,8 +4,28 @@ Source: Saxena 2023, "Prompt Lookup Decoding".
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from ...wide.step import MAX_WIDTH
+from .guesser import Guesser, LatestToken, Offer
+from .worth import Worth
+
+if TYPE_CHECKING:
+    from ..sequence import Sequence as Text
 
 LENGTHS = (4, 3, 2)  # of the n-grams that are looked up, the longest first
+# How often guesses are right that nobody has tried yet, by the length of the n-gram.
+EXPECTED = {4: 0.6, 3: 0.4, 2: 0.2}
+
+
+class _Watched(NamedTuple):
+    """An offer whose first token will be known soon."""
+
+    length: int  # of the n-gram that was found
+    place: int  # of the token
+    token: int
 
 
 class Lookup:
@@ -59,3 +79,62 @@ class Lookup:
                     found += found[: n_tokens - len(found)]
                 return length, found
         return 0, []
+
+
+class LookupGuesser(Guesser):
+    """Guesses what followed the latest tokens when they stood in the prompt or the text before."""
+
+    name = "lookup"
+
+    def __init__(self) -> None:
+        self._lookup = Lookup()
+        self._n_heard = 0  # of the lookup's tokens, which may have the latest one behind these
+        self._worths = {length: Worth(EXPECTED[length]) for length in LENGTHS}
+        self._watched: _Watched | None = None  # the latest offer, until it is judged
+
+    def hear(self, tokens: list[int], states: mx.array | None) -> None:
+        """Adds tokens, and sees what an offer that was not taken would have been worth."""
+        self._n_heard += len(tokens)
+        n_new = self._n_heard - len(self._lookup.tokens)
+        self._add(tokens[len(tokens) - n_new :])
+
+    def take_back(self, n: int) -> None:
+        """Forgets the last ``n`` tokens."""
+        self._n_heard -= n
+        self._lookup.truncate(self._n_heard)
+
+    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+        """What followed the longest n-gram at the text's end that stood there before."""
+        length, found = self._find(latest)
+        if not length:
+            return None
+        if latest.token is None and text.current_processors:  # which need it before the step
+            latest.read()
+            length, found = self._find(latest)
+            if not length:
+                return None
+        n_unknown = int(latest.token is None)
+        self._watched = _Watched(length, len(self._lookup.tokens), found[0])
+        guessed = found[n_unknown:]
+        chances = self._worths[length].chances(MAX_WIDTH - 1, n_unknown)
+        return Offer(self, chances, lambda n: mx.array(guessed[:n], mx.uint32))
+
+    def judge(self, n: int, n_right: int) -> None:
+        """Learns what guesses by an n-gram of this length are worth."""
+        if self._watched is not None:
+            self._worths[self._watched.length].note(n_right, n_right < n)
+            self._watched = None
+
+    def _find(self, latest: LatestToken) -> tuple[int, list[int]]:
+        if latest.token is not None and len(self._lookup.tokens) == self._n_heard:
+            self._add([latest.token])
+        return self._lookup.find(MAX_WIDTH)
+
+    def _add(self, tokens: list[int]) -> None:
+        lookup = self._lookup
+        lookup.extend(tokens)
+        watched = self._watched
+        if watched is not None and watched.place < len(lookup.tokens):
+            right = lookup.tokens[watched.place] == watched.token
+            self._worths[watched.length].note(int(right), not right)
+            self._watched = None

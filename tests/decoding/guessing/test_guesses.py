@@ -14,14 +14,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from architecture_models import tiny_architecture
 from flash_loops import OTHERS, PROMPT, flash_of
-from mlx_flashhead import batch_generate, make_sampler
+from mlx_flashhead import batch_generate, get_flash_head, make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding import decoder
+from mlx_flashhead.decoding import batch, decoder
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.drafting import drafted_steps
-from mlx_flashhead.decoding.guessing import guesser
-from mlx_flashhead.decoding.guessing.guesser import Worth
-from mlx_flashhead.decoding.guessing.lookup import Lookup
+from mlx_flashhead.decoding.guessing import guesses
+from mlx_flashhead.decoding.guessing.guesser import Guesser, Offer
+from mlx_flashhead.decoding.guessing.guesses import best_offer
+from mlx_flashhead.decoding.guessing.worth import Worth
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
@@ -91,36 +92,72 @@ def models(request):
     return Models(request.param, plain, flash.model, copy.deepcopy(plain))
 
 
+class Oracle(Guesser):
+    """Knows a text, and guesses it, mostly right.
+
+    What it hears must be what the text's caches hold.
+
+    Args:
+        expected: The tokens of the text.
+        prompt: Those before it.
+    """
+
+    name = "an oracle"
+    wants_states = True
+
+    def __init__(self, expected, prompt=PROMPT):
+        self._expected = expected
+        self._prompt = prompt
+        self._chance = random.Random(5)
+        self.counts = []  # of each guess: its tokens, and those that were right
+        self.heard = []
+        self.states = []  # (D,) after each token that was heard; None without a FlashHead
+        self.n_left = 0
+
+    def hear(self, tokens, states):
+        self.heard += tokens
+        self.states += [None] * len(tokens) if states is None else [*states]
+        assert len(self.states) == len(self.heard)
+
+    def take_back(self, n):
+        assert 0 < n <= len(self.heard)
+        del self.heard[-n:], self.states[-n:]
+
+    def offer(self, text, latest):
+        assert self.heard == [*self._prompt, *text.fed]
+        chance = self._chance
+        n = chance.choice([1, 3, 3, 7])
+        found = [*self._expected[text.n_chosen :], *[1] * n][:n]
+        for i in range(n):
+            if chance.random() > 0.6:
+                found[i] = chance.randrange(200)
+        if chance.random() > 0.8:
+            return None
+        return Offer(self, [0.9] * n, lambda n: mx.array(found[:n], mx.uint32))
+
+    def judge(self, n, n_right):
+        self.counts.append((n, n_right))
+
+    def leave(self):
+        self.n_left += 1
+
+    @property
+    def n_right(self):
+        return sum(n_right for _, n_right in self.counts)
+
+    @property
+    def n_wrong(self):
+        return sum(n - n_right for n, n_right in self.counts)
+
+
 @pytest.fixture
-def guessed(monkeypatch):
-    """Makes lookups find the right tokens, with wrong ones among them: the numbers of a round."""
-    chance = random.Random(5)
-    counts = []
-    established = guesser.established_costs
+def batch_guesser(monkeypatch):
+    """Has a text that decodes alone in a batch guessed by one of ours."""
 
-    def of_any_width(steps, layers):
-        costs = established(steps, layers)
-        return {width: costs[width] for width in [chance.choice([2, 4, 4, 8])] if width in costs}
-
-    monkeypatch.setattr(guesser, "established_costs", of_any_width)
-
-    def of(expected, right=0.6):
-        def find(lookup, n):
-            place = len(lookup.tokens) - len(PROMPT)
-            found = [*expected[place : place + n], *[1] * n][:n]
-            for i in range(n):
-                if chance.random() > right:
-                    found[i] = chance.randrange(200)
-            return (4, found) if chance.random() < 0.8 else (0, [])
-
-        monkeypatch.setattr(Lookup, "find", find)
-        note = guesser.Guesser.note
-        monkeypatch.setattr(
-            guesser.Guesser,
-            "note",
-            lambda own, guess, n: (counts.append((len(guess.tokens), n)), note(own, guess, n))[1],
-        )
-        return counts
+    def of(guesser):
+        made = partial(guesses.guesses_of, guesser=guesser)
+        monkeypatch.setattr(batch, "guesses_of", lambda *known: made(*known))
+        return guesser
 
     return of
 
@@ -195,11 +232,12 @@ def _note(text, token, logprobs):
     text.logprobs.append(logprobs[token].item())
 
 
-def ours(lookup="on", **settings):
+def ours(lookup="on", guesser=None, **settings):
     return lambda prompt, model, **options: verified_steps(
         prompt,
         model,
         proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings)),
+        guesser=guesser,
         **options,
     )
 
@@ -224,41 +262,59 @@ def plain_batched_text_of(models, functions, *rest):
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_texts_are_plain_mlx_lms(models, guessed, i):
+def test_texts_are_plain_mlx_lms(models, i):
     functions = models.functions(i)
     whole = plain_text_of(models, functions)
     part = plain_text_of(models, functions, 9)
-    counts = guessed(whole.tokens)
-    text_of(ours(), models.without, functions).assert_is(whole)
-    assert sum(n for _, n in counts) > 4  # tokens that were right
-    assert sum(k - n for k, n in counts) > 4  # and wrong
-    text_of(ours(), models.flash, functions).assert_is(whole)
-    text_of(ours(), models.flash, functions, 9).assert_is(part)
+    oracle = Oracle(whole.tokens)
+    text_of(ours(guesser=oracle), models.without, functions).assert_is(whole)
+    assert oracle.n_right > 4 and oracle.n_wrong > 4
+    text_of(ours(guesser=Oracle(whole.tokens)), models.flash, functions).assert_is(whole)
+    text_of(ours(guesser=Oracle(whole.tokens)), models.flash, functions, 9).assert_is(part)
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_a_text_that_decodes_alone_in_a_batch(models, guessed, i):
+def test_whoever_guesses_hears_the_tokens_and_states_of_every_step(models, i):
+    """At the text's end these are the tokens that were handed out."""
+    functions = models.functions(i)
+    plain = plain_text_of(models, functions, 13)
+    oracle = Oracle(plain_text_of(models, functions).tokens)
+    text_of(ours(guesser=oracle), models.flash, functions, 13).assert_is(plain)
+    assert oracle.n_left == 1
+    assert oracle.heard == [*PROMPT, *plain.tokens]
+    head = get_flash_head(models.flash)
+    noted = []
+    with head.intercepted(lambda hidden: noted.append(hidden) or head.dense_logits(hidden)):
+        models.flash(mx.array(oracle.heard)[None])
+    spacing = mx.finfo(noted[0].dtype).eps
+    assert mx.allclose(mx.stack(oracle.states), noted[0][0], rtol=0, atol=spacing * 64)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_text_that_decodes_alone_in_a_batch(models, batch_guesser, i):
     functions = models.functions(i)
     whole = plain_batched_text_of(models, functions)
-    counts = guessed(whole.tokens)
-    batched_text_of(our_batch(), models.without, functions).assert_is(whole)
-    assert sum(n for _, n in counts) > 4
-    assert sum(k - n for k, n in counts) > 4
     plain = plain_batched_text_of(models, functions, 11)
+    oracle = batch_guesser(Oracle(whole.tokens))
+    batched_text_of(our_batch(), models.without, functions).assert_is(whole)
+    assert oracle.n_right > 4 and oracle.n_wrong > 4
+    batch_guesser(Oracle(whole.tokens))
     text = batched_text_of(our_batch(), models.flash, functions, 11)
     text.assert_is(plain, atol=ANOTHER_ORDER)
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_a_batch_that_another_text_joins_and_leaves(models, guessed, i):
+def test_a_batch_that_another_text_joins_and_leaves(models, batch_guesser, i):
     """Its prompt is longer, so that the first text's cache is padded from then on."""
     functions = models.functions(i)
     whole = plain_batched_text_of(models, functions, None, OTHERS[1])
-    counts = guessed(whole.tokens)
+    n_right = 0
     for model in (models.without, models.flash):
+        oracle = batch_guesser(Oracle(whole.tokens))
         text = batched_text_of(our_batch(), model, functions, None, OTHERS[1])
         text.assert_is(whole, atol=ANOTHER_ORDER)
-        assert sum(n for _, n in counts) > 2
+        n_right += oracle.n_right
+    assert n_right > 2
     assert len(whole.others) == 2
 
 
@@ -392,10 +448,9 @@ def test_several_texts_take_single_steps_and_it_is_said_once(caplog):
 
 
 @pytest.mark.parametrize("processors", PROCESSORS)
-def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatch, processors):
+def test_a_step_that_the_model_does_not_take_is_a_single_one(monkeypatch, processors):
     model = tiny_model(num_hidden_layers=2)
     plain = text_of(generate_step, model, ("greedy", processors))
-    counts = guessed(plain.tokens)
     feed = WideSteps.feed_by
 
     def at_some_places(steps, twin, tokens, caches):
@@ -405,13 +460,14 @@ def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatc
 
     assert established_costs(WideSteps.of(model), make_prompt_cache(model))
     monkeypatch.setattr(WideSteps, "feed_by", at_some_places)
-    text_of(ours(), model, ("greedy", processors)).assert_is(plain)
-    assert len(counts) > 2
+    oracle = Oracle(plain.tokens)
+    text_of(ours(guesser=oracle), model, ("greedy", processors)).assert_is(plain)
+    assert len(oracle.counts) > 2
 
 
 def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
     """As on a GPU: what is found decides, and what a step of several tokens costs."""
-    monkeypatch.setattr(guesser, "gpu_is_default", lambda: True)
+    monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
     model = tiny_model(num_hidden_layers=2)
     forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
     n_steps = {}
@@ -447,4 +503,5 @@ def test_the_width_of_a_step_is_the_one_that_pays(notes, costs, width):
     worth = Worth(0.5)
     for n_right, wrong in notes:
         worth.note(n_right, wrong)
-    assert worth.best_width(costs, n_unknown=0) == width
+    offer = Offer(Guesser, worth.chances(7), mx.zeros)
+    assert best_offer([offer], costs)[1] == width

@@ -1,0 +1,216 @@
+"""The guesses of one text: who guesses, and which offer is taken."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ...head.backend import gpu_is_default
+from ...models.install import is_librarys_model
+from ...wide.step import MAX_WIDTH, WideSteps
+from ...wide.trial import established_costs
+from .grammar import Grammar
+from .guesser import Guess, Guesser, LatestToken, Offer
+from .lookup import LookupGuesser
+
+if TYPE_CHECKING:
+    from ..proposer import Proposer
+    from ..sequence import Sequence as Text
+
+WORTH = 1.05  # tokens for the time of one from which a wide step is taken
+
+
+class Guesses:
+    """The guesses of one text.
+
+    Args:
+        wide: The wide steps of its model.
+        guessers: Whoever guesses. Of offers that gain the same the first one's is taken.
+        always: Guess wherever something is offered; otherwise where that is worth its time.
+        quantized_from: The length from which the caches are quantized; None if they are not.
+    """
+
+    def __init__(
+        self,
+        wide: WideSteps,
+        guessers: Iterable[Guesser],
+        *,
+        always: bool = False,
+        quantized_from: int | None = None,
+    ):
+        self.wide = wide
+        self._guessers = list(guessers)
+        self._always = always
+        self._quantized_from = quantized_from
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether the states are heard, too."""
+        return any(guesser.wants_states for guesser in self._guessers)
+
+    @property
+    def instead(self) -> bool:
+        """Whether one guesses in the place of the FlashHead at the time."""
+        return any(guesser.instead for guesser in self._guessers)
+
+    def guess(self, text: "Text", latest: LatestToken, layers: list[Any]) -> Guess | None:
+        """Guesses what follows the latest token.
+
+        Args:
+            text: The text.
+            latest: Its latest token.
+            layers: The text's caches.
+
+        Returns:
+            As many tokens as gain most; None where a single step is better, or nothing is offered.
+        """
+        if not text.recognised:
+            return None
+        offers = self._offers(text, latest)
+        if not offers:
+            return None
+        least = 0.0 if self._always else WORTH
+        offer, width = best_offer(offers, self._costs(layers), least)
+        return None if width == 1 else Guess(offer.guesser, offer.make(width - 1))
+
+    def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
+        offers = []
+        for guesser in self._guessers:
+            offer = guesser.offer(text, latest)
+            if offer is None:
+                continue
+            if offer.chances[0] == 1:  # others can only guess the same
+                return [offer]
+            offers.append(offer)
+        return offers
+
+    def judge(self, guess: Guess, n_right: int) -> None:
+        """Notes how many tokens of a guess were right."""
+        guess.guesser.judge(len(guess.tokens), n_right)
+
+    def hear(self, tokens: list[int], states: mx.array | None = None) -> None:
+        """Has all hear the next tokens that the model has read.
+
+        Args:
+            tokens: n of them.
+            states: (n, D), with what the head was called after each; None if they are not known.
+        """
+        for guesser in self._guessers:
+            guesser.hear(tokens, states if guesser.wants_states else None)
+
+    def take_back(self, n: int) -> None:
+        """Has all hear that the last ``n`` tokens are not in the text."""
+        if n > 0:
+            for guesser in self._guessers:
+                guesser.take_back(n)
+
+    def leave(self) -> None:
+        """Tells all that the text has ended behind the tokens that they have heard."""
+        for guesser in self._guessers:
+            guesser.leave()
+
+    def _costs(self, layers: list[Any]) -> dict[int, float]:
+        """The time of each established step, relative to a single one, from these caches on."""
+        wide = self.wide
+        limit = math.inf if self._quantized_from is None else self._quantized_from - MAX_WIDTH
+        lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
+        # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
+        if max(lengths, default=0) >= limit or not wide.parts.are_of(wide.model):
+            return {}
+        costs = established_costs(wide, layers)
+        return dict.fromkeys(costs, 1.0) if self._always else costs
+
+
+def best_offer(
+    offers: list[Offer], costs: Mapping[int, float], least: float = WORTH
+) -> tuple[Offer, int]:
+    """The offer, and how wide a step, that give most tokens for their time.
+
+    Args:
+        offers: At least one.
+        costs: The time of a step by its number of tokens, relative to a single one.
+        least: The tokens for the time of one that must be expected of a wide step.
+
+    Returns:
+        The offer and the tokens of the step; 1 of these if no wide one is worth it.
+    """
+    best = offers[0]
+    best_width = 1
+    most = least
+    for offer in offers:
+        for width, cost in costs.items():
+            if width - 1 > len(offer.chances):
+                continue
+            gain = expected_tokens(offer, width) / (cost + (width - 1) * offer.cost)
+            if gain > most:
+                best = offer
+                best_width = width
+                most = gain
+    return best, best_width
+
+
+def expected_tokens(offer: Offer, width: int) -> float:
+    """The tokens that a step of ``width`` tokens is expected to give."""
+    n_tokens = chance = 1.0
+    for each in offer.chances[: width - 1]:
+        chance *= each
+        n_tokens += chance
+    return n_tokens
+
+
+def check_lookup(proposer: "Proposer", layers: list[Any]) -> None:
+    """Checks that a lookup that is asked for has wide steps.
+
+    Args:
+        proposer: Has the model and the settings.
+        layers: Caches of a text.
+
+    Raises:
+        ValueError: If none are established.
+    """
+    if proposer.settings.lookup != "on" or not _takes_guesses(proposer):
+        return
+    model = proposer.model
+    if not is_librarys_model(model) or not established_costs(WideSteps.of(model), layers):
+        raise ValueError(
+            "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
+            "is on this machine: give 'auto' or 'off'."
+        )
+
+
+def _takes_guesses(proposer: "Proposer") -> bool:
+    return not proposer.unverified and not proposer.policy.lockstep
+
+
+def guesses_of(
+    proposer: "Proposer",
+    read: list[int],
+    guesser: Guesser | None = None,
+    quantized_from: int | None = None,
+) -> Guesses | None:
+    """The guesses of a text.
+
+    Args:
+        proposer: Has its model and the settings.
+        read: Tokens of it that its caches hold already.
+        guesser: One that always guesses, in the place of a lookup.
+        quantized_from: As of :class:`Guesses`.
+
+    Returns:
+        None where steps are single ones throughout.
+    """
+    lookup = proposer.settings.lookup
+    # a CPU multiplies the tokens of a step one by one, so that it gains nothing
+    looks_up = lookup == "on" or (lookup == "auto" and gpu_is_default())
+    wanted = guesser is not None or looks_up
+    if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):
+        return None
+    guesses = Guesses(
+        WideSteps.of(proposer.model),
+        [Grammar(), LookupGuesser() if guesser is None else guesser],
+        always=lookup == "on" or guesser is not None,
+        quantized_from=quantized_from,
+    )
+    guesses.hear(read)
+    return guesses
