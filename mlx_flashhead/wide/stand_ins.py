@@ -22,6 +22,7 @@ from ..models.compat.mlx_lm import (
     RotatingKVCache,
 )
 from .positions import Positions
+from .states import StateStandIn
 
 GROWING = (KVCache, QuantizedKVCache, BatchKVCache)  # whose trimming changes positions alone
 OTHERS = (ConcatenateKVCache, ChunkedKVCache)
@@ -73,8 +74,17 @@ def stand_in(cache: Any, n_positions: int) -> Any:
     if type(cache) is CacheList:
         return ListStandIn(cache, [stand_in(part, n_positions) for part in cache.caches])
     if type(cache) is ArraysCache:
-        return ArraysSnapshot(cache)
+        return StateStandIn(cache, n_positions)
     return KeyValueStandIn(cache, n_positions)
+
+
+def states_in(stand_ins: Iterable[Any]) -> Iterator[StateStandIn]:
+    """The stand-ins for states, those in lists one by one."""
+    for each in stand_ins:
+        if isinstance(each, StateStandIn):
+            yield each
+        elif isinstance(each, ListStandIn):
+            yield from states_in(each.parts)
 
 
 class _StandIn:
@@ -94,6 +104,21 @@ class _StandIn:
             super().__setattr__(name, value)
 
 
+class PastStandIn:
+    """Looks like a cache of keys and values as it was before a step, and keeps nothing.
+
+    It is for a layer that is called again for its state alone, whose attention nobody asks for.
+    """
+
+    def __init__(self, attributes: dict[str, Any]):
+        self.given = self
+        vars(self).update(attributes)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What the attention has given."""
+        return keys, values
+
+
 class KeyValueStandIn(_StandIn):
     """Stands in for a cache of keys and values.
 
@@ -105,6 +130,7 @@ class KeyValueStandIn(_StandIn):
         super().__init__(cache)
         self.n_positions = n_positions
         self._before = end_of(cache)
+        self._past = _numbers(cache)
         self._left: list[dict[str, Any]] = []  # the cache's attributes after each position
         self._is_trimmed = type(cache) in GROWING or _is_straight(cache, n_positions)
         if not self._is_trimmed:
@@ -174,24 +200,16 @@ class KeyValueStandIn(_StandIn):
         keys, values = (_without_last(each, 0) for each in (cache.keys, cache.values))
         self._left.append(vars(cache) | _own_arrays(cache) | {"keys": keys, "values": values})
 
+    def as_before(self) -> PastStandIn:
+        """A cache as it was before this step, for a layer that is called again for its state."""
+        return PastStandIn(self._past)
+
     def back_to(self, n: int) -> None:
         """Brings the cache back to the first ``n`` positions of this step."""
         if self._is_trimmed:
             self.cache.trim(max(0, end_of(self.cache) - self._before - n))
         elif n < len(self._left):
             vars(self.cache).update(self._left[n])
-
-
-class ArraysSnapshot:
-    """A state without values of each position, which can be brought back as a whole."""
-
-    def __init__(self, cache: Any):
-        self.given = cache
-        self._before = _own_arrays(cache) | {"cache": list(cache.cache)}
-
-    def back_to(self, n: int) -> None:
-        """Brings the state back to what it was before this step."""
-        vars(self.given).update(self._before)
 
 
 class ListStandIn(_StandIn):
@@ -209,6 +227,10 @@ class ListStandIn(_StandIn):
         """Brings each part back to the first ``n`` positions of this step."""
         for part in self.parts:
             part.back_to(n)
+
+    def as_before(self) -> "ListStandIn":
+        """A list like this one for a layer that is called again for its state alone."""
+        return ListStandIn(self.cache, [part.as_before() for part in self.parts])
 
 
 class ApartStandIn(_StandIn):
@@ -245,6 +267,12 @@ def _is_straight(cache: Any, n_positions: int) -> bool:
         return False
     end = end_of(cache)
     return bool(cache._idx == end and end + n_positions <= cache.max_size)
+
+
+def _numbers(cache: Any) -> dict[str, Any]:
+    """A cache's attributes but for its keys and values, as they are now."""
+    attributes = vars(cache) | _own_arrays(cache)
+    return {name: value for name, value in attributes.items() if name not in ("keys", "values")}
 
 
 def _own_arrays(cache: Any) -> dict[str, mx.array]:

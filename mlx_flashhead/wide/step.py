@@ -12,7 +12,6 @@ called, as in single steps.
 
 import logging
 import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
@@ -23,7 +22,8 @@ from msgspec import Meta
 from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
 from .parts import ModelParts
-from .stand_ins import fits, is_known, parts_of, stand_in
+from .stand_ins import fits, is_known, parts_of, stand_in, states_in
+from .states import Step, run_as
 from .twin import NoWideStepError, twin_of
 
 WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
@@ -105,14 +105,19 @@ class WideSteps:
 
     def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
         """Feeds tokens to a twin."""
-        stand_ins = [stand_in(cache, tokens.shape[1]) for cache in caches]
+        n_tokens = tokens.shape[1]
+        stand_ins = [stand_in(cache, n_tokens) for cache in caches]
+        step = Step(states_in(stand_ins))
         try:
-            logits = model(tokens, cache=[each.given for each in stand_ins])
+            with run_as(step):
+                logits = model(tokens, cache=[each.given for each in stand_ins])
+            if not step.explains_states:
+                raise NoWideStepError("A state is written by no layer that gets it.")
         except Exception as error:  # a model may do anything
             for each in stand_ins:
                 each.back_to(0)
             raise NoWideStepError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-        return WideStep(logits, self, tokens, caches, stand_ins)
+        return WideStep(logits, n_tokens, stand_ins)
 
 
 @dataclass
@@ -123,39 +128,17 @@ class WideStep:
     """
 
     logits: mx.array  # (1, T, V), not computed yet
-    _steps: WideSteps
-    _tokens: mx.array  # (1, T)
-    _caches: list[Any]
+    n_tokens: int
     _stand_ins: list[Any]
 
     def back_to(self, n: int) -> None:
-        """Leaves in the caches the first ``n`` of the step's tokens, once and for good.
+        """Leaves in the caches the first ``n`` of the step's tokens. It reads no weight.
 
-        A state without values of each position goes back to what it was before the step, and the
-        ``n`` tokens are fed again.
+        It may be called again for fewer.
         """
-        n_tokens = self._tokens.shape[1]
-        if n == n_tokens:
-            return
-        # these can be brought back to the beginning of the step alone
-        replays = any(type(cache) is ArraysCache for cache in parts_of(self._caches))
-        for each in self._stand_ins:
-            each.back_to(0 if replays else n)
-        if replays:
-            self._feed_again(n)
-
-    def _feed_again(self, n: int) -> None:
-        start = 0
-        while start < n:
-            widths = self._steps.costs(self._caches)
-            width = max((width for width in widths if width <= n - start), default=1)
-            tokens = self._tokens[:, start : start + width]
-            with suppress(NoWideStepError):  # after which there are no widths
-                if width > 1:
-                    self._steps.feed(tokens, self._caches)
-                else:
-                    self._steps.model(tokens, cache=self._caches)
-                start += width
+        if n < self.n_tokens:
+            for each in self._stand_ins:
+                each.back_to(n)
 
 
 def kind_of(caches: list[Any]) -> str:

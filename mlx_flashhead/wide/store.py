@@ -24,7 +24,7 @@ from ..version import __version__
 CODE = (
     "mlx_lm.models.base",
     "mlx_lm.models.cache",
-    *(f"{__package__}.{name}" for name in ("positions", "step", "stand_ins", "twin")),
+    *(f"{__package__}.{name}" for name in ("positions", "states", "step", "stand_ins", "twin")),
 )
 SAMPLED = 8  # values of each array
 

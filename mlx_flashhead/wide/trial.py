@@ -10,7 +10,7 @@ import copy
 import logging
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from . import store as trial_store
 from .stand_ins import WINDOWS, end_of, is_known, parts_of
-from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideSteps, kind_of
+from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
 
 SHORT = 5  # tokens of the prompt
@@ -141,17 +141,29 @@ class _Trial:
         return costs
 
     def _holds(self, caches: list[Any], width: int) -> bool:
-        """Whether a step after these caches leaves the bits of single steps."""
+        """Whether a step after these caches leaves the bits of single steps, going back too."""
         single = copy.deepcopy(caches)
         wide = copy.deepcopy(caches)
-        expected = [self._run(self._model, self._next(i, i + 1), single) for i in range(width)]
-        found = self._run(self._twin, self._next(0, width), wide)
-        pairs = zip(_contents(wide), _contents(single), strict=True)
+        expected: list[mx.array] = []
+        left: list[list[mx.array]] = []  # the states without values of each position
+        for i in range(width):
+            expected.append(self._run(self._model, self._next(i, i + 1), single))
+            left.append(_contents(_states(single)))
+        found, step = self._feed(self._twin, self._next(0, width), wide)
+        mx.eval(found, [cache.state for cache in wide])
+        pairs = list(zip(_contents(wide), _contents(single), strict=True))
         alike = [have_same_bits(found, mx.concatenate(expected, axis=1))]
         alike += [have_same_bits(*pair) for pair in pairs]
         mx.eval(alike)
-        after = [self._run(self._model, self._next(width, width + 1), c) for c in (wide, single)]
-        holds = bool(mx.stack([*alike, have_same_bits(*after)]).all())
+        following = self._next(width, width + 1)
+        after = [self._run(self._model, following, copy.deepcopy(c)) for c in (wide, single)]
+        alike.append(have_same_bits(*after))
+        if _states(wide):  # those that are made anew
+            for n in range(width - 1, 0, -1):
+                cast(WideStep, step).back_to(n)
+                remade = zip(_contents(_states(wide)), left[n - 1], strict=True)
+                alike += [have_same_bits(*pair) for pair in remade]
+        holds = bool(mx.stack(alike).all())
         if not holds:
             log.info("A step of %d tokens is off: it differs from single steps", width)
         return holds
@@ -173,7 +185,7 @@ class _Trial:
         latest = self._next(0, 1)
         began = time.perf_counter()
         for _ in range(SINGLE_STEPS):
-            states = self._states(self._model, latest, caches)
+            states, _ = self._feed(self._model, latest, caches)
             latest = mx.argmax(states, axis=-1)  # any token that waits for them
             mx.async_eval(latest)
         mx.eval(latest, [cache.state for cache in caches])
@@ -188,16 +200,19 @@ class _Trial:
         return self._tokens[:, SHORT + start : SHORT + stop]
 
     def _run(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """What :meth:`_states` gives. Evaluates."""
-        states = self._states(model, tokens, caches)
+        """What :meth:`_feed` gives first. Evaluates."""
+        states, _ = self._feed(model, tokens, caches)
         mx.eval(states, [cache.state for cache in caches])
         return states
 
-    def _states(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
+    def _feed(
+        self, model: Any, tokens: mx.array, caches: list[Any]
+    ) -> tuple[mx.array, WideStep | None]:
         """Feeds tokens (1, T) to the model or its twin.
 
         Returns:
-            What makes the choices after each: states (1, T, D), or logits (1, T, V).
+            What makes the choices after each: states (1, T, D), or logits (1, T, V); and the step
+            of a twin.
         """
         states: list[mx.array] = []
 
@@ -205,12 +220,14 @@ class _Trial:
             states.append(hidden)
             return hidden  # in the place of logits, which nobody wants
 
+        step = None
         with nullcontext() if self._head is None else self._head.intercepted(note):
             if model is self._twin:
-                logits = self._steps.feed_by(model, tokens, caches).logits
+                step = self._steps.feed_by(model, tokens, caches)
+                logits = step.logits
             else:
                 logits = model(tokens, cache=caches)
-        return states[-1] if states else logits
+        return states[-1] if states else logits, step
 
 
 def _lengths(caches: list[Any]) -> list[int]:
@@ -291,6 +308,11 @@ def _contents(caches: list[Any]) -> list[mx.array]:
             elif value is not None:  # positions and settings
                 contents.append(mx.array(value).reshape(-1))
     return contents
+
+
+def _states(caches: list[Any]) -> list[Any]:
+    """The caches that have no values of each position."""
+    return [cache for cache in parts_of(caches) if type(cache) is ArraysCache]
 
 
 def _arrays(tree: Any) -> list[mx.array]:

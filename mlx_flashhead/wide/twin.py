@@ -24,7 +24,8 @@ from ..head.row_products import row_products
 from ..models.install import get_flash_head
 from .parts import containers, global_names, library_functions
 from .positions import Positions, apart, apart_value, at
-from .stand_ins import KeyValueStandIn, apart_stand_in
+from .stand_ins import KeyValueStandIn, PastStandIn, apart_stand_in
+from .states import call_layer, call_part, made_of
 
 UPDATE = "update_and_fetch"  # what an attention calls its cache's method
 ROTATES = ("self", "x", "offset")  # the arguments of a rotation
@@ -105,6 +106,22 @@ class _Rotation(nn.Module):
         return mx.concatenate(rotated, axis=-2)
 
 
+class _Layer(nn.Module):
+    """A layer that gets caches, and may write a state."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return call_layer(super().__call__, args, named)
+
+
+class _Part(nn.Module):
+    """A part with weights."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        call = super().__call__
+        alone = len(args) == 1 and not named and isinstance(args[0], mx.array)
+        return call_part(self, call, args[0]) if alone else call(*args, **named)
+
+
 class _Apart(nn.Module):
     """A part whose operations run once per position within an attention."""
 
@@ -162,6 +179,8 @@ def _attend(single: Callable[..., mx.array]) -> Callable[..., mx.array]:
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attends from each position (B, H, T, D) to what its own single step would find."""
+        if isinstance(cache, PastStandIn):
+            return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
         options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
         n_positions = queries.shape[2]
         if n_positions == 1:
@@ -217,9 +236,19 @@ def _in_turn(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., 
     return in_turn
 
 
+def _scan(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., Any]:
+    def scan(x: mx.array, a: mx.array, h0: mx.array | None) -> tuple[mx.array, mx.array]:
+        """Takes the positions (B, T, D) of a recurrence whose layer multiplies itself."""
+        x, a = made_of("scan", x, a)
+        return single(x, a, h0)
+
+    return scan
+
+
 EXCHANGED: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attend,
     "ssm_update": _in_turn,
+    "rnn_scan": _scan,
 }
 
 
@@ -255,7 +284,17 @@ def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
         mixin = _ApartAttention if apart_attention else _Apart
     if functions:
         cls = type(cls.__name__, (cls,), functions)
-    return cls if mixin is None else type(cls.__name__, (mixin, cls), {})
+    around = (_around(module, call), mixin)
+    mixins = tuple(each for each in around if each is not None)
+    return type(cls.__name__, (*mixins, cls), {}) if mixins else cls
+
+
+def _around(module: nn.Module, call: CodeType | None) -> type | None:
+    """What is done around the calls of a module, so that a state can be made again."""
+    if call is not None and "cache" in call.co_varnames[: call.co_argcount]:
+        return _Layer
+    has_arrays = any(isinstance(each, mx.array) for each in dict.values(cast(Any, module)))
+    return _Part if has_arrays else None
 
 
 def _mixin_of(module: nn.Module) -> type | None:
