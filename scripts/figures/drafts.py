@@ -14,6 +14,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from mlx_flashhead.decoding.guessing.draft_model import LATEST
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draws import rows
 from mlx_flashhead.head.draws.noise import position_key
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import as_float32, to_mlx
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.drafts import load_draft
@@ -120,7 +122,6 @@ class Drafter:
         rows = self.head.clustered.token_rows()
         # the products of all rows by numpy, whose BLAS is fast everywhere
         self._rows = as_float32(rows.dequantized(mx.float32))
-        self._token_ids = np.minimum(np.array(self.head.clustered.token_ids), len(self._rows) - 1)
         self._frequent = np.array(frequent)
 
     def ways(self, prompt: list[int], answer: list[int], draw: "Draw") -> Iterator:
@@ -130,18 +131,8 @@ class Drafter:
         vocab_size = len(self._rows)
         states = self._states(prompt, answer)
         exact = to_mlx(as_float32(states) @ self._rows.T)
-        in_clusters = exact[:, mx.array(self._token_ids.ravel())]
-        in_clusters = in_clusters.reshape(n_tokens, *self._token_ids.shape)
-        scores = head.steps.route(states)
-        latest = np.zeros((n_tokens, vocab_size), dtype=bool)
-        for i in range(n_tokens):
-            latest[i, [*prompt, *answer[:i]][-LATEST:]] = True
-
-        def flash(n_probes: int) -> mx.array:
-            steps = head.steps
-            selection = steps.select(scores, n_probes)
-            probed = mx.take_along_axis(in_clusters, selection.probes[..., None], axis=1)
-            return steps.expand(scores, selection, Candidates(probed))
+        latest = latest_tokens([*prompt, *answer], len(prompt), n_tokens, vocab_size)
+        flash = partial(few_logits, head, states, exact)
 
         def listed(n_listed: int, more: np.ndarray | bool = False) -> mx.array:
             listed = np.zeros((1, vocab_size), dtype=bool)
@@ -177,6 +168,45 @@ class Drafter:
         with numpy_products(self.model), self.head.intercepted(record):
             self.model(mx.array([[*prompt, *answer[:-1]]]))
         return states[0][0, len(prompt) - 1 :]
+
+
+def few_logits(head: FlashHead, states: mx.array, exact: mx.array, n_probes: int) -> mx.array:
+    """What a FlashHead that scores few clusters knows of the logits.
+
+    Args:
+        head: The FlashHead.
+        states: The head's inputs (n, D).
+        exact: Their dense logits (n, V).
+        n_probes: Clusters that are scored.
+
+    Returns:
+        (n, V).
+    """
+    steps = head.steps
+    token_ids = mx.minimum(head.clustered.token_ids, exact.shape[1] - 1)
+    in_clusters = exact[:, token_ids.reshape(-1)].reshape(len(exact), *token_ids.shape)
+    scores = steps.route(states)
+    selection = steps.select(scores, n_probes)
+    probed = mx.take_along_axis(in_clusters, selection.probes[..., None], axis=1)
+    return steps.expand(scores, selection, Candidates(probed))
+
+
+def latest_tokens(tokens: list[int], first: int, n: int, vocab_size: int) -> np.ndarray:
+    """Which tokens are among the latest of a text when each of some is guessed.
+
+    Args:
+        tokens: The text with its prompt.
+        first: The place of the first token that is guessed.
+        n: How many are.
+        vocab_size: V.
+
+    Returns:
+        (n, V) bool.
+    """
+    latest = np.zeros((n, vocab_size), dtype=bool)
+    for i in range(n):
+        latest[i, tokens[max(0, first + i - LATEST) : first + i]] = True
+    return latest
 
 
 class Draw:

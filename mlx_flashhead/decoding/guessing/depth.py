@@ -1,0 +1,231 @@
+"""How many tokens a step takes where somebody guesses: as many as give most tokens for their time.
+
+    gain(T) = (1 + p1 + p1 p2 + … + p1 … p(T-1))
+              / (cost(T) + (T - 1) draft + (1 - p1 … p(T-1)) wrong)
+
+pd is the chance that guess d is right if those before it are, learned in the text from what earlier
+texts of the pair have shown. Nothing here knows a model: times are
+relative to a single step, and a step of T tokens has T - 1 guesses.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import NamedTuple
+
+from ...wide.step import MAX_WIDTH
+
+MAX_GUESSES = MAX_WIDTH - 1
+WORTH = 1.05  # tokens for the time of one from which a wide step is taken
+
+# How shares are learned
+EXPECTED = 0.6  # the share of guesses that are right of which nothing is known
+EXPECTED_WEIGHT = 2.0  # guesses that this counts for
+PRIOR_WEIGHT = 8.0  # guesses that what is known from earlier texts counts for
+KEPT = 0.98  # share of what is known in a text that each step with a guess leaves
+MOST_KNOWN = 400.0  # guesses of earlier texts that are remembered, at each depth
+
+# What guesses may cost where they do not pay, in single steps
+BOUND = 0.02  # of the time that single steps would take
+TRIES = 0.01  # of the time, in tries where single steps are better
+START = 2.0  # before a drafter has gained anything, once on a machine
+MOST_SLACK = 8.0  # of what was gained, that may be lost again
+
+
+class Costs(NamedTuple):
+    """Times relative to a single step.
+
+    Attributes:
+        steps: Of a step, by its number of tokens.
+        draft: Of each guess.
+        wrong: Of what a step with a wrong guess takes more, to bring the caches back.
+    """
+
+    steps: Mapping[int, float]
+    draft: float = 0.0
+    wrong: float = 0.0
+
+    def time(self, width: int, wrong: float = 1.0) -> float:
+        """The time of a step with its guesses.
+
+        Args:
+            width: Its tokens.
+            wrong: The chance that one of its guesses is wrong.
+        """
+        if width == 1:
+            return 1.0
+        return self.steps[width] + (width - 1) * self.draft + wrong * self.wrong
+
+
+def gain(width: int, chances: Sequence[float], costs: Costs) -> float:
+    """The tokens that a step is expected to give in the time of a single one.
+
+    Args:
+        width: Its tokens, 2 or more.
+        chances: Of each guess to be right if those before it are.
+        costs: The times.
+    """
+    reached: list[float] = list(accumulate(chances[: width - 1], mul))
+    return (1 + sum(reached)) / costs.time(width, 1 - reached[-1])
+
+
+def best_width(chances: Sequence[float], costs: Costs) -> int:
+    """The tokens of the step that gives most for its time; 1 where a single step is as good.
+
+    Args:
+        chances: As of :func:`gain`. There are no wider steps than these reach.
+        costs: The times.
+    """
+    widths = [width for width in costs.steps if width <= len(chances) + 1]
+    best = max(widths, key=lambda width: gain(width, chances, costs), default=1)
+    return best if widths and gain(best, chances, costs) > WORTH else 1
+
+
+def _no_guesses() -> list[float]:
+    return [0.0] * MAX_GUESSES
+
+
+@dataclass
+class Known:
+    """What is known of a drafter and its target on this machine, from text to text.
+
+    Attributes:
+        right: Guesses of each depth that were right.
+        tried: Guesses of each depth of which all before it were right.
+        slack: Single steps that guesses may take beyond what they gain.
+    """
+
+    right: list[float] = field(default_factory=_no_guesses)
+    tried: list[float] = field(default_factory=_no_guesses)
+    slack: float = START
+
+    @property
+    def shares(self) -> list[float]:
+        """The chance of each guess; a depth of which little is known has that of the one before."""
+        return _shares(self.right, self.tried, [1.0] * MAX_GUESSES, EXPECTED, EXPECTED_WEIGHT)
+
+    def add(self, right: Iterable[float], tried: Iterable[float]) -> None:
+        """Adds the guesses of a text. The latest ones count most."""
+        self.right = [a + b for a, b in zip(self.right, right, strict=True)]
+        self.tried = [a + b for a, b in zip(self.tried, tried, strict=True)]
+        for depth, number in enumerate(self.tried):
+            if number > MOST_KNOWN:
+                self.right[depth] *= MOST_KNOWN / number
+                self.tried[depth] = MOST_KNOWN
+
+
+class Shares:
+    """How often the guesses of each depth are right in a text.
+
+    Args:
+        known: Of earlier texts.
+    """
+
+    def __init__(self, known: Known):
+        self._known = known
+        prior = known.shares
+        self._first = prior[0]
+        self._ratios = [1.0, *(after / before for before, after in pairwise(prior))]
+        self._right = _no_guesses()  # the latest ones count most
+        self._tried = _no_guesses()
+        self._all_right = _no_guesses()
+        self._all_tried = _no_guesses()
+
+    @property
+    def chances(self) -> list[float]:
+        """The chance of each guess to be right if those before it are.
+
+        A depth that was seldom reached follows the one before it, as it did in earlier texts.
+        """
+        return _shares(self._right, self._tried, self._ratios, self._first, PRIOR_WEIGHT)
+
+    def note(self, n: int, n_right: int) -> None:
+        """Notes how many of ``n`` guesses were right, up to a wrong one."""
+        self._right = [KEPT * number for number in self._right]
+        self._tried = [KEPT * number for number in self._tried]
+        for depth in range(min(n_right + 1, n)):
+            right = float(depth < n_right)
+            self._right[depth] += right
+            self._tried[depth] += 1
+            self._all_right[depth] += right
+            self._all_tried[depth] += 1
+
+    def leave(self) -> None:
+        """Adds what the text has shown to what is known."""
+        self._known.add(self._all_right, self._all_tried)
+        self._all_right = _no_guesses()
+        self._all_tried = _no_guesses()
+
+
+class Budget:
+    """Chooses the width of each step of a text, and bounds what guesses may lose.
+
+    Where no width pays, steps are single, and the one that loses least is tried now and then. All
+    that guesses lose is bounded: by BOUND of the time, beside START once on a machine and a part of
+    what they have gained.
+
+    Args:
+        known: Has the slack, which is kept up to date.
+    """
+
+    def __init__(self, known: Known):
+        self._known = known
+        self._n_single = 0  # steps since the latest guess
+
+    def width(self, chances: Sequence[float], costs: Costs) -> int:
+        """The tokens of the next step; 1 for a single one.
+
+        Args:
+            chances: Of each guess to be right if those before it are.
+            costs: The times of steps from these caches on.
+        """
+        slack = self._known.slack
+        steps = {w: time for w, time in costs.steps.items() if costs.time(w) - 1 <= slack}
+        affordable = costs._replace(steps=steps)
+        width = best_width(chances, affordable)
+        return width if width > 1 else self._tried(chances, affordable)
+
+    def note(self, width: int, costs: Costs, n_right: int = 0) -> None:
+        """Notes a step.
+
+        Args:
+            width: Its tokens.
+            costs: Those by which it was chosen.
+            n_right: How many of its guesses were right.
+        """
+        time = costs.time(width, float(n_right < width - 1))
+        slack = self._known.slack + (1 + BOUND) * (1 + n_right) - time
+        self._known.slack = min(slack, MOST_SLACK)
+        self._n_single = self._n_single + 1 if width == 1 else 0
+
+    def _tried(self, chances: Sequence[float], costs: Costs) -> int:
+        """The width that is expected to lose least, if it is time to try it; else 1.
+
+        A width that would not pay if all guesses were right is never tried.
+        """
+        all_right = [1.0] * MAX_GUESSES
+        losses = {
+            width: costs.time(width) * (1 - gain(width, chances, costs))
+            for width in costs.steps
+            if width <= len(chances) + 1 and gain(width, all_right, costs) > WORTH
+        }
+        width = min(losses, key=lambda width: losses[width], default=1)
+        return width if losses and losses[width] <= TRIES * self._n_single else 1
+
+
+def _shares(
+    right: Sequence[float],
+    tried: Sequence[float],
+    ratios: Sequence[float],
+    first: float,
+    weight: float,
+) -> list[float]:
+    """Shares of each depth, where each begins with that of the one before times a ratio."""
+    shares: list[float] = []
+    expected = first
+    for of_right, of_tried, ratio in zip(right, tried, ratios, strict=True):
+        expected = min(expected * ratio, 1.0)
+        expected = (of_right + weight * expected) / (of_tried + weight)
+        shares.append(expected)
+    return shares

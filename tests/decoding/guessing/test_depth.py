@@ -1,0 +1,150 @@
+"""How many tokens a step takes: the formula, what is learned, and what guesses may lose."""
+
+import numpy as np
+import pytest
+
+from mlx_flashhead.common.stored import store, stored
+from mlx_flashhead.decoding.guessing import depth
+from mlx_flashhead.decoding.guessing.depth import (
+    BOUND,
+    MAX_GUESSES,
+    START,
+    Budget,
+    Costs,
+    Known,
+    Shares,
+    best_width,
+    gain,
+)
+
+CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)  # a large model on a small chip
+DEAR = Costs({2: 1.8, 3: 1.95, 4: 2.1, 8: 3.1}, draft=0.05, wrong=0.1)
+HOPELESS = Costs({2: 2.2, 3: 3.2, 4: 4.2, 8: 8.2})
+
+
+def runs_of(shares, n_tokens: int, seed: int) -> np.ndarray:
+    """How many guesses in a row are right behind each token of a text."""
+    right = np.random.default_rng(seed).random((n_tokens, MAX_GUESSES)) < np.array(shares)
+    return np.cumprod(right, axis=1).sum(axis=1)
+
+
+def time_of_width(runs: np.ndarray, costs: Costs, width: int) -> float:
+    """The time of a text in single steps, with steps of one width."""
+    place = 0
+    time = 0.0
+    while place < len(runs):
+        n_right = min(int(runs[place]), width - 1)
+        time += costs.time(width, float(n_right < width - 1))
+        place += n_right + 1
+    return time
+
+
+def time_of(runs: np.ndarray, costs: Costs, known: Known) -> float:
+    """The time of a text in single steps, by the policy."""
+    shares = Shares(known)
+    budget = Budget(known)
+    place = 0
+    time = 0.0
+    while place < len(runs):
+        width = budget.width(shares.chances, costs)
+        n_right = min(int(runs[place]), width - 1)
+        time += costs.time(width, float(n_right < width - 1))
+        budget.note(width, costs, n_right)
+        if width > 1:
+            shares.note(width - 1, n_right)
+        place += n_right + 1
+    shares.leave()
+    return time
+
+
+def test_the_gain_is_expected_tokens_for_expected_time():
+    costs = Costs({2: 1.2, 4: 1.5}, draft=0.1, wrong=0.5)
+    shares = [0.8, 0.5, 0.25, 0.1]
+    assert gain(2, shares, costs) == pytest.approx(1.8 / (1.2 + 0.1 + 0.2 * 0.5))
+    time = 1.5 + 3 * 0.1 + (1 - 0.1) * 0.5
+    assert gain(4, shares, costs) == pytest.approx((1 + 0.8 + 0.4 + 0.1) / time)
+
+
+def test_the_best_width():
+    assert best_width([0.95] * 7, CHEAP) == 8
+    assert best_width([0.8] * 7, CHEAP) == 4
+    assert best_width([0.3] * 7, CHEAP) == 2
+    assert best_width([0.05] * 7, CHEAP) == 1
+    assert best_width([0.9] * 7, Costs({})) == 1
+    assert best_width([0.95] * 3, CHEAP) == 4  # no wider than it has guesses
+    assert best_width([0.95] * 7, CHEAP._replace(draft=0.4)) < 8
+
+
+def test_shares_are_those_of_the_text():
+    learned = Shares(Known())
+    for _ in range(300):
+        learned.note(3, 2)  # two right, the third wrong
+    shares = learned.chances
+    assert shares[1] >= shares[0] > 0.9
+    assert shares[2] < 0.15
+    assert all(share <= shares[2] for share in shares[3:])  # never reached: as the one before
+
+
+def test_a_depth_that_was_seldom_reached_falls_as_in_earlier_texts():
+    known = Known()
+    known.add([80, 40, 20, 10, 5, 2, 1], [100, 80, 40, 20, 10, 5, 2])
+    assert known.shares[1] == pytest.approx(0.5, abs=0.02)
+    learned = Shares(known)
+    for _ in range(300):
+        learned.note(1, 1)
+    shares = learned.chances
+    assert shares[0] > 0.95
+    assert shares[1] / shares[0] == pytest.approx(known.shares[1] / known.shares[0])
+
+
+def test_what_is_known_is_kept_on_the_machine(tmp_path):
+    known = Known()
+    shares = Shares(known)
+    budget = Budget(known)
+    for _ in range(50):
+        shares.note(7, 3)
+        budget.note(8, CHEAP, 3)
+    shares.leave()
+    assert known.tried[:4] == [50] * 4 and known.right[:4] == [50, 50, 50, 0]
+    assert known.slack > START
+    store(tmp_path / "known.json", {"a pair": known})
+    assert stored(tmp_path / "known.json", Known) == {"a pair": known}
+    for _ in range(1000):
+        known.add([1.0] * 7, [1.0] * 7)
+    assert known.tried == [depth.MOST_KNOWN] * 7 and known.shares[3] > 0.9
+
+
+@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+def test_guesses_that_are_all_wrong_lose_little(costs):
+    """Whatever is believed before: the slack bounds it."""
+    known = Known(right=[400.0] * 7, tried=[400.0] * 7)
+    runs = np.zeros(1000, int)
+    lost = time_of(runs, costs, known) - len(runs)
+    assert 0 < lost <= START + BOUND * len(runs) + 1e-6
+    lost += time_of(runs, costs, known) - len(runs)
+    assert lost <= START + 2 * BOUND * len(runs) + 1e-6
+
+
+def test_what_cannot_pay_is_never_tried():
+    known = Known(right=[400.0] * 7, tried=[400.0] * 7)
+    runs = runs_of([1.0] * 7, 500, 0)
+    assert time_of(runs, HOPELESS, known) == 500
+
+
+def test_a_drafter_that_becomes_good_is_found_again():
+    known = Known()
+    runs = np.concatenate([np.zeros(400, int), runs_of([0.9] * 7, 600, 1)])
+    single = float(len(runs))
+    assert time_of(runs, CHEAP, known) < 0.75 * single
+
+
+@pytest.mark.parametrize("share", [0.93, 0.8, 0.65, 0.5, 0.35, 0.2, 0.0])
+@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+def test_the_policy_is_about_as_fast_as_the_best_width(costs, share):
+    """And as single steps, over texts of a pair of which nothing is known at first."""
+    texts = [runs_of([share] * 7, 250, seed) for seed in range(12)]
+    known = Known()
+    time = sum(time_of(runs, costs, known) for runs in texts)
+    of_width = {w: sum(time_of_width(runs, costs, w) for runs in texts) for w in (1, *costs.steps)}
+    assert time <= 1.02 * of_width[1]
+    assert time <= 1.03 * min(of_width.values())
