@@ -70,7 +70,7 @@ class Proposer:
 
         C/p sequences read as many rows as the dense head, which reads each row once.
         """
-        if mx.default_device().type == mx.cpu:
+        if self.head is None or mx.default_device().type == mx.cpu:
             return CPU_BATCH
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)

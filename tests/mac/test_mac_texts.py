@@ -1,0 +1,121 @@
+"""A text on each generation of Apple GPUs is plain mlx-lm's, whatever chooses its tokens."""
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm import sample_utils
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_flashhead
+from mlx_flashhead import grammar_processor, make_sampler
+from mlx_flashhead.wide import trial
+from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.trial import established_costs
+from pretended_gpu import CHIPS, pretended_gpu
+from tiny_models import install_index, tiny_index
+
+pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+PROMPT = "One day"
+N_TOKENS = 10
+# The grammar forces what comes before the string, and the model chooses that.
+SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}
+
+
+def tokens(library, loaded, prompt=PROMPT, n_tokens=N_TOKENS, **options):
+    """The tokens of a text by mlx_lm or mlx_flashhead."""
+    mx.random.seed(7)
+    responses = library.stream_generate(*loaded, prompt, max_tokens=n_tokens, **options)
+    return [response.token for response in responses]
+
+
+def chosen_by(kind, tokenizer):
+    """What chooses the tokens of a text: options of `stream_generate`, made anew."""
+    return {
+        "greedy": lambda: {},
+        "sampled": lambda: {"sampler": sample_utils.make_sampler(0.9, top_p=0.95)},
+        "noise": lambda: {"sampler": make_sampler(temp=0.9, top_k=40, seed=4)},
+        "penalties": lambda: {
+            "logits_processors": sample_utils.make_logits_processors({3: 2.0}, 1.3)
+        },
+        "schema": lambda: {"logits_processors": [grammar_processor(tokenizer, json_schema=SCHEMA)]},
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "gpu, kind",
+    [(chip, kind) for chip in CHIPS for kind in ("greedy", "sampled", "schema")]
+    + [("M4", "noise"), ("M5", "penalties")],
+    indirect=["gpu"],
+)
+def test_a_text_is_mlx_lms(gpu, pair, kernels, kind):
+    tokenizer = pair.plain[1]
+    expected = tokens(mlx_lm, pair.plain, **chosen_by(kind, tokenizer))
+    found = tokens(mlx_flashhead, pair.flash, **chosen_by(kind, tokenizer))
+    assert found == expected
+    expected_kernels = {"route", "score"} if kind == "sampled" else {"route", "score", "screen"}
+    assert kernels() is None or kernels() >= expected_kernels
+
+
+def test_a_text_on_a_gpu_without_metal(folder):
+    """As MLX has them on Linux: no kernels, and the branches that ask for a CPU are not taken."""
+    with pretended_gpu(metal=False):
+        expected = tokens(mlx_lm, mlx_lm.load(str(folder)))
+        model, tokenizer = mlx_lm.load(str(folder))
+        head = install_index(model, tiny_index(model, n_probes=3))
+        assert head.backend == ("metal" if mx.metal.is_available() else "mlx")
+        assert tokens(mlx_flashhead, (model, tokenizer)) == expected
+
+
+def guessed(lookup, pair, prompt, monkeypatch):
+    """The tokens of a text with guesses, and how many tokens its steps were fed."""
+    widths = []
+    feed = WideSteps.feed
+
+    def noted(self, fed, caches):
+        widths.append(fed.shape[1])
+        return feed(self, fed, caches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WideSteps, "feed", noted)
+        found = tokens(mlx_flashhead, pair.flash, prompt, 16, **lookup)
+    return found, widths
+
+
+def repeating(pair):
+    """A prompt that the plain model goes on to repeat: it holds the answer already."""
+    start = pair.plain[1].encode(PROMPT)
+    answer = tokens(mlx_lm, pair.plain, start, 12)
+    return [*start, *answer, *start, *answer[:3]]
+
+
+@pytest.mark.parametrize("gpu", CHIPS, indirect=True)
+def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch):
+    """By FlashHead's own kernel, beside MLX's for one state, and the text is plain mlx-lm's."""
+    monkeypatch.setattr(trial, "LONG", (30, 60))
+    model = pair.flash[0]
+    steps = WideSteps.of(model)
+    caches = make_prompt_cache(model)
+    costs = established_costs(steps, caches)
+    assert set(costs) == {2, 3, 4, 8}
+    ran = kernels()
+    assert ran is None or "row_products" in ran
+    prompt = repeating(pair)
+    expected = tokens(mlx_lm, pair.plain, prompt, 16)
+    found, widths = guessed({"lookup": "on"}, pair, prompt, monkeypatch)
+    assert found == expected and widths
+    # what is said to cost as much as a single step is taken without being asked for
+    kind = kind_of(caches)
+    steps.established[kind] = Established(dict.fromkeys(costs, 1.0), steps.established[kind].apart)
+    found, widths = guessed({}, pair, prompt, monkeypatch)
+    assert found == expected and widths
+    steps.established[kind] = Established(dict.fromkeys(costs, 9.0), steps.established[kind].apart)
+    found, widths = guessed({}, pair, prompt, monkeypatch)
+    assert found == expected and not widths
+
+
+def test_a_draft_model(gpu, pair, monkeypatch):
+    monkeypatch.setattr(trial, "LONG", (30, 60))
+    expected = tokens(mlx_lm, pair.plain)
+    drafts = {"draft_model": pair.plain[0], "num_draft_tokens": 2}
+    found, widths = guessed(drafts, pair, PROMPT, monkeypatch)
+    assert found[:N_TOKENS] == expected and widths
