@@ -1,6 +1,7 @@
 """What a model is made of, and whether it still is: arrays, layers, and functions of mlx-lm."""
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from operator import is_
 from types import CodeType, FunctionType
 from typing import Any, cast
@@ -47,6 +48,12 @@ def containers(model: nn.Module) -> Iterator[Any]:
             seen.add(id(value))
             yield value
             left += _contents(value)
+
+
+def settings_in(model: nn.Module) -> Iterator[Any]:
+    """The objects with settings that a model's parts hold, such as ``args``: dataclasses."""
+    for part in containers(model):
+        yield from (value for value in _contents(part) if is_dataclass(value))
 
 
 def _contents(container: Any) -> list[Any]:

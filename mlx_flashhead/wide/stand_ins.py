@@ -6,7 +6,7 @@ have got. It can bring the cache back to any of these positions.
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -16,16 +16,15 @@ from ..models.compat.mlx_lm import (
     BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
-    ConcatenateKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
 )
 from .positions import Positions
-from .states import StateStandIn
+from .states import StateStandIn, as_now
 
-GROWING = (KVCache, QuantizedKVCache, BatchKVCache)  # whose trimming changes positions alone
-OTHERS = (ConcatenateKVCache, ChunkedKVCache)
+# Trimming these changes positions alone. A chunk does not forget its beginning within a step.
+GROWING = (KVCache, QuantizedKVCache, BatchKVCache, ChunkedKVCache)
 # Windows hold the latest positions alone, and write over the others. These are their attributes
 # that count positions.
 WINDOWS: dict[type, tuple[str, ...]] = {
@@ -53,7 +52,7 @@ def is_known(cache: Any) -> bool:
         return bool(cache.lengths is None and cache.batch_size == 1)
     if type(cache) in OF_A_BATCH:
         return bool(cache.left_padding.size == 1)
-    return type(cache) in (*GROWING, *WINDOWS, *OTHERS)
+    return type(cache) in (*GROWING, *WINDOWS)
 
 
 def end_of(cache: Any) -> int:
@@ -62,10 +61,15 @@ def end_of(cache: Any) -> int:
     return cast(int, getattr(cache, name))
 
 
+def n_held(cache: Any) -> int:
+    """The number of positions from the first one in a growing cache's arrays on."""
+    return end_of(cache) - cast(int, getattr(cache, "start_position", 0))
+
+
 def fits(cache: Any, n_positions: int) -> bool:
     """Whether a cache's next positions can be computed together."""
     if type(cache) is ChunkedKVCache:  # forgets its beginning before a step
-        return bool(cache.offset - cache.start_position + n_positions <= cache.chunk_size)
+        return bool(n_held(cache) + n_positions <= cache.chunk_size)
     return True
 
 
@@ -123,18 +127,16 @@ class KeyValueStandIn(_StandIn):
     """Stands in for a cache of keys and values.
 
     Arrays that hold all positions are written once. A window past its end is written once per
-    position, since its places are written again: what each update left is kept.
+    position, since its places are written again: what was in them is kept.
     """
 
     def __init__(self, cache: Any, n_positions: int):
         super().__init__(cache)
         self.n_positions = n_positions
         self._before = end_of(cache)
-        self._past = _numbers(cache)
-        self._left: list[dict[str, Any]] = []  # the cache's attributes after each position
+        self._numbers = [_numbers(vars(cache))]  # the cache's attributes after each position
+        self._replaced: list[_Replaced] = []
         self._is_trimmed = type(cache) in GROWING or _is_straight(cache, n_positions)
-        if not self._is_trimmed:
-            self._keep_state()
 
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
@@ -142,7 +144,7 @@ class KeyValueStandIn(_StandIn):
         if options.get("window_size") is None and type(cache) not in OF_A_BATCH:
             return None
         probe = copy.copy(cache)
-        vars(probe).update(_own_arrays(cache))
+        vars(probe).update(_numbers(vars(cache)))
         if type(probe) in WINDOWS and probe.keys is not None:  # its places are what matters
             probe.keys = probe.values = mx.zeros((1, 1, cache.keys.shape[2], 1))
         masks = []
@@ -162,10 +164,9 @@ class KeyValueStandIn(_StandIn):
         while len(found) < keys.shape[2]:
             n = self._n_together(keys.shape[2] - len(found))
             some = slice(len(found), len(found) + n)
-            whole = self._update(keys[:, :, some], values[:, :, some])
+            update = self._update if self._is_trimmed else self._write_over
+            whole = update(keys[:, :, some], values[:, :, some])
             found += [_without_last(whole, n - 1 - j) for j in range(n)]
-            if not self._is_trimmed:
-                self._keep_state()
         return Positions(each[0] for each in found), Positions(each[1] for each in found)
 
     def _n_together(self, n: int) -> int:
@@ -176,7 +177,7 @@ class KeyValueStandIn(_StandIn):
             room = 0
         else:
             arrays = self.cache.keys if type(self.cache) is QuantizedKVCache else [self.cache.keys]
-            room = arrays[0].shape[2] - end_of(self.cache)
+            room = arrays[0].shape[2] - n_held(self.cache)
         # what grows has room for all of them then, but a window
         return min(n, room) or (1 if type(self.cache) in WINDOWS else n)
 
@@ -194,22 +195,69 @@ class KeyValueStandIn(_StandIn):
             setattr(cache, name, getattr(cache, name) + n)
         return cache.keys[..., : begin + n, :], cache.values[..., : begin + n, :]
 
-    def _keep_state(self) -> None:
-        """Keeps the cache as it is. The next update writes into its arrays, not into these."""
+    def _write_over(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Writes a position (1, H, 1, D) of a window, and returns what its single step finds.
+
+        What is written over is copied before, since the window would be held by a part of it.
+        """
         cache = self.cache
-        keys, values = (_without_last(each, 0) for each in (cache.keys, cache.values))
-        self._left.append(vars(cache) | _own_arrays(cache) | {"keys": keys, "values": values})
+        j = len(self._numbers) - 1
+        if not self._replaced or self._replaced[-1].stop <= j:
+            replaced = _replaced(cache, j, self.n_positions - j)
+            self._replaced.append(replaced)
+            if replaced.slot is not None:
+                keys, values = mx.depends([keys, values], [replaced.keys, replaced.values])
+        found = cache.update_and_fetch(keys, values)
+        self._numbers.append(_numbers(vars(cache)))
+        return cast(tuple[Any, Any], found)
 
     def as_before(self) -> PastStandIn:
         """A cache as it was before this step, for a layer that is called again for its state."""
-        return PastStandIn(self._past)
+        return PastStandIn(self._numbers[0])
 
     def back_to(self, n: int) -> None:
         """Brings the cache back to the first ``n`` positions of this step."""
         if self._is_trimmed:
             self.cache.trim(max(0, end_of(self.cache) - self._before - n))
-        elif n < len(self._left):
-            vars(self.cache).update(self._left[n])
+        elif n < len(self._numbers):
+            for replaced in reversed(self._replaced):
+                replaced.put_back(self.cache, n)
+            vars(self.cache).update(_numbers(self._numbers[n]))
+
+
+class _Replaced(NamedTuple):
+    """What some positions of a step, from ``begin`` to ``stop``, have replaced in a window."""
+
+    begin: int
+    stop: int
+    slot: int | None  # the first that was written over; None: the whole arrays are others
+    keys: Any
+    values: Any
+
+    def put_back(self, cache: Any, n: int) -> None:
+        """Puts it back for all positions but the first ``n``."""
+        first = max(n, self.begin)
+        if first >= self.stop:
+            return
+        if self.slot is None:
+            cache.keys, cache.values = self.keys, self.values
+            return
+        skipped = first - self.begin
+        slots = slice(self.slot + skipped, self.slot + self.stop - self.begin)
+        cache.keys[..., slots, :] = self.keys[..., skipped:, :]
+        cache.values[..., slots, :] = self.values[..., skipped:, :]
+
+
+def _replaced(cache: Any, begin: int, n: int) -> _Replaced:
+    """What the next positions of a step replace in a window, ``n`` of them or fewer."""
+    n_slots = 0 if cache.keys is None else cache.keys.shape[2]
+    grows = n_slots < cache.max_size and end_of(cache) >= n_slots
+    if grows or n_slots > cache.max_size:  # into another array, or is cut
+        return _Replaced(begin, begin + 1, None, cache.keys, cache.values)
+    slot = getattr(cache, "keep", 0) if cache._idx == cache.max_size else cache._idx
+    stop = min(slot + n, n_slots)
+    keys, values = (mx.contiguous(each[..., slot:stop, :]) for each in (cache.keys, cache.values))
+    return _Replaced(begin, begin + stop - slot, slot, keys, values)
 
 
 class ListStandIn(_StandIn):
@@ -269,16 +317,10 @@ def _is_straight(cache: Any, n_positions: int) -> bool:
     return bool(cache._idx == end and end + n_positions <= cache.max_size)
 
 
-def _numbers(cache: Any) -> dict[str, Any]:
-    """A cache's attributes but for its keys and values, as they are now."""
-    attributes = vars(cache) | _own_arrays(cache)
-    return {name: value for name, value in attributes.items() if name not in ("keys", "values")}
-
-
-def _own_arrays(cache: Any) -> dict[str, mx.array]:
-    """Copies of a cache's small arrays, which some updates change in place."""
-    arrays = {name: value for name, value in vars(cache).items() if isinstance(value, mx.array)}
-    return {name: mx.array(a) for name, a in arrays.items() if name not in ("keys", "values")}
+def _numbers(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A cache's attributes but for its keys and values, which stay as they are now."""
+    others = {name: each for name, each in attributes.items() if name not in ("keys", "values")}
+    return as_now(others)
 
 
 def _without_last(arrays: Any, n: int) -> Any:

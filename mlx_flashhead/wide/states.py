@@ -67,7 +67,7 @@ class StateStandIn:
     def __init__(self, cache: ArraysCache, n_positions: int):
         self.given = cache
         self._n_positions = n_positions
-        self._before = _contents(cache)
+        self._before = as_now(vars(cache))
         self._seen = list(cache.cache)
         self._calls: list[_Call] = []
 
@@ -85,7 +85,7 @@ class StateStandIn:
 
     def back_to(self, n: int) -> None:
         """Brings the state back to the first ``n`` positions of this step."""
-        vars(self.given).update(_contents(self.given, self._before))
+        vars(self.given).update(as_now(self._before))
         if n:
             for call in self._calls:
                 call.again(n, self._n_positions)
@@ -95,9 +95,8 @@ class StateStandIn:
         return self
 
 
-def _contents(cache: Any, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+def as_now(attributes: dict[str, Any]) -> dict[str, Any]:
     """A cache's attributes, with a list and arrays that no update changes in place."""
-    attributes = vars(cache) if attributes is None else attributes
     return {name: _kept(value) for name, value in attributes.items()}
 
 

@@ -29,7 +29,7 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.install import get_flash_head
 from . import store as trial_store
-from .stand_ins import WINDOWS, end_of, is_known, parts_of
+from .stand_ins import WINDOWS, is_known, n_held, parts_of
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
 
@@ -301,7 +301,7 @@ def _contents(caches: list[Any]) -> list[mx.array]:
         if type(cache) is ArraysCache:
             contents += map(mx.array, _arrays([cache.cache, cache.left_padding]))
             continue
-        n = end_of(cache) - getattr(cache, "start_position", 0)
+        n = n_held(cache)
         for name, value in vars(cache).items():
             if name in ("keys", "values"):
                 contents += [array[..., :n, :] for array in _arrays([value])]

@@ -1,7 +1,7 @@
 """A twin of a model, which feeds several tokens at once with the bits of single steps.
 
-It shares the model's arrays, and all parts that treat each position by itself. Others have a class
-of their own:
+It shares the model's arrays, its settings, which many models read at each call, and all parts that
+treat each position by itself. Others have a class of their own:
 
 - a linear layer multiplies each position as a single step does,
 - an attention is called once per position, with what its cache holds then,
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..head.row_products import row_products
 from ..models.install import get_flash_head
-from .parts import containers, global_names, library_functions
+from .parts import containers, global_names, library_functions, settings_in
 from .positions import Positions, apart, apart_value, at
 from .stand_ins import KeyValueStandIn, PastStandIn, apart_stand_in
 from .states import call_layer, call_part, made_of
@@ -188,13 +188,17 @@ def _attend(single: Callable[..., mx.array]) -> Callable[..., mx.array]:
         if not isinstance(keys, Positions):
             raise NoWideStepError("An attention without a cache of its own.")
         cache = cache.cache if isinstance(cache, KeyValueStandIn) else cache
+        # (1, T, H, D), of which MLX reads a position where it lies
+        by_position = mx.contiguous(queries.swapaxes(1, 2))
         attended = []
         for j in range(n_positions):
             own = at(keys, j), at(values, j)
             row = _mask_at(mask, j, n_positions, own[0])
-            query = queries[:, :, j : j + 1]
-            attended.append(single(query, *own, cache=cache, scale=scale, mask=row, **options))
-        return mx.concatenate(attended, axis=2)
+            query = by_position[:, j : j + 1].swapaxes(1, 2)
+            found = single(query, *own, cache=cache, scale=scale, mask=row, **options)
+            attended.append(found.swapaxes(1, 2))
+        # its transposed form is what a layer makes of it next
+        return mx.concatenate(attended, axis=1).swapaxes(1, 2)
 
     return attend
 
@@ -260,7 +264,7 @@ def twin_of(model: nn.Module, *, apart: bool = False) -> nn.Module:
         apart: Whether each operation of an attention runs once per position, not its call alone.
     """
     arrays: Any = tree_flatten(model.parameters())
-    shared = [get_flash_head(model), *(array for _, array in arrays)]
+    shared = [get_flash_head(model), *(array for _, array in arrays), *settings_in(model)]
     twin = copy.deepcopy(model, {id(each): each for each in shared})
     classes: dict[type, type] = {}
     for part in containers(twin):

@@ -5,6 +5,7 @@ import logging
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as lm_caches
@@ -14,11 +15,21 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
 from mlx_flashhead.wide import stand_ins, store, trial, twin
+from mlx_flashhead.wide.positions import Positions
 from mlx_flashhead.wide.step import WideSteps, kind_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
-from wide_checks import FORMS, held, of_a_batch, read, same_as_single, single_steps, wide_steps
+from wide_checks import (
+    FORMS,
+    form_that_holds,
+    held,
+    of_a_batch,
+    read,
+    same_as_single,
+    single_steps,
+    wide_steps,
+)
 
 ALL = [2, 3, 4, 8]
 # windows, a state, experts, lists of caches, an attention with a formula for one token
@@ -84,7 +95,6 @@ CACHES = {
     "window past its end": (lambda: lm_caches.RotatingKVCache(max_size=8), 29),
     "window before its end": (lambda: lm_caches.RotatingKVCache(max_size=600), 255),
     "chunks": (lambda: lm_caches.ChunkedKVCache(chunk_size=512), 250),
-    "list": (lambda: lm_caches.ConcatenateKVCache(), 6),
     "batch": (lambda: lm_caches.BatchKVCache([0]), 254),
     "batch, padded": (lambda: lm_caches.BatchKVCache([3]), 6),
     "window of a batch": (lambda: lm_caches.BatchRotatingKVCache(8, [2]), 5),
@@ -123,6 +133,29 @@ def test_a_text_that_is_alone_in_a_batch(architecture, length):
         assert held(caches) == held(single)
         following = tokens[:, n : n + 6]
         assert single_steps(model, following, caches) == single_steps(model, following, single)
+
+
+@pytest.mark.parametrize("of_a_batch", [False, True])
+def test_a_window_past_its_end_is_not_held(model, of_a_batch):
+    """A step keeps what it writes over, and no window."""
+    size = 5000
+    first = lm_caches.RotatingKVCache(size)
+    caches = [lm_caches.BatchRotatingKVCache(size, [0]) if of_a_batch else first]
+    (cache,), tokens = read(model, 5, caches)
+    shape = 1, cache.keys.shape[1], size, cache.keys.shape[3]
+    cache.keys, cache.values = mx.random.normal(shape), mx.random.normal(shape)
+    cache.offset = mx.array([size]) if of_a_batch else size
+    cache._offset = size
+    single_steps(model, tokens[:, :3], caches)
+    steps = wide_steps(model, caches, apart=False)
+    steps.twin(apart=False)
+    before = held(caches)
+    memory = mx.get_active_memory()
+    step = steps.feed(tokens[:, 4:8], caches)
+    mx.eval(step.logits, [cache.state for cache in caches])
+    assert mx.get_active_memory() - memory < cache.nbytes // 100
+    step.back_to(0)
+    assert held(caches) == before
 
 
 @pytest.mark.parametrize("length", [250, 254, 256, 510])
@@ -194,6 +227,26 @@ def test_it_shares_the_models_arrays(model):
     assert functions == (dict(vars(llama)), dict(vars(llama.Attention)))
 
 
+def test_queries_and_results_are_read_where_they_lie():
+    """A GPU's attention copies a query whose heads do not follow each other."""
+    n_heads, n_positions, head_dim = 4, 3, 32
+    given = []
+
+    def attention(queries, keys, values, cache, scale, mask):
+        given.append(queries)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+
+    # as a rotation leaves them
+    queries = mx.random.normal((1, n_heads, n_positions, head_dim))
+    each = Positions([mx.random.normal((1, 2, 7, head_dim))] * n_positions)
+    attended = twin._attend(attention)(queries, each, each, cache=None, scale=0.1)
+    mx.eval(given, attended)
+    strides = [np.array(query, copy=False).strides for query in given]
+    assert [heads for _, heads, _, _ in strides] == [4 * head_dim] * n_positions
+    # a layer puts positions before heads, and joins the heads
+    assert np.array(attended.transpose(0, 2, 1, 3), copy=False).flags.c_contiguous
+
+
 def _quantize(model, monkeypatch):
     nn.quantize(model, 32, 4)
 
@@ -224,6 +277,28 @@ def test_a_model_that_changes_gets_another_twin(change, monkeypatch):
     change(model, monkeypatch)
     assert WideSteps.of(model) is not steps
     assert same_as_single(model, 6, 3, apart=False)
+
+
+@pytest.mark.parametrize(
+    "name, setting, value",
+    [
+        ("recurrent_gemma", "logits_soft_cap", 0.5),
+        ("gear", "final_logit_softcapping", 0.5),
+        ("minicpm", "scale_emb", 3),
+        ("kimi_linear", "routed_scaling_factor", 0.1),
+    ],
+)
+def test_a_setting_that_changes_holds_from_the_next_step_on(name, setting, value):
+    """The model reads it at each call."""
+    model = tiny_architecture(name, tied=False)
+    form = form_that_holds(model, (6,), (3,))
+    caches, tokens = read(model, 6)
+    before = single_steps(model, tokens[:, :1], copy.deepcopy(caches))
+    steps = wide_steps(model, caches, apart=form)
+    setattr(model.args, setting, value)
+    assert single_steps(model, tokens[:, :1], caches) != before
+    assert same_as_single(model, 6, 3, apart=form)
+    assert WideSteps.of(model) is steps
 
 
 def test_what_is_known_of_a_model_leaves_with_it():
@@ -333,7 +408,14 @@ def _keys_of_the_next(monkeypatch):
 
 
 def _a_window_keeps_its_array(monkeypatch):
-    monkeypatch.setattr(stand_ins, "_without_last", lambda arrays, n: arrays)
+    """Each position finds what the last one has written."""
+    positions = stand_ins.Positions
+
+    def last(parts):
+        parts = list(parts)
+        return positions(parts[-1:] * len(parts))
+
+    monkeypatch.setattr(stand_ins, "Positions", last)
 
 
 @pytest.mark.parametrize(

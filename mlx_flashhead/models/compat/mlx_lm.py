@@ -27,7 +27,6 @@ from mlx_lm.models.cache import (
     BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
-    ConcatenateKVCache,
     KVCache,
     LRUPromptCache,
     QuantizedKVCache,
