@@ -11,6 +11,8 @@ and for the second answer of a conversation. A command runs with its defaults an
 Draws are the same in each run, since `scripts/host_start` seeds MLX in each thread. Results go to
 docs/benchmarks/hosts.json and into the table of docs/integrations.md. Ends with 1 if a text
 differs.
+
+A last start under `run` counts the tokens of one request, or one command, without any settings.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,24 @@ def texts_of_server(host: Host, environment: Environment, place: Path, under: bo
     return texts, server["said"]
 
 
+def default_of(host: Host, environment: Environment, place: Path) -> tuple[int, int]:
+    """Tokens of a request or a command without settings, under ``run``: verified, and all."""
+    if host.serves:
+        words = command_of(host, environment, under=True)
+        with running(words, variables_of(host, environment, place), place) as server:
+            ask(server["port"], host.model, [{"role": "user", "content": "One day"}], {})
+        return counts_of(server["said"])
+    plain = replace(host, further=((),))
+    _, said = texts_of_command(plain, environment, place, under=True)
+    return counts_of(said)
+
+
+def counts_of(said: str) -> tuple[int, int]:
+    """The tokens that a program says it has checked: verified, and all."""
+    counts = [[int(n.replace(",", "")) for n in found] for found in CHECKED.findall(said)]
+    return sum(verified for _, verified in counts), sum(n for n, _ in counts)
+
+
 def texts_of_command(host: Host, environment: Environment, place: Path, under: bool) -> Texts:
     """Texts of a command by its further words, and what it said."""
     texts = {}
@@ -370,6 +390,7 @@ def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
         ours, output = texts(host, environment, place, True)
         differing = [name for name, text in plain.items() if ours[name] != text]
         again = texts(host, environment, place, False)[0] if differing else plain
+        default = default_of(host, environment, place)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return row | {"result": f"not run here: {str(error).splitlines()[-1][:200]}"}
     # What the program by itself does not repeat, in spite of the seed, cannot be compared.
@@ -378,15 +399,16 @@ def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
         words = "differs" if name in repeated else "is not repeated"
         print(f"{host.name}, {name}: {words}", file=sys.stderr)
         print(f"  {plain[name][-300:]!r}\n  {ours[name][-300:]!r}", file=sys.stderr)
-    counts = [[int(n.replace(",", "")) for n in found] for found in CHECKED.findall(output)]
+    verified, n_tokens = counts_of(output)
     said = sorted(set(re.findall(r"^Text of .*?: (.*)\.$", output, re.MULTILINE)))
     return row | {
         "texts": len(repeated),
         "same": sum(ours[name] == plain[name] for name in repeated),
         "not_repeated": len(plain) - len(repeated),
         "refused": [name for name, text in plain.items() if REFUSAL.match(text)],
-        "tokens": sum(n for n, _ in counts),
-        "verified": sum(n for _, n in counts),
+        "tokens": n_tokens,
+        "verified": verified,
+        "default": list(default),
         "said": said,
         "checked": sorted(set(CHECK_LINE.findall(output))),
         "result": "compared",
@@ -395,19 +417,22 @@ def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| program | version | mlx-lm | same texts | tokens verified | what it says |"]
-    lines.append("|---|---|---|---|---|---|")
+    titles = ("program", "version", "mlx-lm", "same texts", "tokens verified")
+    titles += ("of its default request", "what it says")
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in rows:
         version = f"{row['package']} {row['version']}"
         if row["result"] != "compared":
-            lines.append(f"| {row['program']} | {version} | | | | {row['result']} |")
+            lines.append(f"| {row['program']} | {version} | | | | | {row['result']} |")
             continue
         same = f"{row['same']} of {row['texts']}"
         same += f", {row['not_repeated']} drawn anew" if row["not_repeated"] else ""
         share = f"{row['verified']:,} of {row['tokens']:,}"
+        default = "{:,} of {:,}".format(*row["default"]) if "default" in row else ""
         said = "; ".join(row["said"])
         lines.append(
-            f"| {row['program']} | {version} | {row['mlx_lm']} | {same} | {share} | {said} |"
+            f"| {row['program']} | {version} | {row['mlx_lm']} | {same} | {share} | {default} "
+            f"| {said} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,8 @@ from ..head.draws.greedy import Greedy
 from ..head.draws.inverse_cdf import InverseCDF
 from ..head.draws.noise import Noise, position_key
 from ..head.draws.rows import Draw, Draws
-from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils
+from ..head.draws.summed_top_p import SummedTopP
+from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils, sums_from_least
 from .random_state import random_key
 
 MOST_TOKENS = 2**31 - 1  # more than any vocabulary has
@@ -33,7 +34,11 @@ def draw_of(sampler: Any) -> Draw | None:
     settings = mlx_lm_sampler_settings(sampler)
     if settings is None:
         return None
-    return InverseCDF(**settings) if settings else Greedy()
+    if not settings:
+        return Greedy()
+    if "top_p" in settings and sums_from_least(sampler):
+        return SummedTopP(**settings)
+    return InverseCDF(**settings)
 
 
 @dataclass(eq=False)

@@ -32,6 +32,10 @@ MASS_ROUNDING = 2e-4  # of masses in mlx-lm's filters: two such sums
 SUM_ROUNDING = 2.0**-23
 EXP_UNITS = 64  # spacings by which an exponential, or a product with the sum, may lie off
 
+# The smallest numbers above 0: what an exponential may lose beside its rounding.
+SMALLEST_FLOAT16 = 2.0**-24
+SMALLEST_FLOAT32 = 2.0**-126  # that is not flushed to 0, of bfloat16 too
+
 # Noise.
 
 NOISE_MARGIN = 1e-5  # of a noisy logit, or of 1 if that is more: two logarithms differ by so much

@@ -37,6 +37,7 @@ def screen(
         unscored_mass=unscored.mass,
         best_unscored=_highest(best, tolerance, logit_map, slots.dtype),
         epsilon=epsilon,
+        dtype=logit_map.result_dtype(slots.dtype),
     )
     certain = draws.by_kind(bounds, lambda kind, some, bounds: kind.certain(bounds, some)[:, 0])
     largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)

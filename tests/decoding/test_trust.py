@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from mlx_lm import sample_utils
 
+import old_top_p
 from flash_loops import N_TOKENS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.head.draws.summed_top_p import SummedTopP
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.models.compat import mlx_lm
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT, generate_step
+from recorded_calls import recorded_calls
 
 FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
 
@@ -97,7 +102,7 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
     """Two texts after one another, as the second draws from where the first has left the state."""
     sampler = sample_utils.make_sampler(**MLX_LM[name])
     processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
-    assert is_recognised(sampler, processors) or "top_p" in MLX_LM[name]
+    assert is_recognised(sampler, processors)
     options = {"sampler": sampler, "logits_processors": processors, "max_tokens": 13}
 
     def run(dense):
@@ -107,7 +112,35 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
 
     assert run(False) == run(True)
     # with a penalty its tokens' clusters are scored, too: here nearly all
-    assert misses or penalty or not is_recognised(sampler)
+    assert misses or penalty
+
+
+HOSTS = {  # of their default requests
+    "vllm-mlx": {"temp": 0.7, "top_p": 0.9},
+    "mlx-openai-server": {"temp": 0.7, "top_p": 0.95, "top_k": 20},
+    "oMLX": {"temp": 0.7, "top_p": 0.95},
+    "oMLX, thinking": {"temp": 0.6, "top_p": 0.95, "top_k": 20},
+    "all": {"temp": 1.2, "top_p": 0.95, "min_p": 0.01, "top_k": 30},
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_top_p_of_mlx_lm_0_31_is_verified(model, name, misses, monkeypatch):
+    """Its samplers are recognised by their module's text: here they are the text of a helper."""
+    monkeypatch.setattr(mlx_lm, "is_omlx_sampler", lambda _: True)
+    sampler = old_top_p.make_sampler(**HOSTS[name])
+    assert isinstance(Sequence(sampler).settings, SummedTopP)
+    proposed = recorded_calls(monkeypatch, FlashHead, "propose")
+    for seed in range(3):
+
+        def run(tokens, seed=seed):
+            mx.random.seed(seed)
+            found = [int(t) for t, _ in tokens(sampler=sampler, max_tokens=N_TOKENS)]
+            return found, mx.random.state[0].tolist()
+
+        plain = partial(generate_step, mx.array(PROMPT, dtype=mx.uint32), model.model)
+        assert run(model.steps) == run(plain)
+    assert len(proposed) >= 2 * N_TOKENS and misses
 
 
 def is_recognised(sampler, processors=()):

@@ -32,6 +32,7 @@ def row_of(hosts, monkeypatch, tmp_path, runs):
         "texts_of_server",
         lambda host, environment, place, under: (next(answers), ours[under]),
     )
+    monkeypatch.setattr(hosts, "default_of", lambda host, environment, place: (23, 24))
     host = hosts.Host("a server", hosts.Package("a-server", "1"), ("serve", "PORT"))
     return hosts.compare(host, tmp_path, tmp_path)
 
@@ -43,7 +44,7 @@ def test_texts_that_differ_are_told_from_those_that_are_not_repeated(hosts, monk
     row = row_of(hosts, monkeypatch, tmp_path, [plain, ours, again])
     assert (row["texts"], row["same"], row["not_repeated"]) == (2, 1, 1)
     assert (row["tokens"], row["verified"], row["said"]) == (30, 20, ["verified"])
-    line = "| a server | a-server 1 | 0.1 | 1 of 2, 1 drawn anew | 20 of 30 | verified |"
+    line = "| a server | a-server 1 | 0.1 | 1 of 2, 1 drawn anew | 20 of 30 | 23 of 24 | verified |"
     assert hosts.table([row]).splitlines()[-1] == line
 
 

@@ -117,6 +117,7 @@ class Bounds(NamedTuple):
     unscored_mass: mx.array  # (k, 1), that of the others
     best_unscored: mx.array  # (k, 1), the highest that the best of them may be
     epsilon: float  # the relative spacing of the model's log-probabilities
+    dtype: mx.Dtype  # of the model's logits
 
 
 class Near(NamedTuple):

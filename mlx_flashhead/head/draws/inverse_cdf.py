@@ -44,7 +44,7 @@ class InverseCDF(Draw):
         order = mx.argsort(token_ids, axis=-1)
         sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
         total = sums[:, -1:]
-        below = (sums <= _numbers(draws) * total) & (sums < total)
+        below = (sums <= numbers_of(draws) * total) & (sums < total)
         place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
         return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
 
@@ -67,15 +67,15 @@ class InverseCDF(Draw):
         inverse = draws.inverse_temperature
         best = mx.max(known.high, axis=-1, keepdims=True)
         best = mx.maximum(best, mx.max(others.highest, axis=-1, keepdims=True))
-        sums = _Sums.of(*known.weights(best, inverse), scored.ids, scored.tokens)
+        sums = Sums.of(*known.weights(best, inverse), scored.ids, scored.tokens)
         least, most = others.weights(best[..., None], inverse[..., None])
         ids = bounds.clustered.token_ids.reshape(1, -1)
-        more = _Sums.of(least.flatten(1), most.flatten(1), ids, scored.tokens)
-        both = _Sums(*(one + other for one, other in zip(sums, more, strict=True)))
-        return both.decide(_numbers(draws))
+        more = Sums.of(least.flatten(1), most.flatten(1), ids, scored.tokens)
+        both = Sums(*(one + other for one, other in zip(sums, more, strict=True)))
+        return both.decide(numbers_of(draws))
 
 
-def _numbers(draws: Draws) -> mx.array:
+def numbers_of(draws: Draws) -> mx.array:
     """The uniform numbers of the rows, (R, 1) float32."""
     return draws.keys[:, :1].view(mx.float32)
 
@@ -120,20 +120,20 @@ def _certain_of_kept(bounds: Bounds, known: Interval, others: Interval, draws: D
     maybe = known.high >= low_cut
     best = mx.max(known.high, axis=-1, keepdims=True)
     least_weights, most_weights = known.weights(best, draws.inverse_temperature)
-    sums = _Sums.of(
+    sums = Sums.of(
         mx.where(surely, least_weights, 0),
         mx.where(maybe, most_weights, 0),
         mx.concatenate([scored.ids, cast(mx.array, near.ids)], axis=-1),
         scored.tokens,
     )
-    certain = sums.decide(_numbers(draws))
+    certain = sums.decide(numbers_of(draws))
     if near.best_other is None:
         return certain
     # the filters must leave out what is not known
     return certain & surely_left_out(near.best_other, known, draws, most, mx.array(0.0))
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Sums of the weights of tokens: (k, 1) each."""
 
     lower_most: mx.array  # of the tokens with lower ids than the proposed one, the most
@@ -144,7 +144,7 @@ class _Sums(NamedTuple):
     small: mx.array  # the most that additions of the weights can lose
 
     @classmethod
-    def of(cls, at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> "_Sums":
+    def of(cls, at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> "Sums":
         """Adds weights.
 
         Args:

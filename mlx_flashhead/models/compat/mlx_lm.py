@@ -80,19 +80,23 @@ _SAMPLERS = nested_codes(sample_utils.make_sampler)
 TOP_P_SUMS_FROM_LEAST = not hasattr(sample_utils, "greedy_sampler")
 
 
+def sums_from_least(sampler: Any) -> bool:
+    """Whether a sampler of mlx-lm or oMLX has 0.31's top-p."""
+    return TOP_P_SUMS_FROM_LEAST or is_omlx_sampler(sampler)
+
+
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     """Reads from a sampler's closures what ``make_sampler`` was called with.
 
     Returns:
         The arguments; None for a sampler whose draw is not a threshold and the place of a number,
-        as with XTC, a least number of tokens, or the top-p of 0.31 and oMLX.
+        as with XTC, or a least number of tokens.
     """
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
     if not isinstance(sampler, FunctionType):
         return None
-    of_omlx = is_omlx_sampler(sampler)
-    if sampler.__code__ not in _SAMPLERS and not of_omlx:
+    if sampler.__code__ not in _SAMPLERS and not is_omlx_sampler(sampler):
         return None
     values = getclosurevars(sampler).nonlocals
     if "sampling_methods" not in values:
@@ -103,8 +107,6 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         kept = filtered.pop("min_tokens_to_keep", 1)
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
         if not known or kept != 1:
-            return None
-        if "top_p" in filtered and (of_omlx or TOP_P_SUMS_FROM_LEAST):
             return None
         settings |= filtered
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
