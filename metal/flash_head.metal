@@ -273,8 +273,8 @@ template <typename T, int D, int H, int WORDS>
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  flash_head::row_products<D, H, (H > 4 && WORDS > 1 ? 2 : 4), false, T>(
-      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
+  flash_head::row_products<D, H, 4, false, T>(
+      flash_head::half_rows(flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases)),
       hidden, bias, products, n_rows, group, simdgroup, lane);
 }
 

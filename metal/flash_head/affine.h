@@ -146,4 +146,59 @@ inline AffineRows<D, BITS, GROUP, WORDS, Sum, Words, Scales> affine_rows(
   return AffineRows<D, BITS, GROUP, WORDS, Sum, Words, Scales>{weight, scales, biases};
 }
 
+// Rows of 4 bits that meet several states: what is masked waits as half, in half of the registers of
+// floats. It has 4 significant bits and is below 2^16, so that it is exact.
+template <typename Rows>
+struct HalfRows {
+  static constant constexpr const int VALUES = Rows::VALUES;
+  static constant constexpr const int CHUNKS = Rows::CHUNKS;
+
+  struct Chunk {
+    half q[VALUES];
+    float scale;
+    float bias;
+  };
+
+  Rows rows;
+
+  Chunk load(size_t row, uint chunk) const {
+    const typename Rows::Chunk packed = rows.load(row, chunk);
+    Chunk loaded;
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < VALUES; i++) {
+      loaded.q[i] = half(ushort(packed.q[i / 4] & (0xfu << (4 * (i % 4)))));
+    }
+    loaded.scale = packed.scale;
+    loaded.bias = packed.bias;
+    return loaded;
+  }
+
+  template <typename Hidden>
+  static float prepare(Hidden hidden, int n, thread float* x) {
+    return Rows::prepare(hidden, n, x);
+  }
+
+  static float dot(Chunk chunk, const thread float* x, float sum) {
+    float accum = 0.0f;
+    FLASH_HEAD_UNROLL
+    for (int i = 0; i < VALUES; i += 4) {
+      accum +=
+          (x[i] * float(chunk.q[i]) + x[i + 1] * float(chunk.q[i + 1]) +
+           x[i + 2] * float(chunk.q[i + 2]) + x[i + 3] * float(chunk.q[i + 3]));
+    }
+    return chunk.scale * accum + sum * chunk.bias;
+  }
+
+  static float add(Chunk halves, const thread float* x, float sum, float total) {
+    return total + dot(halves, x, sum);
+  }
+
+  static float reduce(float total) { return Rows::reduce(total); }
+};
+
+template <typename Rows>
+inline HalfRows<Rows> half_rows(Rows rows) {
+  return HalfRows<Rows>{rows};
+}
+
 }  // namespace flash_head

@@ -6,8 +6,8 @@
 // product, in the order that the rows' chunks say, and only the reading is shared: every weight byte
 // is read once for all H. A simdgroup computes AT_ONCE rows, a threadgroup two times as many. Each
 // state's values are loaded where they meet a chunk: to hold them for all H would take H times the
-// registers. The totals take H*AT_ONCE registers and the unpacked weights, which the compiler shares
-// between the states, AT_ONCE*VALUES.
+// registers. The totals take H*AT_ONCE registers and the unpacked weights, which the states share,
+// AT_ONCE*VALUES, of 4 affine bits the half of that.
 // Edges: rows past the last one repeat it, and are dropped. Nothing is made finite: MLX does not.
 
 namespace flash_head {

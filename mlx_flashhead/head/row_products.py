@@ -29,7 +29,7 @@ MAX_STATES = 8
 # States that MLX's kernels for single states take at once on every GPU.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 WHOLE_STATES = 5
-# Unpacked weights that a thread of the kernel keeps beside the sums of more than 4 states, at most.
+# Registers of unpacked weights that a thread keeps beside the sums of more than 4 states, at most.
 UNPACKED = 32
 
 # The trial: so many rows of a layer, of which so many differ.
@@ -159,15 +159,18 @@ class _Kernel:
     def __init__(self, form: Form, rows: Matrix):
         stored = StoredRows(rows, form.n_rows)
         values = stored.kernel.packs * pack_columns(rows.bits)
+        halves = rows.mode == "affine" and rows.bits == 4
+        expression = f"flash_head::half_rows({stored.expression})" if halves else stored.expression
         # The compiler may unpack a row's weights once for all states, which takes registers.
-        few = form.n_states > ROWS and ROWS * values > UNPACKED
+        registers = ROWS * values // 2 if halves else ROWS * values
+        few = form.n_states > ROWS and registers > UNPACKED
         self._at_once = ROWS // 2 if few else ROWS
         self._arrays = rows.format.arrays
         self._dtype = rows.logits_dtype(form.dtype)
         text = KernelText(
             f"hidden {stored.inputs} bias",
             "products",
-            BODY.format(rows=stored.expression),
+            BODY.format(rows=expression),
             files=f"{stored.files} rows",
             sizes="",
             threads=LANES * ROUTE_SIMDGROUPS,

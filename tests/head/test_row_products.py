@@ -70,6 +70,8 @@ CASES = [
     ((4, 128), (1536, 19), 8, F32, "fast", True),
     ((4, 64), (576, 1), 3, BF16, "on", True),
     ((4, 64), (2048, 9), 5, BF16, "fast", True),
+    ((4, 64), (1088, 35), 8, BF16, "on", False),
+    ((4, 32), (2048, 17), 7, F16, "fast", True),
     ((5, 64), (1024, 18), 7, F32, "fast", False),
     ((5, 32), (608, 5), 4, F16, "on", True),
     ((6, 64), (768, 17), 8, F32, "off", True),
@@ -128,6 +130,23 @@ def test_the_weights_are_read_once_whatever_the_number_of_states(form, numbers):
         assert weight.reads == weight.distinct_bytes_read == rows.weight.nbytes
         assert hidden.distinct_bytes_read == states.nbytes
         assert dispatch.barriers == dispatch.threadgroup_bytes == 0
+
+
+@emulator_only
+@pytest.mark.parametrize(
+    "form, times", [((4, 64), 1), ((8, 64), 1), ((4, 32, "mxfp4"), 2)], ids=str
+)
+def test_a_state_is_read_for_as_many_rows_as_registers_hold(form, times):
+    """The values of 4 affine bits wait as half: four rows of them for 8 states too."""
+    rows = matrix_of(make_layer(512, 24, form, BF16))
+    reads = {}
+    for n_states in (4, 8):
+        states = states_of(n_states, 512, BF16)
+        with kernels() as emulator:
+            mx.eval(kernel_of(states, rows)(states, rows))
+        (dispatch,) = emulator.dispatches
+        reads[n_states] = dispatch.buffers["hidden"].reads / n_states
+    assert reads[8] == times * reads[4]
 
 
 @pytest.fixture
@@ -195,12 +214,12 @@ MUTATIONS = [
         "i = 0, chunk = lane * (Rows::CHUNKS / LANES); i < Rows::CHUNKS / LANES; i++, chunk++",
     ),
     (
-        "x[4 * i + 2] * float(q[i] & 0x0f00u) + x[4 * i + 3] * float(q[i] & 0xf000u)",
-        "x[4 * i + 3] * float(q[i] & 0xf000u) + x[4 * i + 2] * float(q[i] & 0x0f00u)",
+        "x[i + 2] * float(chunk.q[i + 2]) + x[i + 3] * float(chunk.q[i + 3])",
+        "x[i + 3] * float(chunk.q[i + 3]) + x[i + 2] * float(chunk.q[i + 2])",
     ),
     (
-        "return total + dot(chunk, x, sum)",
-        "return total + chunk.scale * (dot(chunk, x, sum) / chunk.scale)",
+        "return total + dot(halves, x, sum)",
+        "return total + halves.scale * (dot(halves, x, sum) / halves.scale)",
     ),
     ("T(float(product) + float(bias", "T(totals[h * AT_ONCE + row] + float(bias"),
 ]
