@@ -165,9 +165,14 @@ class Decoder:
         guesses = sequence.guesses
         if guesses is None:
             return None
-        if guesses.instead and sequence.recognised and not sequence.ahead:
-            sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
-        return guesses.guess(sequence, LatestToken(latest, self._latest_token), self.caches.layers)
+        known = LatestToken(latest, self._latest_token)
+        taken = guesses.best(sequence, known, self.caches.layers)
+        if taken is None:
+            return None
+        if not sequence.ahead:  # drafts are drawn as its tokens are
+            sequence.begin_ahead(self.snapshot(sequence))
+        offer, n = taken
+        return Guess(offer.guesser, offer.make(n))
 
     def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> bool:
         """Feeds a text its latest token and those guessed after it, and keeps those that are right.
@@ -181,8 +186,6 @@ class Decoder:
         """
         guesses = cast(Guesses, sequence.guesses)
         proposer = self._proposer
-        if not sequence.ahead:
-            sequence.begin_ahead(self.snapshot(sequence))
         fed = mx.concatenate([latest.astype(mx.uint32), guess.tokens])
         states: list[mx.array] = []
         try:
@@ -220,6 +223,7 @@ class Decoder:
         self._latest = chosen[n_right : n_right + 1]
         self._latest_token = tokens[n_right]
         guesses.judge(guess, n_right)
+        proposer.guesses[guess.guesser.name].append((len(guessed), n_right))
         kept = [cast(int, latest.item()), *guessed[:n_right]]
         guesses.hear(kept, states[-1][0, : n_right + 1] if states else None)
         return True

@@ -15,11 +15,14 @@ import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.install import is_librarys_model
+from ..models.trained_drafter import TrainedDrafter
 from ..wide.step import WideSteps
 from ..wide.trial import established_costs
 from .caches import are_known, length_of
 from .changes import Changes
 from .guessing.draft_model import DraftModel
+from .guessing.guesser import Guesser
+from .guessing.trained import trained_drafts
 from .loop import GuessedTokens, verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
@@ -48,10 +51,13 @@ def drafted_steps(
 ) -> GuessedTokens:
     """Does what mlx-lm's ``speculative_generate_step`` does, with the text of no draft model.
 
+    A trained drafter never changes a text: where there are no wide steps, it drafts nothing.
+
     Args:
         prompt: Tokens (n,).
         model: The target.
-        draft_model: The model that proposes tokens, with a FlashHead or without.
+        draft_model: The model that proposes tokens, with a FlashHead or without, or a trained
+            drafter.
         proposer: Has the settings.
         prompt_cache: Caches of both models, which hold the ``context`` already.
         context: Tokens that come before the prompt.
@@ -72,7 +78,8 @@ def drafted_steps(
     verifiable = draw_of(sampler) is not None and Changes.of(functions) is not None
     known = verifiable and are_known(layers)
     drafts = known and is_librarys_model(model) and established_costs(WideSteps.of(model), layers)
-    if known and not drafts:
+    trained = isinstance(draft_model, TrainedDrafter)
+    if known and not drafts and not trained:
         _log_once_that_text_may_differ()
         for name in ("logprobs", "n_begun"):
             options.pop(name, None)
@@ -94,18 +101,12 @@ def drafted_steps(
                 yield step
         return
     context = list(context)
-    draft = None
+    guesser = None
     if drafts:
         draft_layers = caches[len(layers) :]
-        draft = DraftModel(
-            draft_model,
-            draft_layers,
-            num_draft_tokens,
-            n_held=max((length_of(layer) or 0 for layer in draft_layers), default=0),
-            scores_few=draft_model is not model,
-        )
+        guesser = _guesser(proposer, draft_model, num_draft_tokens, layers, draft_layers)
     else:
-        _log_once_without_drafts()
+        _log_once_without_drafts(known)
     steps = verified_steps(
         prompt,
         model,
@@ -115,7 +116,7 @@ def drafted_steps(
         logits_processors=functions,
         prompt_cache=layers,
         context=context,
-        guesser=draft,
+        guesser=guesser,
         announce=announce,
         **options,
     )
@@ -125,12 +126,51 @@ def drafted_steps(
         caches[: len(layers)] = layers  # which may have been quantized on the way
 
 
-@once
-def _log_once_without_drafts() -> None:
-    log.warning(
-        "This text is generated without drafts: its sampler or a processor must be called once a "
-        "token, or its caches are not mlx-lm's own."
+def _guesser(
+    proposer: Proposer,
+    draft_model: Any,
+    n_drafts: int,
+    layers: list[Any],
+    draft_layers: list[Any],
+) -> Guesser:
+    """What guesses in a text: a trained drafter, or a draft model.
+
+    Args:
+        proposer: Has the target.
+        draft_model: What drafts.
+        n_drafts: Tokens that it guesses at a time, at most.
+        layers: The target's caches.
+        draft_layers: Its own.
+    """
+    model = proposer.model
+    if isinstance(draft_model, TrainedDrafter):
+        proposer.hear_states()
+        n_held = _length(layers)
+        return trained_drafts(draft_model, model, n_drafts, layers, draft_layers, n_held)
+    return DraftModel(
+        draft_model,
+        draft_layers,
+        n_drafts,
+        n_held=_length(draft_layers),
+        scores_few=draft_model is not model,
     )
+
+
+def _length(layers: list[Any]) -> int:
+    """The tokens that caches hold."""
+    return max((length_of(layer) or 0 for layer in layers), default=0)
+
+
+@once
+def _log_once_without_drafts(known: bool) -> None:
+    why = (
+        "no step of several tokens is known to leave the text of this model as it is on this "
+        "machine"
+        if known
+        else "its sampler or a processor must be called once a token, or its caches are not "
+        "mlx-lm's own"
+    )
+    log.warning("This text is generated without drafts: %s.", why)
 
 
 @once

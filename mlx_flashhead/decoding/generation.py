@@ -17,10 +17,12 @@ from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.install import NO_FLASH_HEAD, get_flash_head
+from ..models.trained_drafter import TrainedDrafter
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator, check_batched_lookup
 from .drafting import drafted_steps
 from .guessing.draft_model import draft_report
+from .guessing.trained import drafter_report
 from .keywords import (
     CacheOptions,
     DecodeOptions,
@@ -385,7 +387,9 @@ def _print_statistics(response: GenerationResponse) -> None:
 def _print_how(proposer: Proposer, n_tokens: int, draft_model: Any) -> None:
     if proposer.n_guessed or draft_model is not None:
         print(proposer.report_guesses(n_tokens))
-    if draft_model is not None:
+    if isinstance(draft_model, TrainedDrafter):
+        print(f"Drafts: {drafter_report(draft_model, proposer.model)}")
+    elif draft_model is not None:
         print(f"Drafts: {draft_report(draft_model)}")
     elif proposer.head is not None:
         print(proposer.report())

@@ -1,6 +1,6 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -16,6 +16,7 @@ from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
 from ..models.install import get_flash_head, hidden_dtype, logit_map_of
 from .changes import mask_array, with_few_allowed
+from .dense_states import DenseStates
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
 from .sequence import PendingToken, Sequence
@@ -43,7 +44,10 @@ class Proposer:
         self.n_verifications = self.n_rejected = 0
         self.n_steps = 0  # of the model, after a prompt
         self.n_guessed: Counter[str] = Counter()  # tokens handed out that were guessed, by what
+        # by what has guessed: tokens of each guess, and how many of them were right
+        self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.head: Any = get_flash_head(model)  # a FlashHead, or None
+        self._dense_states: DenseStates | None = None
         self.policy = DecodingPolicy()
         # from the head's logits to the model's; None where no map describes it
         self.logit_map: LogitMap | None = IDENTITY
@@ -139,9 +143,20 @@ class Proposer:
             states: Gets the states (R, n, D) of each call of the head; None where none are wanted.
         """
         if self.head is None:
-            return nullcontext()
+            return self._noting_dense(states)
         project = self._project if states is None else self._noting_project(states)
         return cast(FlashHead, self.head).intercepted(project)
+
+    def _noting_dense(self, states: list[mx.array] | None) -> AbstractContextManager[None]:
+        """As :meth:`noting`, where :meth:`hear_states` was called."""
+        if self._dense_states is None or states is None:
+            return nullcontext()
+        return self._dense_states.noted(states)
+
+    def hear_states(self) -> None:
+        """From now on the states are noted of a model without a FlashHead, too."""
+        if self.head is None and self._dense_states is None:
+            self._dense_states = DenseStates(self.model)
 
     def _noting_project(self, states: list[mx.array]) -> Callable[[mx.array], mx.array]:
         def project(hidden: mx.array) -> mx.array:
@@ -169,7 +184,7 @@ class Proposer:
         ``logits`` they are zeros, since nobody wants them.
         """
         if self.head is None:
-            return nullcontext()
+            return self._noting_dense(states)
         head = cast(FlashHead, self.head)
 
         def project(hidden: mx.array) -> mx.array:
@@ -261,9 +276,16 @@ class Proposer:
 
     def report_guesses(self, n_tokens: int) -> str:
         """How many of a text's ``n_tokens`` were guessed, for a line under it."""
-        by = f" ({', '.join(self.n_guessed)})" if self.n_guessed else ""
+        by = f" ({', '.join(map(self._depth_and_share, self.n_guessed))})" if self.n_guessed else ""
         n_guessed = self.n_guessed.total()
         return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens{by}, {self.n_steps:,} steps"
+
+    def _depth_and_share(self, name: str) -> str:
+        """What has guessed, how many tokens at a time, and how many of them were right."""
+        guesses = self.guesses[name]
+        n_made = sum(n for n, _ in guesses)
+        n_right = sum(n_right for _, n_right in guesses)
+        return f"{name}, {round(n_made / len(guesses))} deep, {100 * n_right / n_made:.0f} %"
 
     def report(self) -> str:
         """What was used, for a line under a text."""

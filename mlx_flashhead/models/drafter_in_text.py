@@ -4,28 +4,28 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .compat import mlx_lm
 from .compat import mlx_vlm as compat
-from .locate import find_embedding
+from .drafted_target import DraftedTarget
 from .trained_drafter import TrainedDrafter
 
 Project = Callable[[mx.array], mx.array]  # states (1, L, D) → logits (1, 1, V) of the last one
-Choose = Callable[[mx.array, int], mx.array]  # logits (1, V) and a place of the text → token (1,)
+# logits (1, V) and a place of the text, None where nobody will read the token → token (1,)
+Choose = Callable[[mx.array, int | None], mx.array]
 
 
-class _Target:
+class _Names:
     """The parts of a target under all the names at which mlx-vlm's drafters look for them."""
 
-    def __init__(self, model: nn.Module, project: Project):
-        embedding, holder = find_embedding(model)
-        whole: Any = model
-        self.embed_tokens = self.embeddings = embedding
-        self.embed_scale = float(getattr(holder, "embed_scale", 1.0))
+    def __init__(self, target: DraftedTarget, project: Project):
+        self.embed_tokens = target.embedding
+        self.embeddings = target.embedding
+        self.embed_scale = target.scale
         self.lm_head = project
-        self.config = whole.args
-        self.model = self.backbone = self
+        self.config = target.model.args
+        self.model = self
+        self.backbone = self
 
 
 class DrafterInText:
@@ -36,38 +36,35 @@ class DrafterInText:
 
     Args:
         drafter: The drafter.
-        model: The target, of mlx-lm.
+        target: What it drafts for.
         project: Makes the logits of drafts from states, where the drafter has no head of its own.
         choose: Chooses the token of a place from its logits.
-        greedy: Whether that is the likeliest token.
         layers: The caches of the drafter's layers, from which it goes on; None: new ones.
     """
 
     def __init__(
         self,
         drafter: TrainedDrafter,
-        model: nn.Module,
+        target: DraftedTarget,
         *,
         project: Project,
         choose: Choose,
-        greedy: bool,
         layers: list[Any] | None = None,
     ):
-        self._model: Any = model
+        self._model = target.model
         self.layers = drafter.make_cache() if layers is None else layers
-        self._drafter: Any = compat.begun(drafter.module, _Target(model, project), self.layers)
+        self._drafter: Any = compat.begun(drafter.module, _Names(target, project), self.layers)
         self._choose = choose
-        self._greedy = greedy
-        self._place = 0  # for which the next token is chosen
+        self._place: int | None = None  # for which the next token is chosen
         self._drafts = mx.zeros((1, 0), mx.uint32)  # the latest ones, whose pairs it holds
 
-    def read(self, tokens: mx.array, states: mx.array, place: int) -> None:
-        """Takes pairs, and drafts the token after the last one.
+    def read(self, tokens: mx.array, states: mx.array, place: int | None = None) -> None:
+        """Takes pairs.
 
         Args:
             tokens: (n,), each the one after a state. They may not be computed yet.
             states: (n, D) of the target.
-            place: The text's place after the last token.
+            place: The text's place after the last token, if it is drafted next.
         """
         if not self.layers:
             return
@@ -79,11 +76,17 @@ class DrafterInText:
             [],
             self._sample,
             mx.uint32,
-            greedy=self._greedy,
         )
 
     def draft(
-        self, latest: mx.array, state: mx.array, n: int, place: int, caches: list[Any]
+        self,
+        latest: mx.array,
+        state: mx.array,
+        n: int,
+        place: int,
+        caches: list[Any],
+        *,
+        greedy: bool = False,
     ) -> mx.array:
         """Drafts the ``n`` tokens after the latest one, (n,) uint32.
 
@@ -93,6 +96,7 @@ class DrafterInText:
             n: How many.
             place: The text's place of the first one.
             caches: The target's, for a drafter that reads these.
+            greedy: Whether the likeliest tokens are chosen.
         """
         self._place = place
         if self.layers:
@@ -101,19 +105,21 @@ class DrafterInText:
             keys, n_tokens = mlx_lm.keys_by_layer_type(self._model.layers, caches)
             self._drafter.set_shared_kv(keys, n_tokens, position=n_tokens - 1)
         drafts: mx.array = self._drafter.draft_block(
-            latest, state[None], None, n + 1, self._sample, mx.uint32, greedy=self._greedy
+            latest, state[None], None, n + 1, self._sample, mx.uint32, greedy=greedy
         )
         self._drafts = drafts.astype(mx.uint32)
         return self._drafts[0]
 
-    def accept(self, n_right: int, states: mx.array, token: int, place: int) -> None:
+    def accept(
+        self, n_right: int, states: mx.array, token: int | None, place: int | None = None
+    ) -> None:
         """Keeps the first drafts, takes back the others, and reads on with the target's states.
 
         Args:
             n_right: How many drafts were right.
             states: (T, D) of the step that took the latest token and the drafts.
-            token: The one that was chosen after the last right draft.
-            place: The text's place after that token.
+            token: The one that was chosen after the last right draft, if it is known.
+            place: The text's place after that token, if it is drafted next.
         """
         if not self.layers:
             return
@@ -122,10 +128,9 @@ class DrafterInText:
             states[None],
             self._drafts,
             n_right,
-            [token],
+            [] if token is None else [token],
             self._sample,
             mx.uint32,
-            greedy=self._greedy,
         )
 
     def forget_drafts(self) -> None:
@@ -135,10 +140,12 @@ class DrafterInText:
 
     def take_back(self, n_pairs: int) -> None:
         """Takes the last pairs back."""
-        compat.take_back(self._drafter, n_pairs)
+        if self.layers:
+            compat.take_back(self._drafter, n_pairs)
 
     def _sample(self, logits: mx.array) -> mx.array:
         """Chooses the next place's token: logits (1, 1, V) → (1, 1)."""
         token = self._choose(logits[:, -1], self._place)
-        self._place += 1
+        if self._place is not None:
+            self._place += 1
         return token[None].astype(mx.uint32)

@@ -4,7 +4,7 @@ It is the last module that has a row for each token and whose output is as wide 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,13 +195,26 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
         A list to which every array (B, L, D) is added, unevaluated.
     """
     states: list[mx.array] = []
+    with recorded_inputs([location.module], location.method, states):
+        yield states
 
-    def record(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -> None:
-        if module is location.module and method == location.method:
+
+def recorded_inputs(
+    modules: Iterable[nn.Module], method: str, states: list[mx.array]
+) -> AbstractContextManager[None]:
+    """A block in which what enters some layers is added to ``states``, unevaluated.
+
+    Args:
+        modules: The layers.
+        method: The method by which they multiply, as of :class:`HeadLocation`.
+        states: Gets an array (B, L, D) for each call.
+    """
+
+    def record(module: nn.Module, name: str, args: tuple[Any, ...], output: Any) -> None:
+        if name == method:
             states.append(args[0])
 
-    with _observed([location.module], record):
-        yield states
+    return _observed(modules, record)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..common.command import from_extra
 from .compat import mlx_vlm as compat
+from .drafted_target import EMBEDDINGS, DraftedTarget, nbytes_read
 from .fetch import reason
 
 CONFIG = "config.json"
@@ -52,8 +53,36 @@ class TrainedDrafter:
     def __init__(self, module: nn.Module, config: dict[str, Any], source: str):
         self.module = module
         self.source = source
+        self._target: DraftedTarget | None = None
         self._shape = _shape_of_drafter(config)
         self.name = "MTP" if "mtp" in config["model_type"] else "assistant"
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether it makes its logits by rows of its own."""
+        modules = self.module.modules()
+        return "lm_head" in self.module or any(isinstance(each, EMBEDDINGS) for each in modules)
+
+    def target(self, model: nn.Module) -> DraftedTarget:
+        """The parts of a model, found once."""
+        if self._target is None or self._target.model is not model:
+            self._target = DraftedTarget(model)
+        return self._target
+
+    def cost(self, target: DraftedTarget, head_share: float) -> float:
+        """Estimates the time of a draft, relative to a step of its target, by the bytes of both.
+
+        Args:
+            target: Its target.
+            head_share: Of the target's head that a draft reads.
+        """
+        parts = self.module.modules()
+        if "masked_embedding" in self.module:  # it scores few rows by itself
+            parts = [each for each in parts if not isinstance(each, EMBEDDINGS)]
+        nbytes = sum(nbytes_read(each, target.n_active) for each in parts)
+        if not self.has_own_head:
+            nbytes += round(head_share * target.head_nbytes)
+        return nbytes / target.nbytes
 
     def make_cache(self) -> list[Any]:
         """New caches of its layers; none of a drafter that reads its target's."""

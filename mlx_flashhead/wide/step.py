@@ -70,6 +70,12 @@ class WideSteps:
         """The model, which must still be in use."""
         return cast(nn.Module, self._model())
 
+    @property
+    def twins(self) -> list[nn.Module]:
+        """The model's twins that take wide steps."""
+        forms = {held.apart for held in self.established.values() if held.costs}
+        return [self.twin(apart=apart) for apart in forms]
+
     def twin(self, *, apart: bool) -> nn.Module:
         """The model's twin."""
         if apart not in self._twins:

@@ -138,7 +138,9 @@ def test_draft_models(run, generated, refused, dense, converted, right, monkeypa
         *_, guessed, last = output.splitlines()
         assert code == 0
         assert last == said
-        assert re.match(r"Guessed: [0-6] of 6 tokens( \(draft model\))?, [2-6] steps", guessed)
+        assert re.match(
+            r"Guessed: [0-6] of 6 tokens( \(draft model, \d deep, \d+ %\))?, [2-6] steps", guessed
+        )
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
     assert heads[0].n_probes == 1  # of 17: a tenth of the bytes
     assert heads[1].n_probes == 2 and heads[2] is None

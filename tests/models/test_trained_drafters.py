@@ -10,8 +10,9 @@ from mlx_lm.models.cache import make_prompt_cache
 pytest.importorskip("mlx_vlm")
 
 from architecture_configs import COMMON, VOCAB_SIZE
+from mlx_flashhead.models.drafted_target import DraftedTarget
 from mlx_flashhead.models.drafter_in_text import DrafterInText
-from mlx_flashhead.models.locate import find_embedding, find_head
+from mlx_flashhead.models.locate import find_embedding
 from mlx_flashhead.models.trained_drafter import TrainedDrafter
 from trained_drafters import FAMILIES, drafter_config, tiny_drafter, tiny_module, tiny_target
 from vlm_models import tiny_vlm
@@ -28,9 +29,8 @@ def best(logits, place):
 
 def begin(model, drafter, **options):
     """A drafter in a text of the model, with its normal head."""
-    location = find_head(model)
-    head = getattr(location.module, location.method)
-    return DrafterInText(drafter, model, project=head, choose=best, greedy=True, **options)
+    target = DraftedTarget(model)
+    return DrafterInText(drafter, target, project=target.dense_logits, choose=best, **options)
 
 
 def recorded(module):

@@ -42,6 +42,7 @@ class DraftModel(Guesser):
 
     name = "draft model"
     instead = True
+    always = True
 
     def __init__(
         self,

@@ -71,11 +71,13 @@ class Guesser(Protocol):
         wants_states: Whether it hears the states, too.
         instead: Whether it guesses in the place of the FlashHead: the normal (dense) head chooses
             all tokens of its wide steps then.
+        always: Whether it guesses wherever it can, not where that is worth its time.
     """
 
     name: str
     wants_states: bool = False
     instead: bool = False
+    always: bool = False
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Hears tokens that the model has read, each once and in order, from the prompt's first on.

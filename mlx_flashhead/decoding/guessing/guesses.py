@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -54,8 +55,10 @@ class Guesses:
         """Whether one guesses in the place of the FlashHead at the time."""
         return any(guesser.instead for guesser in self._guessers)
 
-    def guess(self, text: "Text", latest: LatestToken, layers: list[Any]) -> Guess | None:
-        """Guesses what follows the latest token.
+    def best(
+        self, text: "Text", latest: LatestToken, layers: list[Any]
+    ) -> tuple[Offer, int] | None:
+        """The offer that gains most behind the latest token.
 
         Args:
             text: The text.
@@ -63,16 +66,19 @@ class Guesses:
             layers: The text's caches.
 
         Returns:
-            As many tokens as gain most; None where a single step is better, or nothing is offered.
+            The offer, and how many of its tokens are taken; None where a single step is better, or
+            nothing is offered.
         """
         if not text.recognised:
             return None
         offers = self._offers(text, latest)
         if not offers:
             return None
+        if self._always:
+            offers = [replace(offer, cost=0.0) for offer in offers]
         least = 0.0 if self._always else WORTH
         offer, width = best_offer(offers, self._costs(layers), least)
-        return None if width == 1 else Guess(offer.guesser, offer.make(width - 1))
+        return None if width == 1 else (offer, width - 1)
 
     def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
         offers = []
@@ -96,7 +102,7 @@ class Guesses:
             tokens: n of them.
             states: (n, D), with what the head was called after each; None if they are not known.
         """
-        for guesser in self._guessers:
+        for guesser in self._guessers if tokens else ():
             guesser.hear(tokens, states if guesser.wants_states else None)
 
     def take_back(self, n: int) -> None:
@@ -194,7 +200,7 @@ def guesses_of(
     Args:
         proposer: Has its model and the settings.
         read: Tokens of it that its caches hold already.
-        guesser: One that always guesses, in the place of a lookup.
+        guesser: One that guesses, too; in the place of a lookup if it does so ``always``.
         quantized_from: As of :class:`Guesses`.
 
     Returns:
@@ -206,10 +212,16 @@ def guesses_of(
     wanted = guesser is not None or looks_up
     if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):
         return None
+    always = guesser is not None and guesser.always
+    guessers: list[Guesser] = [Grammar()]
+    if looks_up and not always:
+        guessers.append(LookupGuesser())
+    if guesser is not None:
+        guessers.append(guesser)
     guesses = Guesses(
         WideSteps.of(proposer.model),
-        [Grammar(), LookupGuesser() if guesser is None else guesser],
-        always=lookup == "on" or guesser is not None,
+        guessers,
+        always=lookup == "on" or always,
         quantized_from=quantized_from,
     )
     guesses.hear(read)

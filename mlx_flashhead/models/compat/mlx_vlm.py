@@ -121,7 +121,7 @@ def begun(drafter: nn.Module, target: Any, layers: list[Any]) -> Any:
     own.reset(target)
     if layers:
         own._cache = layers
-        own._next_position = _length(layers[0])
+        own._next_position = length_of_pairs(layers[0])
     return own
 
 
@@ -129,11 +129,11 @@ def take_back(drafter: Any, n: int) -> None:
     """Takes the last ``n`` pairs back from a drafter of :func:`begun`, and what it drafted next."""
     for layer in drafter._cache:
         layer.trim(n)
-    drafter._next_position = _length(drafter._cache[0])
+    drafter._next_position = length_of_pairs(drafter._cache[0])
     drafter._seed_token = drafter._seed_hidden = None
 
 
-def _length(layer: Any) -> int:
-    """Tokens in a cache, or in the first one of several."""
+def length_of_pairs(layer: Any) -> int:
+    """The pairs in a cache of a drafter's layer, or in the first one of several."""
     parts = getattr(layer, "caches", None)
-    return int(_length(parts[0]) if parts else layer.offset)
+    return int(length_of_pairs(parts[0]) if parts else layer.offset)

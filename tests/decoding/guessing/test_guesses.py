@@ -104,6 +104,7 @@ class Oracle(Guesser):
 
     name = "an oracle"
     wants_states = True
+    always = True
 
     def __init__(self, expected, prompt=PROMPT):
         self._expected = expected
