@@ -6,64 +6,42 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .adjustment import Adjustment
-from .backend import (
-    BACKEND_VARIABLE,
-    HOW_TO_REPORT,
-    METAL,
-    PORTABLE,
-    check_kernels,
-    choose_backend,
-    compared_states,
-    gpu_is_default,
-    log,
-    make_steps,
-    named_backend,
-    scores_agree,
-)
+from .backend import METAL, PORTABLE, choose_backend, gpu_is_default, log
+from .chosen_steps import ChosenSteps
 from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
 from .draws.greedy import best_draws
-from .draws.rows import Draw, Draws
-from .logit_map import IDENTITY, LogitMap, all_values
+from .draws.rows import Draws
+from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .metal_steps import MetalSteps
-from .proposal import Candidates, Proposal, ProposalRow, Selection
+from .proposal import Proposal, ProposalRow
+from .proposal_function import ProposalFunction, TracedFunctions
 from .rounding import Rounding, Stretch, differs_in_batches, measure_rounding
 from .row_products import products_of_each
+from .same_sums import compared_states, scores_agree
 from .slot_product import SlotProduct, Source
 from .steps import NO_DEPTH, PortableSteps, Risk
+from .unverified import unverified_logits
 from .verdict import Verdict
-
-# Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
-NEVER_DRAWN = -1e4
 
 OTHER_SUMS = (
     "This version of MLX multiplies reordered rows in another order of sums: where FlashHead needs "
     "dense logits it puts the rows in order first, which takes longer."
 )
-MOST_TRACED = 64  # kinds of proposals whose steps are kept
-
-Function = Callable[..., tuple[mx.array, ...]]  # the steps of a proposal
 Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
 
 
 class _OfThread(threading.local):
-    """What each thread has of its own: who makes the logits of calls, and traced functions.
-
-    MLX keeps the traces of threads apart. Those of a function that several had called would stay
-    when it is gone, for the next one in its place.
-    """
+    """What each thread has of its own: who makes the logits of calls."""
 
     def __init__(self) -> None:
         self.project: Projection | None = None  # within a block of `intercepted`
-        self.by_kind: dict[Any, Function] = {}  # of proposals
-        self.latest: tuple[Any, Function | None] = None, None  # the one used last, and its kind
 
 
 class FlashHead:
@@ -73,7 +51,7 @@ class FlashHead:
     call within a :meth:`settings` block: only scored tokens have exact logits there, others have
     estimates.
 
-    ``backend_reason`` says why ``backend`` was taken. Shapes: hidden states (..., D); V tokens in C
+    Shapes: hidden states (..., D); V tokens in C
     clusters of ``cluster_size``, of which p = ``n_probes`` are scored per position.
 
     Args:
@@ -111,9 +89,7 @@ class FlashHead:
         self.vocab_size = rows.n_rows
         self.hidden_size = rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
-        self.steps, self.backend_reason = make_steps(self.clustered, backend)
-        # as long as this head lives, pickled or not
-        self._requested_backend = PORTABLE if self.backend == PORTABLE else backend
+        self._chosen = ChosenSteps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self.n_probes = n_probes
@@ -121,7 +97,7 @@ class FlashHead:
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
         self._of_thread = _OfThread()
-        self.n_traced = 0  # functions made so far, each of which takes MLX a while
+        self._traced = TracedFunctions()
         self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}  # of these steps, measured
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
@@ -132,31 +108,45 @@ class FlashHead:
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process: kernels, and who intercepts calls."""
-        here = ("steps", "_of_thread", "_roundings")
+        """Without what belongs to this process: traces, measures, and who intercepts calls."""
+        here = ("_of_thread", "_traced", "_roundings")
         return {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._of_thread = _OfThread()
+        self._traced = TracedFunctions()
         self._roundings = {}
-        self.steps, reason = make_steps(self.clustered, self._requested_backend)
-        mx.eval(self.steps.arrays())  # another thread could not
-        if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
-            self.backend_reason = reason
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlashHead":
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
+        copied._chosen = self._chosen.copy()
         copied._of_thread = _OfThread()
+        copied._traced = TracedFunctions()
         copied._roundings = dict(self._roundings)
         return copied
+
+    @property
+    def steps(self) -> PortableSteps:
+        """The steps in use."""
+        return self._chosen.steps
 
     @property
     def backend(self) -> str:
         """The path in use: "metal" or "mlx"."""
         return self.steps.name
+
+    @property
+    def backend_reason(self) -> str:
+        """A sentence: why this path is in use, or what is slower on it."""
+        return self._chosen.reason
+
+    @property
+    def n_traced(self) -> int:
+        """Kinds of proposals that MLX has traced so far, each of which takes it a while."""
+        return self._traced.n_traced
 
     @property
     def n_probes(self) -> int:
@@ -215,34 +205,17 @@ class FlashHead:
         Raises:
             ValueError: If one fails and the backend "metal" was requested by name.
         """
-        self.steps, trouble = check_kernels(self.steps, dtype, self.n_probes, logit_map)
-        if trouble is not None:
-            self.fall_back(trouble)
+        before = self.steps
+        self._chosen.try_kernels(dtype, self.n_probes, logit_map)
+        if self.steps is not before:
+            self._roundings = {}
         if rows is not None and gpu_is_default():
             self.compare_dense_rows(rows, dtype)
 
     def fall_back(self, trouble: str) -> None:
-        """Takes MLX's operations from now on, because of trouble with the kernels.
-
-        Args:
-            trouble: What it is, as a part of a sentence.
-
-        Raises:
-            ValueError: If the backend "metal" was requested by name.
-        """
-        if named_backend(self._requested_backend) == METAL:
-            raise ValueError(
-                f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or "
-                f"unset {BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
-            )
-        self.backend_reason = (
-            "FlashHead takes MLX's own operations instead of its Metal kernels, because "
-            f"{trouble}; {HOW_TO_REPORT}."
-        )
-        log.warning(self.backend_reason)
-        self.steps = PortableSteps(self.clustered)
+        """Takes MLX's operations from now on: as `ChosenSteps.fall_back`."""
+        self._chosen.fall_back(trouble)
         self._roundings = {}
-        self._requested_backend = PORTABLE
 
     def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:
         """Compares the dense logits of single states with those of the model's own rows.
@@ -268,20 +241,8 @@ class FlashHead:
         return scores_agree(self.steps, self.dense_logits, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
-        """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
-
-        In 16 bits all must agree to the last bit, in float32 within the map's slack. Evaluates.
-        """
-        if not isinstance(self.steps, MetalSteps):
-            return True
-        values = all_values(dtype)
-        expected = logit_map(values).astype(mx.float32)
-        try:
-            found = self.steps.mapped(values, logit_map).astype(mx.float32)
-            off = mx.abs(found - expected) > logit_map.slack(dtype) / 4 * mx.abs(expected)
-            return not off.any().item()
-        except RuntimeError:  # the kernel does not run on this device
-            return False
+        """Whether the steps map logits of ``dtype`` as MLX's operations do. Evaluates."""
+        return self._chosen.maps_as_mlx(logit_map, dtype)
 
     @contextmanager
     def settings(
@@ -390,18 +351,9 @@ class FlashHead:
         temperature = self._draw_temperature if draw_temperature is None else draw_temperature
         if n_probes == self.n_clusters and temperature is None:
             return self.dense_logits(hidden)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(
-            rows, n_probes, words=True, draw_temperature=temperature
-        )
-        if temperature is not None:
-            scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
-            # without the estimates, which belong to other scores
-            selection = Selection(selection.probes[:, :n_probes])
-            candidates = Candidates(candidates.logits[:, :n_probes])
-        return self.steps.expand(scores, selection, candidates).reshape(
-            *hidden.shape[:-1], self.vocab_size
-        )
+        states = hidden.reshape(-1, hidden.shape[-1])
+        logits = unverified_logits(self.steps, states, n_probes, temperature)
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(
         self, hidden: mx.array, token_ids: mx.array | None = None, *, n_probes: int | None = None
@@ -457,7 +409,7 @@ class FlashHead:
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         rows, most_occurrences = self.steps.structure_of(draws, adjustment)
-        kind = _Kind(
+        function = ProposalFunction(
             steps=self.steps,
             risk=self.risk,
             n_probes=n_probes,
@@ -474,23 +426,9 @@ class FlashHead:
         )
         # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
         # a mask, which the host makes for each token, that does not pay.
-        if allowed is None or isinstance(self.steps, MetalSteps):
-            return Proposal(hidden, *self._traced(kind)(*arrays))
-        return Proposal(hidden, *kind.propose(*arrays))
-
-    def _traced(self, kind: "_Kind") -> Function:
-        """The steps of proposals of one kind, as a function that MLX traces once."""
-        latest, function = self._of_thread.latest
-        if kind == latest:  # which takes a fraction of the time that its hash takes
-            return cast(Function, function)
-        functions = self._of_thread.by_kind
-        if kind not in functions:
-            while len(functions) >= MOST_TRACED:
-                del functions[next(iter(functions))]
-            self.n_traced += 1
-            functions[kind] = cast(Function, mx.compile(kind.propose))
-        self._of_thread.latest = kind, functions[kind]
-        return functions[kind]
+        if allowed is None or self.backend == METAL:
+            return Proposal(hidden, *self._traced.of(function)(*arrays))
+        return Proposal(hidden, *function(*arrays))
 
     def joined(
         self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow], tokens: Sequence[int]
@@ -561,66 +499,3 @@ class FlashHead:
         By more than float32's own rounding. ``dtype`` is that of the states.
         """
         return differs_in_batches(self.clustered.rows, dtype)
-
-    def _retrieve(
-        self,
-        rows: mx.array,
-        n_probes: int,
-        words: bool,
-        draw_temperature: float | None = None,
-    ) -> tuple[mx.array, Selection, Candidates]:
-        """Retrieves for (R, D): scores (R, C), the probed clusters, and their logits.
-
-        ``words`` are for `expand`.
-        """
-        scores = ordering = self.steps.route(rows)
-        if draw_temperature is not None:
-            # always probed clusters keep their 1e30 and stay on top
-            ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self.steps.select(ordering, n_probes, words)
-        return scores, selection, self.steps.score(rows, selection)
-
-
-class _Kind(NamedTuple):
-    """What proposals have in common whose steps are the same, on other arrays."""
-
-    steps: PortableSteps
-    risk: Risk
-    n_probes: int
-    depth: float
-    rows: tuple[Draw, ...]  # as of `Draws.structure`
-    logit_map: LogitMap
-    most_occurrences: int | None  # of the adjustment; None without one
-
-    def propose(
-        self,
-        hidden: mx.array,
-        draw_inputs: tuple[mx.array, mx.array, mx.array],
-        adjusted: list[mx.array],
-        allowed: list[mx.array],
-    ) -> tuple[mx.array, ...]:
-        """The steps: tokens, probes, logits and risks of the states (R, D)."""
-        steps = self.steps
-        draws = Draws(self.rows, draw_inputs)
-        adjustment = None
-        if self.most_occurrences is not None:
-            adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)
-        selection = steps.select(
-            steps.route(hidden),
-            self.n_probes,
-            words=False,
-            depth=self.depth / self.logit_map.slope,
-            logit_map=self.logit_map,
-            adjustment=adjustment,
-            mass=not draws.all_greedy,
-        )
-        candidates = steps.score(hidden, selection, self.logit_map)
-        if adjustment is not None or allowed:
-            mask = allowed[0] if allowed else None
-            candidates = steps.adjust(selection, candidates, adjustment, mask)
-        tokens, risk = steps.choose(
-            selection, candidates, draws, self.risk, self.logit_map, masked=bool(allowed)
-        )
-        # without the probes that a kernel repeats
-        probes = selection.probes[:, : self.n_probes]
-        return tokens, probes, candidates.logits[:, : self.n_probes], risk

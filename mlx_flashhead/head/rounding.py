@@ -1,23 +1,21 @@
 """How far two ways of computing a logit may lie apart."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from .backend import logits_of_scores, scores_agree, shows_other_sums
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import ANY_ROWS, DenseKernel, dense_kernel, mlx_version
 from .margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
 from .matrix import Matrix
 from .proposal import Tolerance
+from .same_sums import DenseLogits, logits_of_scores, scores_agree, shows_other_sums
 from .slot_product import CLASSES, SlotProduct
 from .steps import PortableSteps
-
-DenseLogits = Callable[[mx.array], mx.array]  # states (R, D) → (R, V), as of each state alone
 
 N_STATES = 3  # states whose products are compared for the rounding
 # An M1 to M4 has no matrix units that take TF32. Those of an M5 and later do so unless

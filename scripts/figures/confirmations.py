@@ -28,13 +28,15 @@ from mlx_flashhead.benchmarks.variants import with_flash_head
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.head.backend import gpu_is_default, logits_of_scores, make_steps
+from mlx_flashhead.head.backend import gpu_is_default
+from mlx_flashhead.head.chosen_steps import make_steps
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.dense_kernels import dense_kernel
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.rounding import may_use_tf32
+from mlx_flashhead.head.same_sums import logits_of_scores
 from mlx_flashhead.head.slot_product import CLASSES
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import hidden_dtype, installed_head
@@ -139,7 +141,7 @@ def _kernels(
     if not isinstance(head.steps, MetalSteps):
         return None
     counted = CountedKernels()
-    head.steps = MetalSteps(head.clustered, counted.metal_kernel)
+    head._chosen.steps = MetalSteps(head.clustered, counted.metal_kernel)
     head.check_kernels(dtype)
     at_installation = len(counted.texts)
     for sampler in SAMPLERS:

@@ -4,7 +4,7 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.decoding.verification import Verification
-from mlx_flashhead.head import backend
+from mlx_flashhead.head import same_sums
 from mlx_flashhead.head.draws import filters
 
 
@@ -22,7 +22,7 @@ def _rows_are_halved(monkeypatch):
 @pytest.fixture(autouse=True)
 def _few_logits_are_enough(monkeypatch):
     """The scored logits of these small vocabularies may be the dense ones, too."""
-    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 600)
+    monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 600)
 
 
 @pytest.fixture

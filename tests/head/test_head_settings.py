@@ -6,11 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend, make_steps
+from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend
+from mlx_flashhead.head.chosen_steps import make_steps
 from mlx_flashhead.head.clustered import Centroids
-from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.head.unverified import NEVER_DRAWN
 from retrieval import best_token, candidates
 from tiny_models import fitted, random_clusters, random_rows
 

@@ -10,7 +10,7 @@ import pytest
 
 from flash_loops import make_flash
 from kernel_cases import make_rows
-from mlx_flashhead.head import backend, rounding
+from mlx_flashhead.head import rounding, same_sums
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.matrix import Matrix
@@ -69,7 +69,7 @@ def test_sums_of_several_states_are_cut_for_few_rows_alone(monkeypatch):
 @pytest.fixture(autouse=True)
 def _few_logits_are_enough(monkeypatch):
     """The scored logits of these small vocabularies may be the dense ones, too."""
-    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 600)
+    monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 600)
 
 
 @pytest.fixture
@@ -111,15 +111,15 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
 def test_as_many_states_are_compared_as_give_a_million_logits(
     monkeypatch, vocab_size, dtype, n_states
 ):
-    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 1_000_000)
-    assert backend.n_compared(vocab_size, dtype) == n_states
-    assert backend.shows_other_sums(vocab_size, dtype) == (vocab_size > 300)
+    monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 1_000_000)
+    assert same_sums.n_compared(vocab_size, dtype) == n_states
+    assert same_sums.shows_other_sums(vocab_size, dtype) == (vocab_size > 300)
 
 
 def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatch):
     """Of a small vocabulary three states do not show it."""
     head = flash.head
-    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 100 * head.vocab_size)
+    monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 100 * head.vocab_size)
     rare = mx.random.normal((1, head.hidden_size), key=mx.random.key(60)).astype(mx.bfloat16)
     score = head.steps.score
 
@@ -134,7 +134,7 @@ def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatc
 
 
 def test_scored_logits_of_too_few_have_a_tolerance(flash, monkeypatch):
-    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 1_000_000)
+    monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 1_000_000)
     assert flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
 
 

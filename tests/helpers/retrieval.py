@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from mlx_flashhead.head.draws.greedy import best_draws
+from mlx_flashhead.head.unverified import retrieve
 
 
 def candidates(head, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -23,7 +24,7 @@ def best_token(head, hidden: mx.array) -> mx.array:
 
 def _retrieved(head, hidden: mx.array):
     states = hidden.reshape(-1, hidden.shape[-1])
-    _, selection, scored = head._retrieve(
-        states, head.unverified_probes, words=False, draw_temperature=head._draw_temperature
+    _, selection, scored = retrieve(
+        head.steps, states, head.unverified_probes, head._draw_temperature, words=False
     )
     return selection, scored

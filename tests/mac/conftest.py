@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_flashhead.head import backend
+from mlx_flashhead.head import same_sums
 from model_folders import write_model
 from pretended_gpu import pretended_gpu
 from tiny_models import install_index, tiny_index
@@ -22,7 +22,7 @@ def gpu(request) -> Iterator[SimpleNamespace]:
     """The pretended GPU of a module: its chip, and the emulator with what has run on it."""
     with pretended_gpu(request.param) as emulator, pytest.MonkeyPatch.context() as patch:
         # so few logits of these small vocabularies show as much as a million of a real one
-        patch.setattr(backend, "ENOUGH_LOGITS", 600)
+        patch.setattr(same_sums, "ENOUGH_LOGITS", 600)
         yield SimpleNamespace(chip=request.param, emulator=emulator)
 
 

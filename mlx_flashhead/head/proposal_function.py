@@ -1,0 +1,110 @@
+"""How a proposal is made, as a function of arrays that MLX traces once."""
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from .adjustment import Adjustment
+from .draws.rows import Draw, Draws
+from .logit_map import LogitMap
+from .steps import PortableSteps, Risk
+
+MOST_TRACED = 64  # functions that are kept
+
+Traced = Callable[..., tuple[mx.array, ...]]
+
+
+class ProposalFunction(NamedTuple):
+    """The operations of proposals, as a function of arrays. Equal ones need one trace."""
+
+    steps: PortableSteps
+    risk: Risk
+    n_probes: int
+    depth: float
+    rows: tuple[Draw, ...]  # as of `Draws.structure`
+    logit_map: LogitMap
+    most_occurrences: int | None  # of the adjustment; None without one
+
+    def __call__(
+        self,
+        hidden: mx.array,
+        draw_inputs: tuple[mx.array, mx.array, mx.array],
+        adjusted: list[mx.array],
+        allowed: list[mx.array],
+    ) -> tuple[mx.array, ...]:
+        """Proposes for states.
+
+        Args:
+            hidden: (R, D), the states.
+            draw_inputs: Of their draws.
+            adjusted: The words and the latest tokens of an adjustment; empty without one.
+            allowed: A mask; empty without one.
+
+        Returns:
+            The tokens, probes, logits and risks.
+        """
+        steps = self.steps
+        draws = Draws(self.rows, draw_inputs)
+        adjustment = None
+        if self.most_occurrences is not None:
+            adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)
+        selection = steps.select(
+            steps.route(hidden),
+            self.n_probes,
+            words=False,
+            depth=self.depth / self.logit_map.slope,
+            logit_map=self.logit_map,
+            adjustment=adjustment,
+            mass=not draws.all_greedy,
+        )
+        candidates = steps.score(hidden, selection, self.logit_map)
+        if adjustment is not None or allowed:
+            mask = allowed[0] if allowed else None
+            candidates = steps.adjust(selection, candidates, adjustment, mask)
+        tokens, risk = steps.choose(
+            selection, candidates, draws, self.risk, self.logit_map, masked=bool(allowed)
+        )
+        # without the probes that a kernel repeats
+        probes = selection.probes[:, : self.n_probes]
+        return tokens, probes, candidates.logits[:, : self.n_probes], risk
+
+
+class TracedFunctions:
+    """Functions of proposals that MLX has traced, and those of each thread for itself.
+
+    MLX keeps the traces of threads apart. Those of a function that several had called would stay
+    when it is gone, for the next one in its place.
+
+    Attributes:
+        n_traced: Functions made so far, each of which takes MLX a while.
+    """
+
+    def __init__(self) -> None:
+        self.n_traced = 0
+        self._of_thread = _OfThread()
+
+    def of(self, function: ProposalFunction) -> Traced:
+        """The traced function of these operations."""
+        of_thread = self._of_thread
+        if function == of_thread.latest:  # which takes a fraction of the time that its hash takes
+            return cast(Traced, of_thread.latest_traced)
+        known = of_thread.traced
+        if function not in known:
+            while len(known) >= MOST_TRACED:
+                del known[next(iter(known))]
+            self.n_traced += 1
+            known[function] = cast(Traced, mx.compile(function.__call__))
+        of_thread.latest = function
+        of_thread.latest_traced = known[function]
+        return known[function]
+
+
+class _OfThread(threading.local):
+    """What each thread has traced."""
+
+    def __init__(self) -> None:
+        self.traced: dict[ProposalFunction, Traced] = {}
+        self.latest: ProposalFunction | None = None  # that was used last
+        self.latest_traced: Traced | None = None
