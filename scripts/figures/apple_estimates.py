@@ -3,13 +3,15 @@
     python scripts/figures/apple_estimates.py            # prints the tables and the fit's errors
     python scripts/figures/apple_estimates.py --write    # puts them into the pages
 
-`step_times.py` says how a step's time is estimated, and `wide_times.py` that of several tokens.
+`step_times.py` says how a step's time is estimated, `wide_times.py` that of several tokens, and
+`draft_times.py` what trained drafters gain.
 """
 
 from textwrap import wrap
 
 import numpy as np
 
+from draft_times import drafted_gain, drafters
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from pages import CHECKOUT, line, with_block
@@ -27,23 +29,29 @@ from step_times import (
     rows,
     sampled_gains,
 )
-from wide_times import WIDTHS, cost, lookup_gain
+from wide_times import CONTEXT, WIDTHS, cost, lookup_gain
 
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
-REPEATS_CHIP = "m4"  # of the README's column of answers that repeat their prompt
-README_CHIPS = ("m4", "m5", "m4-pro", "m4-max", "m5-max")
-README_MODELS = (  # what people run, small to large
-    *("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "gpt-oss-20b", "gemma-4-26b-a4b"),
-    "qwen3.5-35b-a3b",
-)
+GUESSED_CHIP = "m4"  # of the README's columns of guessed tokens
+README_CHIPS = ("m4", "m5", "m4-pro", "m4-max")
+README_DENSE = ("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.8-27b")
+README_DENSE += ("gemma-4-31b",)
+README_EXPERTS = ("gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
+README_MODELS = (*README_DENSE, *README_EXPERTS)  # what people run, small to large
+CHAT = (0.75, 0.5, 0.33)  # shares of drafts that are assumed for a chat, by depth
 EXPERTS = ("lfm2-8b-a1b", "ling-mini", "gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
 MODELS = (
     *("gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-4-e2b", "gemma-4-e4b", "qwen3-0.6b"),
-    *("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "llama-3.2-1b", "llama-3.1-8b", "minicpm5-1b"),
-    *("lfm2.5-1.2b", "lfm2.5-2.6b", "smollm2", *EXPERTS),
+    *("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.8-27b", "gemma-4-31b"),
+    *("llama-3.2-1b", "llama-3.1-8b", "minicpm5-1b", "lfm2.5-1.2b", "lfm2.5-2.6b", "smollm2"),
+    *EXPERTS,
 )
-REPEATS = (*README_MODELS[:3], "llama-3.1-8b", *README_MODELS[3:])  # and a large one
-COSTS = ("gemma-3-4b", "llama-3.1-8b", "gemma-4-26b-a4b")
+REPEATS = (*README_DENSE, "llama-3.1-8b", *README_EXPERTS)
+SHORT = 512  # tokens, within the windows of Gemma-3-4B
+COSTS = (
+    *(("gemma-3-4b", SHORT), ("gemma-3-4b", CONTEXT), ("llama-3.1-8b", CONTEXT)),
+    *(("qwen3.8-27b", CONTEXT), ("gemma-4-26b-a4b", CONTEXT), ("qwen3.5-35b-a3b", CONTEXT)),
+)
 FINER = tuple(model for model in MODELS if model not in ("llama-3.1-8b", "gpt-oss-20b"))
 
 
@@ -105,14 +113,65 @@ def fit_text() -> list[str]:
 def readme() -> list[str]:
     """Models that people run: greedy, with heads as files have them."""
     columns = ["model", "head", *(chip.replace("-", " ").title() for chip in README_CHIPS)]
-    columns += [f"repeats its prompt, {REPEATS_CHIP.title()}"]
+    columns += [f"repeats its prompt, {GUESSED_CHIP.upper()}"]
+    columns += [f"with its drafter, {GUESSED_CHIP.upper()}"]
     lines = [line(*columns), line(*("---" for _ in columns))]
     for model in README_MODELS:
         for head in (8, 4):
-            gains = [shown(gain(model, chip, head)) for chip in README_CHIPS]
-            gains.append(f"{lookup_gain(model, REPEATS_CHIP, head):.2f}")
+            gains = [at_least_dense(gain(model, chip, head)) for chip in README_CHIPS]
+            gains.append(at_least_dense(lookup_gain(model, GUESSED_CHIP, head)))
+            gains.append(drafter_range(model, GUESSED_CHIP, head))
             name = models()[model].name if head == 8 else ""
             lines.append(line(name, f"{head} bits", *gains))
+    return lines
+
+
+def at_least_dense(value: float) -> str:
+    """The cell of a gain where a model that keeps its dense head is as fast as it was."""
+    return f"{value:.2f}" if value >= PAYS else "1.00"
+
+
+def drafter_range(model: str, chip: str, head: int) -> str:
+    """The gains of a model's drafter by the shares of a chat and by published ones.
+
+    A FlashHead scores the drafts, but for a drafter with a head of its own.
+    """
+    if model not in drafters():
+        return "–"
+    shares = CHAT, drafters()[model].shares
+    few = not drafters()[model].own_head
+    gains = sorted(drafted_gain(model, chip, head, few, each)[0] for each in shares)
+    return "–".join(dict.fromkeys(map(at_least_dense, gains)))
+
+
+def trained_drafters() -> list[str]:
+    """Trained drafters, whose drafts the dense head scores, and FlashHead's few clusters."""
+
+    def cell(model: str, chip: str, shares: tuple[float, ...]) -> str:
+        dense, _ = drafted_gain(model, chip, 4, False, shares)
+        few, width = drafted_gain(model, chip, 4, True, shares)
+        if width == 1:
+            return f"single ({shown(few)})"
+        return f"{shown(dense)}, {few:.2f} ({width})"
+
+    lines = table("model, head of 4 bits", "shares of the drafts, by depth")
+    for model, drafter in drafters().items():
+        for name, shares in (("published", drafter.shares), ("a chat, assumed", CHAT)):
+            title = models()[model].name if name == "published" else ""
+            said = f"{', '.join(f'{share:g}' for share in shares)} ({name})"
+            lines.append(line(title, said, *(cell(model, chip, shares) for chip in CHIPS)))
+    return lines
+
+
+def drafter_sources() -> list[str]:
+    """What the shares and the sizes of drafters rest on."""
+    columns = ("model", "drafter", "a draft reads, beside a head", "published shares", "of")
+    lines = [line(*columns), line(*("---" for _ in columns))]
+    for model, drafter in drafters().items():
+        read = f"{drafter.weights / 1e6:.0f} M weights of {drafter.bits:g} bits"
+        shares = ", ".join(f"{share:g}" for share in drafter.shares)
+        source = f"[{drafter.measured_on}]({drafter.source})"
+        lines.append(line(models()[model].name, drafter.drafter, read, shares, source))
     return lines
 
 
@@ -138,17 +197,19 @@ def repeats() -> list[str]:
     for model in REPEATS:
         for head in (4, 8):
             name = models()[model].name if head == 4 else ""
-            gains = (f"{lookup_gain(model, chip, head):.2f}" for chip in CHIPS)
+            gains = (shown(lookup_gain(model, chip, head)) for chip in CHIPS)
             lines.append(line(name, f"{head} bits", *gains))
     return lines
 
 
 def wide_costs() -> list[str]:
     """A wide step relative to a single one, for each number of its tokens."""
-    lines = table("model, 4 bits")
-    for model in COSTS:
-        costs = (" / ".join(f"{cost(model, chip, 4, n):.2f}" for n in WIDTHS) for chip in CHIPS)
-        lines.append(line(models()[model].name, *costs))
+    lines = table("model, 4 bits", "tokens before")
+    for model, context in COSTS:
+        costs = (
+            " / ".join(f"{cost(model, chip, 4, n, context):.2f}" for n in WIDTHS) for chip in CHIPS
+        )
+        lines.append(line(models()[model].name, f"{context:,}", *costs))
     return lines
 
 
@@ -157,6 +218,8 @@ BLOCKS = {  # page and marker: lines
     ("docs/speed.md", "fit"): fit_text,
     ("docs/speed.md", "repeats"): repeats,
     ("docs/speed.md", "wide costs"): wide_costs,
+    ("docs/speed.md", "drafters"): trained_drafters,
+    ("docs/speed.md", "drafter sources"): drafter_sources,
     ("docs/finer-head.md", "estimates"): finer_head,
     ("README.md", "estimates"): readme,
 }

@@ -115,6 +115,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 1,
         "sliding_window_pattern": 6,
     },
+    "gemma-4-31b": {
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "sliding_window_pattern": 6,
+    },
+    "qwen3.5-9b": {"tie_word_embeddings": False},
+    "qwen3.8-27b": {"tie_word_embeddings": False},
     "qwen3-30b-a3b": {"num_experts": 16},
     "qwen3.5-35b-a3b": {"num_experts": 16, "tie_word_embeddings": False},
     "ling-mini": {

@@ -1,7 +1,8 @@
 """Estimates of a decode step's time on Apple chips, dense and with FlashHead.
 
-One sequence, a short context (no bytes of the cache), a model that fits into memory, an idle
-machine. Nothing is measured here: times are counted from bytes and kernels.
+One sequence, a short context (no bytes of the cache, unless a number of tokens is given), a model
+that fits into memory, an idle machine. Nothing is measured here: times are counted from bytes and
+kernels.
 
     dense     = (body + rows + logits) / bandwidth + kernels · launch
                 + logsumexp + argmax (+ softcap) (+ sort)
@@ -58,7 +59,11 @@ WIDE_READS = {1: 1, 2: 1.01, 4: 1.47, 8: 3.03}  # of the rows by so many states:
 
 
 class Model(NamedTuple):
-    """Sizes of a model; ``cache_values`` are the keys and values of a token in all layers."""
+    """Sizes of a model.
+
+    ``cache_values`` are the keys and values of a token in all layers, ``full_values`` in those that
+    keep all tokens. A window has so many slots in so many layers, a linear attention a state.
+    """
 
     name: str
     vocab_size: int
@@ -71,6 +76,12 @@ class Model(NamedTuple):
     softcap: bool
     cache_values: int
     n_probes: int
+    full_values: int
+    window: int
+    window_layers: int
+    window_values: int  # of a token in a layer
+    state_layers: int
+    state_values: int  # of a layer, in float32
 
     @property
     def head(self) -> int:
@@ -81,6 +92,14 @@ class Model(NamedTuple):
         """What a token reads of the body, as if it were one plain read."""
         per_expert_weight = BYTES[self.expert_bits] if self.expert_bits else per_weight
         return (self.body - self.experts) * per_weight + self.experts * per_expert_weight / GATHER
+
+    def window_bytes(self, context: int) -> float:
+        """The keys and values in all windows after so many tokens."""
+        return 2 * self.window_layers * self.window_values * min(self.window, context)
+
+    def cache_bytes(self, context: int) -> float:
+        """The keys and values that a token's attention reads after so many tokens."""
+        return 2 * self.full_values * context + self.window_bytes(context)
 
     @property
     def dense_kernels(self) -> int:
@@ -183,6 +202,12 @@ def models() -> dict[str, Model]:
             softcap=row["softcap"] == "True",
             cache_values=2 * layers * keys,
             n_probes=row["n_probes"] or min(max(512, clusters / 16), clusters),
+            full_values=row["full_values"],
+            window=row["window"],
+            window_layers=row["window_layers"],
+            window_values=row["window_values"],
+            state_layers=row["state_layers"],
+            state_values=row["state_values"],
         )
     return found
 
@@ -257,9 +282,10 @@ def host_us(model: Model, chip: Chip, text: str = "greedy", flash_head: bool = F
     return us + flash_head * HOST_MORE[text] * chip.host_us / HOST_US["m1"]
 
 
-def body_us(model: Model, chip: Chip, bits: int) -> float:
-    """The device's time before the head."""
-    return chip.us(model.body_bytes(BYTES[bits])) + model.kernels * chip.launch_us
+def body_us(model: Model, chip: Chip, bits: int, context: int = 0) -> float:
+    """The device's time before the head, after so many tokens."""
+    read = model.body_bytes(BYTES[bits]) + model.cache_bytes(context)
+    return chip.us(read) + model.kernels * chip.launch_us
 
 
 def row_us(model: Model, chip: Chip, head: int) -> float:
@@ -268,18 +294,22 @@ def row_us(model: Model, chip: Chip, head: int) -> float:
     return chip.us(read) + model.dense_kernels * chip.launch_us + groups_us(model)
 
 
-def dense_us(model: Model, chip: Chip, body: int, head: int, sort_us: float = 0) -> float:
+def dense_us(
+    model: Model, chip: Chip, body: int, head: int, sort_us: float = 0, context: int = 0
+) -> float:
     """A step of mlx-lm's loop with so many bits in body and head, greedy without a sort."""
-    device = body_us(model, chip, body) + row_us(model, chip, head) + sort_us
+    device = body_us(model, chip, body, context) + row_us(model, chip, head) + sort_us
     return max(device, host_us(model, chip))
 
 
-def flash_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy") -> float:
+def flash_us(
+    model: Model, chip: Chip, body: int, head: int, text: str = "greedy", context: int = 0
+) -> float:
     """A step with FlashHead, its part of a verification, of the wasted steps and of the doubts."""
     clusters = model.vocab_size / 16
     centroids = clusters * (model.hidden_size * BYTES[4] + 4)
     probed = 16 * model.n_probes * model.hidden_size * BYTES[head]
-    us = body_us(model, chip, body) + chip.us(centroids + probed / GATHER)
+    us = body_us(model, chip, body, context) + chip.us(centroids + probed / GATHER)
     us += FLASH_HEAD_KERNELS * chip.launch_us
     us += 4 * (clusters + model.n_probes) / GROUP_GB_S / 1e3 + BARRIERS * BARRIER_US
     most = max(1, min(STATES, int(WAIT_US / us)))

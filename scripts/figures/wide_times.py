@@ -1,20 +1,24 @@
 """Estimates of a wide step's time on Apple chips, and of what prompt lookup gains by it.
 
 A wide step feeds T tokens of a text and multiplies T states by each row of a layer, which it reads
-once. Nothing is measured here. The rest is as in `step_times.py`.
+once. Nothing is measured here. The rest is as in `step_times.py`, after CONTEXT tokens.
 
-    product = the weights' read, or (2 + 2 T) instructions a weight at 0.65 of the peak
-    experts = T reads
-    body    = products + experts + (kernels + 2 T for each layer) · launch
-    head    = a dense one: its product, T times the logits; or T times FlashHead's
-    step    = the device's time + the host's: what follows waits for its tokens
-    gain    = tokens · dense / (single steps + wide steps of the T that gains most)
+    product  = the weights' read, or 2 + T (1.25 + 3 / A) instructions a weight at 0.65 of the peak
+    experts  = T reads
+    caches   = T reads of the keys and values; past its end a window is copied T times
+    body     = products + experts + caches
+               + (kernels + 2 T a layer, 6 T where its window is copied) · launch
+    head     = a dense one: its product, T times the logits; or T times FlashHead's
+    step     = the device's time + the host's: what follows waits for its tokens
+    partly   = after a wrong guess a linear attention's state is made anew: read and written once
+    gain     = tokens · dense / (single steps + wide steps of the T that gains most)
 """
 
 import json
 from functools import cache
 from typing import NamedTuple
 
+from mlx_flashhead.decoding.guessing.depth import WORTH
 from pages import CHECKOUT
 from step_times import (
     BYTES,
@@ -32,10 +36,14 @@ from step_times import (
     models,
 )
 
+CONTEXT = 2048  # tokens before the text: a file that is edited, past the end of usual windows
 SHARED = 2  # instructions a weight, whatever the number of states: to unpack it
-EACH = 2  # and for each state: to read its value and to multiply and add
+AT_ONCE = 4  # rows of a simdgroup, of 4 and 8 affine bits (head/row_products.py)
+EACH = 1.25 + 3 / AT_ONCE  # for each state: to multiply and add; to load and convert its value
 REACHED = 0.65  # of the peak: fits what MLX's `qmv_wide` takes for 4 and 8 states
 LAYER_LAUNCHES = 2  # of each token in a layer, an attention and where its result goes
+COPY_LAUNCHES = 4  # more where a window is copied: keys and values are copied and written
+STATE_LAUNCHES = 2  # to make a linear attention's state anew
 WIDTHS = (2, 4, 8)  # tokens of a step
 FIGURES = CHECKOUT / "docs" / "benchmarks" / "guesses.json"
 MODEL = "Qwen2.5-Coder-1.5B-Instruct"  # does what the tasks ask
@@ -72,48 +80,84 @@ def experts_us(model: Model, chip: Chip, bits: int) -> float:
     return chip.us(model.experts * BYTES[model.expert_bits or bits] / GATHER)
 
 
-def wide_body_us(model: Model, chip: Chip, bits: int, width: int) -> float:
+def wide_launches(model: Model, width: int, context: int) -> int:
+    """Kernels that a wide step has beside those of a single one, before the head.
+
+    Layers with a linear attention are counted like others, which fits what was measured.
+    """
+    copied = model.window_layers if context > model.window else 0
+    return width * (LAYER_LAUNCHES * model.n_layers + COPY_LAUNCHES * copied)
+
+
+def caches_us(model: Model, chip: Chip, width: int, context: int) -> float:
+    """The time of reading the keys and values for each token, and of copying windows."""
+    n_bytes = width * model.cache_bytes(context)
+    if context > model.window:
+        n_bytes += 2 * width * model.window_bytes(context)
+    return chip.us(n_bytes)
+
+
+def wide_body_us(model: Model, chip: Chip, bits: int, width: int, context: int = CONTEXT) -> float:
     """The device's time before the head."""
     us = product_us(chip, model.body - model.experts, bits, width)
     us += width * experts_us(model, chip, bits)
-    n_kernels = model.kernels + LAYER_LAUNCHES * width * model.n_layers
+    us += caches_us(model, chip, width, context)
+    n_kernels = model.kernels + wide_launches(model, width, context)
     return us + n_kernels * chip.launch_us
 
 
-def wide_device_us(model: Model, chip: Chip, body: int, head: int, width: int) -> float:
+def wrong_us(model: Model, chip: Chip) -> float:
+    """The time that a partly wrong guess takes beside its step."""
+    states = 2 * 4 * model.state_layers * model.state_values
+    launches = STATE_LAUNCHES * model.state_layers
+    return chip.us(states) + launches * (chip.launch_us + chip.host_us)
+
+
+def wide_device_us(
+    model: Model, chip: Chip, body: int, head: int, width: int, context: int = CONTEXT
+) -> float:
     """The device's time of a wide step, with the head that is faster."""
     dense = product_us(chip, model.head, head, width) + chip.us(width * model.logit_bytes)
     dense += model.dense_kernels * chip.launch_us + groups_us(model)
     flash = width * (flash_us(model, chip, body, head) - body_us(model, chip, body))
-    return wide_body_us(model, chip, body, width) + min(dense, flash)
+    return wide_body_us(model, chip, body, width, context) + min(dense, flash)
 
 
-def wide_us(model: Model, chip: Chip, body: int, head: int, width: int) -> float:
+def wide_us(
+    model: Model, chip: Chip, body: int, head: int, width: int, context: int = CONTEXT
+) -> float:
     """A wide step: the host has its work before the device begins, since it waits for tokens."""
-    device = wide_device_us(model, chip, body, head, width)
+    device = wide_device_us(model, chip, body, head, width, context)
     host = host_us(model, chip, flash_head=True)
-    return device + host + LAYER_LAUNCHES * width * model.n_layers * chip.host_us
+    return device + host + wide_launches(model, width, context) * chip.host_us
 
 
-def single_us(model: Model, chip: Chip, body: int, head: int) -> float:
+def single_us(model: Model, chip: Chip, body: int, head: int, context: int = CONTEXT) -> float:
     """A single step, with FlashHead where it pays."""
-    dense = dense_us(model, chip, body, head)
-    flash = flash_us(model, chip, body, head)
+    dense = dense_us(model, chip, body, head, context=context)
+    flash = flash_us(model, chip, body, head, context=context)
     return flash if dense / flash >= PAYS else dense
 
 
-def cost(model: str, chip: str, head: int, width: int) -> float:
+def cost(model: str, chip: str, head: int, width: int, context: int = CONTEXT) -> float:
     """A wide step relative to a single one."""
     of = models()[model], chips()[chip], body_bits(model, head), head
-    return wide_us(*of, width) / single_us(*of)
+    return wide_us(*of, width, context) / single_us(*of, context)
 
 
 def lookup_gain(model: str, chip: str, head: int, kind: str = "repeats") -> float:
-    """How many times as fast as mlx-lm's loop texts of a kind are, with the best width."""
+    """How many times as fast as mlx-lm's loop texts of a kind are, with the best width.
+
+    Each step with a guess is counted as a partly wrong one. A width that would not pay if all
+    guesses were right is not taken.
+    """
     of = models()[model], chips()[chip], body_bits(model, head), head
     single = single_us(*of)
-    gains = [dense_us(*of) / single]
+    dense = dense_us(*of, context=CONTEXT)
+    gains = [dense / single]
     for text in measured(kind):
-        us = (text.steps - text.wide) * single + text.wide * wide_us(*of, text.width)
-        gains.append(text.tokens * dense_us(*of) / us)
+        wide = wide_us(*of, text.width) + wrong_us(*of[:2])
+        if text.width * single > WORTH * wide:
+            us = (text.steps - text.wide) * single + text.wide * wide
+            gains.append(text.tokens * dense / us)
     return max(gains)

@@ -7,7 +7,7 @@ import pytest
 
 import guesses
 import wide_times
-from apple_estimates import README_CHIPS, README_MODELS
+from apple_estimates import README_CHIPS, README_DENSE, README_EXPERTS
 from flash_loops import PROMPT
 from guesses import Always, WherePaid, counted, replay, tasks
 from mlx_flashhead.decoding.loop import verified_steps
@@ -120,7 +120,8 @@ def test_a_mixtures_step_is_near_the_one_that_was_measured(width, published):
     """Qwen3.6-35B-A3B on an M1 Max, whose host takes little: qwisp 90."""
     of = models()["qwen3.5-35b-a3b"], chips()["m1-max"], 4, 4
     single = dense_us(*of)
-    assert wide_times.wide_device_us(*of, width) / single == pytest.approx(published, rel=0.1)
+    wide = wide_times.wide_device_us(*of, width, context=0)
+    assert wide / single == pytest.approx(published, rel=0.1)
 
 
 def test_experts_are_read_for_each_token():
@@ -129,6 +130,44 @@ def test_experts_are_read_for_each_token():
     more = wide_times.wide_body_us(model, chip, 4, 2) - wide_times.wide_body_us(model, chip, 4, 1)
     experts = wide_times.experts_us(model, chip, 4)
     assert more >= experts > 0
+
+
+def test_a_window_past_its_end_and_long_caches_cost():
+    of = models()["gemma-3-4b"], chips()["m4"], 4
+    within = [wide_times.wide_body_us(*of, width, context=1024) for width in (1, 4)]
+    past = [wide_times.wide_body_us(*of, width, context=1025) for width in (1, 4)]
+    # keys and values of 29 layers: read and written for each token
+    copied = of[1].us(2 * 29 * 1024 * 2 * 2048)
+    launches = wide_times.COPY_LAUNCHES * 29 * of[1].launch_us
+    for width, before, after in zip((1, 4), within, past, strict=True):
+        assert after - before == pytest.approx(width * (copied + launches), rel=0.01)
+    llama = models()["llama-3.1-8b"], chips()["m4"], 4
+    more = [
+        wide_times.wide_body_us(*llama, width, context=1000)
+        - wide_times.wide_body_us(*llama, width, context=0)
+        for width in (1, 4)
+    ]
+    assert more[0] == pytest.approx(llama[1].us(1000 * 32 * 2 * 1024 * 2))
+    assert more[1] == pytest.approx(4 * more[0])
+
+
+def test_a_partly_wrong_guess_makes_states_anew_and_reads_no_weight():
+    chip = chips()["m4"]
+    assert wide_times.wrong_us(models()["llama-3.1-8b"], chip) == 0
+    model = models()["qwen3.5-4b"]
+    states = chip.us(2 * 4 * 24 * 32 * 128 * 128)
+    launches = 24 * wide_times.STATE_LAUNCHES * (chip.launch_us + chip.host_us)
+    assert wide_times.wrong_us(model, chip) == pytest.approx(states + launches)
+    assert wide_times.wrong_us(model, chip) < 0.1 * wide_times.single_us(model, chip, 4, 4)
+
+
+def test_a_width_that_cannot_pay_is_not_counted():
+    """Two tokens of a mixture on an M3 Ultra, which `auto` never takes."""
+    for model in ("gemma-4-26b-a4b", "qwen3.5-35b-a3b"):
+        assert wide_times.cost(model, "m3-ultra", 4, 2) > 2
+    of = models()["gemma-4-26b-a4b"], chips()["m3-ultra"], 4, 4
+    alone = dense_us(*of, context=wide_times.CONTEXT) / wide_times.single_us(*of)
+    assert lookup_gain("gemma-4-26b-a4b", "m3-ultra", 4) == alone
 
 
 def ends(values):
@@ -149,6 +188,6 @@ def test_the_pages_quote_these_figures():
     assert "{:.2f} to {:.2f} times".format(min(gains["new"]), max(gains["new"])) in speed
     slowest = min(case["where_paid"]["gain"] for case in cases)
     assert f"the slowest has {slowest:.3f}" in speed
-    for named in (README_MODELS[:3], README_MODELS[3:]):
+    for named in (README_DENSE, README_EXPERTS):
         gains = [lookup_gain(model, chip, 4) for model in named for chip in README_CHIPS]
         assert f"{min(gains):.2f} to {max(gains):.2f}" in comparison
