@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
-from ..models.install import is_librarys_model
 from ..models.trained_drafter import TrainedDrafter
+from ..models.trust import is_librarys_model
 from ..wide.step import WideSteps
 from ..wide.trial import established_costs
 from .caches import are_known, length_of

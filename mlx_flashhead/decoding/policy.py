@@ -10,7 +10,8 @@ from ..common.stored import Positive
 from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
-from ..models.install import get_flash_head, is_recognised
+from ..models.install import get_flash_head
+from ..models.trust import is_recognised
 from .pace import Pace
 
 DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences

@@ -14,7 +14,8 @@ from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
-from ..models.install import get_flash_head, hidden_dtype, logit_map_of
+from ..models.install import get_flash_head, hidden_dtype
+from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed
 from .dense_states import DenseStates
 from .pace import Pace

@@ -15,7 +15,8 @@ import mlx.nn as nn
 from ..head.backend import gpu_is_default
 from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import make_prompt_cache
-from ..models.install import installed_head, is_librarys_model
+from ..models.install import installed_head
+from ..models.trust import is_librarys_model
 from ..models.vlm import is_vlm
 from ..wide.step import WideSteps
 from ..wide.trial import established_costs

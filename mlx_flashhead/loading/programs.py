@@ -24,8 +24,9 @@ from ..interop.replace import Wrap, put_all_in_place
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
-from ..models.install import detach, get_flash_head, is_recognised
+from ..models.install import detach, get_flash_head
 from ..models.origin import local_origin
+from ..models.trust import is_recognised
 from ..models.vlm import is_vlm
 from .background import BuildBeside
 from .batches import batch_class

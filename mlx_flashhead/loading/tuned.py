@@ -21,8 +21,9 @@ from ..head.matrix import Matrix
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
 from ..models.finer_head import DEFAULT_BITS
-from ..models.install import hidden_dtype, install, installed_head, logit_map_of
+from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
+from ..models.logit_maps import logit_map_of
 from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 

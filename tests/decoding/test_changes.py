@@ -23,7 +23,7 @@ from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT
-from mlx_flashhead.models.install import logit_map_of
+from mlx_flashhead.models.logit_maps import logit_map_of
 from tiny_models import VOCAB_SIZE, tiny_model
 
 MODELS = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ...head.backend import gpu_is_default
-from ...models.install import is_librarys_model
+from ...models.trust import is_librarys_model
 from ...wide.step import MAX_WIDTH, WideSteps
 from ...wide.trial import established_costs
 from .grammar import Grammar

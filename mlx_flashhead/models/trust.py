@@ -1,0 +1,52 @@
+"""Whether a model is what its library makes of it, so that its text is known to be mlx-lm's."""
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from .flash_modules import FlashModule
+from .install import ROOT
+
+LIBRARIES = ("mlx", "mlx_lm", "mlx_vlm")
+
+
+def is_recognised(model: Any) -> bool:
+    """Whether a model is the one that got its FlashHead, or a copy of it, and unchanged.
+
+    A module around a model, or a changed one, may do anything with a text's tokens.
+    """
+    return is_librarys_model(model) and ROOT in vars(model)
+
+
+def is_librarys_model(model: Any) -> bool:
+    """Whether all parts of a model are of classes of mlx, mlx-lm or mlx-vlm, as they are there.
+
+    Nobody has replaced their calls, and it is not being trained: dropout draws in each step.
+    """
+    if not isinstance(model, nn.Module) or model.training:
+        return False
+    classes: set[Any] = set(map(type, model.modules()))
+    own = {cls.__bases__[1] if issubclass(cls, FlashModule) else cls for cls in classes}
+    return all(map(_is_libraries, own))
+
+
+def _is_libraries(cls: type) -> bool:
+    """Whether a class is the one that its library has under its name, and its call is its own."""
+    home = sys.modules.get(cls.__module__)
+    if getattr(home, cls.__qualname__, None) is not cls:
+        return False
+    calls: list[Any] = [getattr(cls, name, None) for name in ("__call__", "as_linear")]
+    codes = [call.__code__ for call in calls if hasattr(call, "__code__")]
+    from_library = cls.__module__.split(".")[0] in LIBRARIES
+    return from_library and all(_in_libraries(code.co_filename) for code in codes)
+
+
+@cache
+def _in_libraries(filename: str) -> bool:
+    """Whether a file of code is one of the libraries'."""
+    there = (sys.modules[name] for name in LIBRARIES if name in sys.modules)
+    places = [place for library in there for place in library.__path__]
+    return any(Path(filename).is_relative_to(place) for place in places)
