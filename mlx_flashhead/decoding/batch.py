@@ -299,7 +299,9 @@ class _Texts:
         text = self._texts[sequence.uid]
         if len(self) == 1 and not text.decoded_alone:
             text.decoded_alone = True
-            sequence.guesses = guesses_of(self._proposer, [*text.prompt, *sequence.fed])
+            layers = self._decoder.caches.layers if sequence.n_yielded == 0 else None
+            read = [*text.prompt, *sequence.fed]
+            sequence.guesses = guesses_of(self._proposer, read, layers=layers)
 
     def _hand_out(self) -> list[Response]:
         """Hands out one accepted token of each text that has one.

@@ -106,7 +106,8 @@ def verified_steps(
         sequence.end_verified(REPLACED if cache_is_known else UNKNOWN_CACHE)
     check_lookup(proposer, cache)
     quantized_from = None if kv_bits is None else quantized_kv_start
-    sequence.guesses = guesses_of(proposer, context, guesser, quantized_from)
+    layers = _at_first_token(cache, len(known), quantization)
+    sequence.guesses = guesses_of(proposer, context, guesser, quantized_from, layers=layers)
     caches = OwnCaches(cache, quantized_from)
     decoder = Decoder(proposer, caches, feed)
     progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
@@ -145,6 +146,17 @@ def verified_steps(
                 mx.clear_cache()
     finally:
         text.end()
+
+
+def _at_first_token(
+    cache: list[Any], n_known: int, quantization: tuple[int, int, int | None]
+) -> list[Any]:
+    """Caches of the kind that a text has at its first token, which may have been quantized."""
+    start, group_size, bits = quantization
+    layers = list(cache)
+    if bits is not None and n_known > start:
+        compat.maybe_quantize_kv_cache(layers, 0, group_size, bits)
+    return layers
 
 
 def _read_prompt(

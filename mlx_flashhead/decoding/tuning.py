@@ -1,7 +1,6 @@
 """What a machine gains: by a model's FlashHead, and by steps of several guessed tokens."""
 
 import math
-import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..common.machine import is_busy
 from ..head.backend import gpu_is_default
 from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import make_prompt_cache
@@ -141,11 +141,3 @@ def token_seconds(
     finally:
         head.eos_token_ids = ends
     return (time.perf_counter() - began) / len(moments)
-
-
-def is_busy() -> bool:
-    """Whether more processes want to run than this machine has cores."""
-    try:
-        return os.getloadavg()[0] > (os.cpu_count() or 1)
-    except OSError:
-        return False

@@ -11,10 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..common.machine import is_busy
 from ..common.stored import store, stored
 from ..decoding.policy import Tuning, least_gain, policy_of
 from ..decoding.rehearsal import rehearse
-from ..decoding.tuning import is_busy, prepare_wide_steps, tune
+from ..decoding.tuning import prepare_wide_steps, tune
 from ..head.backend import device_name
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix

@@ -66,11 +66,29 @@ def n_held(cache: Any) -> int:
     return end_of(cache) - cast(int, getattr(cache, "start_position", 0))
 
 
-def fits(cache: Any, n_positions: int) -> bool:
-    """Whether a cache's next positions can be computed together."""
-    if type(cache) is ChunkedKVCache:  # forgets its beginning before a step
-        return bool(n_held(cache) + n_positions <= cache.chunk_size)
-    return True
+def is_past_end(cache: Any, n_positions: int) -> bool:
+    """Whether some of a cache's next positions are written over old ones, as in a window."""
+    return type(cache) in WINDOWS and not _is_straight(cache, n_positions)
+
+
+def fit(caches: Iterable[Any], n_positions: int) -> bool:
+    """Whether the next positions of caches can be computed together, in the memory that is left.
+
+    Past the end of a window each position has an array of its own until it has been read.
+    """
+    n_bytes = 0
+    for cache in parts_of(caches):
+        if type(cache) is ChunkedKVCache and n_held(cache) + n_positions > cache.chunk_size:
+            return False  # it forgets its beginning before a step
+        if is_past_end(cache, n_positions):
+            n_bytes += n_positions * cache.nbytes
+    return not n_bytes or there_is_memory(n_bytes)
+
+
+def there_is_memory(n_bytes: int) -> bool:
+    """Whether a GPU may hold so many more bytes."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    return limit is None or mx.get_active_memory() + n_bytes < int(limit)
 
 
 def stand_in(cache: Any, n_positions: int) -> Any:
@@ -136,7 +154,7 @@ class KeyValueStandIn(_StandIn):
         self._before = end_of(cache)
         self._numbers = [_numbers(vars(cache))]  # the cache's attributes after each position
         self._replaced: list[_Replaced] = []
-        self._is_trimmed = type(cache) in GROWING or _is_straight(cache, n_positions)
+        self._is_trimmed = not is_past_end(cache, n_positions)
 
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
@@ -311,8 +329,6 @@ def apart_stand_in(value: Any) -> Any:
 
 def _is_straight(cache: Any, n_positions: int) -> bool:
     """Whether a window still has all of its text in order after some more positions."""
-    if type(cache) not in WINDOWS:
-        return False
     end = end_of(cache)
     return bool(cache._idx == end and end + n_positions <= cache.max_size)
 

@@ -22,7 +22,7 @@ from msgspec import Meta
 from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
 from .parts import ModelParts
-from .stand_ins import fits, is_known, parts_of, stand_in, states_in
+from .stand_ins import fit, is_known, is_past_end, parts_of, stand_in, states_in
 from .states import Step, run_as
 from .twin import NoWideStepError, twin_of
 
@@ -32,12 +32,17 @@ Width = Annotated[int, Meta(ge=2, le=MAX_WIDTH)]  # in a stored file
 log = logging.getLogger("mlx_flashhead")
 
 
+Costs = dict[Width, Positive]  # of a step, relative to a single one, by its number of tokens
+
+
 class Established(NamedTuple):
     """What holds for the caches of a kind. It can be stored as JSON."""
 
-    # the time of each step that leaves the bits of single ones, relative to one, by its tokens
-    costs: dict[Width, Positive]
+    costs: Costs  # of each step that leaves the bits of single ones
     apart: bool = False  # whether each operation of an attention runs once per position
+    costs_past_end: Costs | None = None  # of one that writes over positions of a window
+    lengths: tuple[int, ...] = ()  # of the texts after which it was tried
+    busy: bool = False  # whether the machine was
 
 
 NOTHING = Established({})
@@ -85,10 +90,16 @@ class WideSteps:
     def costs(self, caches: list[Any]) -> dict[int, float]:
         """The times of the wide steps that are established from these caches on.
 
-        They are relative to a single step, by their numbers of tokens.
+        They are relative to a single step, by their numbers of tokens. Nothing is tried.
         """
-        held = self.established.get(kind_of(caches), NOTHING).costs
-        return {n: cost for n, cost in held.items() if all(fits(c, n) for c in parts_of(caches))}
+        held = self.established.get(kind_of(caches), NOTHING)
+        costs = {}
+        for n in held.costs:
+            past_end = any(is_past_end(cache, n) for cache in parts_of(caches))
+            found = held.costs_past_end if past_end else held.costs
+            if found is not None and n in found and fit(caches, n):
+                costs[n] = found[n]
+        return costs
 
     def feed(self, tokens: mx.array, caches: list[Any]) -> "WideStep":
         """Feeds tokens (1, T) of a text, as T single steps would, without evaluating anything.

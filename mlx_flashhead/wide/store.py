@@ -1,7 +1,8 @@
 """What the trials of wide steps have found on this machine, stored beside the speeds.
 
 A file belongs to a model as it is loaded: its parts, their code, and a sample of its arrays. With
-another version or on another machine the trial runs anew.
+another version of a package or of macOS, or on another machine, the trial runs anew; also where the
+machine was busy and is not any more.
 """
 
 import os
@@ -15,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..common.machine import system
 from ..head.backend import device_name
 from ..models.compat.recognised import digest
 from ..models.fetch import SPEEDS, home
@@ -43,7 +45,8 @@ def key_of(kind: str) -> str:
         kind: That of the caches.
     """
     versions = f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx-flashhead {__version__}"
-    return f"{device_name()}, {mx.default_device().type.name}, {versions}: {kind}"
+    device = f"{device_name()}, {mx.default_device().type.name}, {system()}"
+    return f"{device}, {versions}: {kind}"
 
 
 def _fingerprint(model: nn.Module) -> str:

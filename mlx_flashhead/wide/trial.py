@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..common.machine import is_busy
 from ..common.stored import store, stored
 from ..head.backend import gpu_is_default
 from ..models.compat.mlx_lm import (
@@ -29,7 +30,7 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.install import get_flash_head
 from . import store as trial_store
-from .stand_ins import WINDOWS, is_known, n_held, parts_of
+from .stand_ins import WINDOWS, is_known, is_past_end, n_held, parts_of, there_is_memory
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
 
@@ -46,8 +47,10 @@ log = logging.getLogger("mlx_flashhead")
 def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
     """The times of the steps of several tokens that leave the bits of single steps.
 
-    They are tried when caches of a kind are seen for the first time, on this machine. Evaluates
-    then.
+    They are tried when caches of a kind are seen for the first time, on this machine. That takes
+    some seconds and evaluates, so it is for the time before a text's first token. Within a text
+    :meth:`WideSteps.costs` says what is known. A message of the log, of the level INFO, announces
+    each trial.
 
     Args:
         steps: The wide steps of a model.
@@ -68,8 +71,9 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     place = trial_store.place_of(steps.model)
     key = trial_store.key_of(kind)
     known = {} if place is None else stored(place, Established)
-    if key in known:
+    if key in known and (is_busy() or not known[key].busy):
         return known[key]
+    log.info("Steps of several tokens are compared with single ones and timed, with %s.", kind)
     try:
         found = _tried(steps, caches)
     except Exception as error:  # such as of the device
@@ -77,21 +81,24 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
         return NOTHING
     finally:
         mx.clear_cache()  # of long caches
-    if place is not None:
+    if place is not None and found.lengths:
         store(place, known | {key: found})
     return found
 
 
 def _tried(steps: WideSteps, caches: list[Any]) -> Established:
+    found = NOTHING
+    busy = is_busy()
     for apart in (False, True):
+        trial = _Trial(steps, caches, apart)
         try:
-            costs = _Trial(steps, caches, apart).costs()
+            found = trial.established()
         except NoWideStepError as error:
             log.info("Steps of several tokens are off: %s", error)
-            costs = {}
-        if costs:
-            return Established(costs, apart)
-    return NOTHING
+            found = Established({}, apart, lengths=tuple(trial.lengths))
+        if found.costs:
+            break
+    return found._replace(busy=busy or is_busy())
 
 
 def _is_worth_it(model: nn.Module) -> bool:
@@ -112,33 +119,43 @@ class _Trial:
         self._twin: Any = steps.twin(apart=apart)
         self._steps = steps
         self._head = get_flash_head(steps.model)
+        self._apart = apart
+        self.lengths: list[int] = []  # of texts after which something was tried
         self._fresh = [_fresh(cache) for cache in caches]
         self._tokens = mx.random.randint(0, 32, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
-    def costs(self) -> dict[int, float]:
-        """The times of the widths that hold, relative to a single step.
+    def established(self) -> Established:
+        """What holds, with the times relative to a single step.
 
-        They are timed at the first length for which there is memory. At others one is tried, and
-        nothing holds where that one does not.
+        Every width is tried at the first length for which there is memory. At others one is tried,
+        and nothing holds where that one does not. Steps are timed where no window is past its end,
+        and where one is.
         """
         caches = copy.deepcopy(self._fresh)
         self._run(self._model, self._tokens[:, :SHORT], caches)
-        costs: dict[int, float] = {}
-        widths = list(WIDTHS)
+        holding: list[int] = []
+        costs: dict[bool, dict[int, float]] = {}  # by whether a window is past its end
         for length in _lengths(self._fresh):
             longer = [_lengthened(cache, length) for cache in caches]
-            if not _fit(longer):
+            if not there_is_memory(4 * sum(cache.nbytes for cache in longer)):
                 continue
-            holding = [width for width in widths if self._holds(longer, width)]
-            if not holding:
+            self.lengths.append(length)
+            other = max((width for width in holding if width <= OTHER_WIDTH), default=MAX_WIDTH)
+            holds = [w for w in ([other] if holding else WIDTHS) if self._holds(longer, w)]
+            if not holds:
                 log.info("Steps of several tokens are off: they differ at length %d", length)
-                return {}
-            if not costs:
-                costs = self._costs(longer, holding)
-                widths = [
-                    max((width for width in costs if width <= OTHER_WIDTH), default=MAX_WIDTH)
-                ]
-        return costs
+                return Established({}, self._apart, lengths=tuple(self.lengths))
+            holding = holding or holds
+            past_end = any(is_past_end(cache, 1) for cache in parts_of(longer))
+            straight = not any(is_past_end(cache, MAX_WIDTH) for cache in parts_of(longer))
+            if past_end not in costs and (past_end or straight):
+                costs[past_end] = self._costs(longer, holding)
+        return Established(
+            costs.get(False, costs.get(True, {})),
+            self._apart,
+            costs.get(True),
+            tuple(self.lengths),
+        )
 
     def _holds(self, caches: list[Any], width: int) -> bool:
         """Whether a step after these caches leaves the bits of single steps, going back too."""
@@ -237,9 +254,8 @@ def _lengths(caches: list[Any]) -> list[int]:
     """
     windows = {cache.max_size for cache in parts_of(caches) if type(cache) in WINDOWS}
     ends = {window - 2 for window in windows if window > SHORT + 2}
-    lengths = dict.fromkeys([LONG[0], SHORT, *LONG, *sorted(ends)])
-    beyond = [window + SHORT for window in windows if window >= max(lengths)]
-    return [*lengths, *beyond]
+    beyond = [window + SHORT for window in windows if window >= max(LONG)]
+    return [*dict.fromkeys([LONG[0], SHORT, *LONG, *beyond, *sorted(ends)])]
 
 
 def _fresh(cache: Any) -> Any:
@@ -285,13 +301,6 @@ def _set_end(cache: Any, length: int, n_slots: int) -> None:
         cache._idx = n_slots
     if hasattr(cache, "_offset"):
         cache._offset = length
-
-
-def _fit(caches: list[Any]) -> bool:
-    """Whether there is memory for a few copies of caches."""
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    needed = 4 * sum(cache.nbytes for cache in caches)
-    return limit is None or mx.get_active_memory() + needed < limit
 
 
 def _contents(caches: list[Any]) -> list[mx.array]:

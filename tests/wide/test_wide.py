@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import platform
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +15,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
+from mlx_flashhead.common.machine import system
+from mlx_flashhead.common.stored import stored as read_file
 from mlx_flashhead.wide import stand_ins, store, trial, twin
 from mlx_flashhead.wide.positions import Positions
-from mlx_flashhead.wide.step import WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, kind_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
@@ -334,12 +337,55 @@ def test_it_is_tried_once_for_caches_of_a_kind(model, monkeypatch):
     assert established_costs(WideSteps.of(model), small) == {}
 
 
+def windows(model, size=64):
+    return [lm_caches.RotatingKVCache(size) for _ in model.layers]
+
+
+def test_steps_are_timed_before_and_past_the_end_of_a_window(model):
+    steps = WideSteps.of(model)
+    caches = windows(model)
+    established_costs(steps, caches)
+    found = steps.established.pop(kind_of(caches))
+    assert list(found.costs) == list(found.costs_past_end) == ALL
+    assert found.costs != found.costs_past_end
+    assert found.lengths == (1022, 5, 4094, 62)
+    assert trial._lengths(windows(model, 8192)) == [1022, 5, 4094, 8197, 8190]
+
+
+def test_costs_are_those_of_the_caches_state(model, monkeypatch):
+    steps = WideSteps.of(model)
+    caches = windows(model)
+    kind = kind_of(caches)
+    steps.established[kind] = Established({2: 1.1, 4: 1.3}, costs_past_end={2: 1.5, 4: 2.5})
+    read(model, 61, caches)
+    assert steps.costs(caches) == {2: 1.1, 4: 2.5}
+    read(model, 9, caches)
+    assert steps.costs(caches) == {2: 1.5, 4: 2.5}
+    steps.established[kind] = Established({2: 1.1, 4: 1.3})
+    assert steps.costs(caches) == {}
+
+
+def test_what_memory_does_not_hold_is_not_offered(model, monkeypatch):
+    """Past a window's end each position of a step has an array of its own for some time."""
+    steps = WideSteps.of(model)
+    caches = windows(model, 5000)
+    steps.established[kind_of(caches)] = Established({2: 1.1, 4: 1.3}, costs_past_end={2: 1, 4: 1})
+    read(model, 5005, caches)
+    n_bytes = sum(cache.nbytes for cache in caches)
+    for n_more, widths in [(1, []), (3, [2]), (5, [2, 4])]:
+        limit = mx.get_active_memory() + n_more * n_bytes
+        info = {"max_recommended_working_set_size": limit}
+        monkeypatch.setattr(mx, "device_info", lambda info=info: info)
+        assert list(steps.costs(caches)) == widths
+
+
 @pytest.fixture
 def stored(monkeypatch, tmp_path):
     """A place where trials are stored, as outside of tests."""
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path))
     monkeypatch.setattr(trial, "LONG", (60,))
+    monkeypatch.setattr(trial, "is_busy", lambda: False)
     return tmp_path
 
 
@@ -364,6 +410,41 @@ def test_a_trial_is_stored(stored, monkeypatch):
     place.write_text(place.read_text().replace('"8"', '"9"'))  # damaged
     again.established.clear()
     assert list(established_costs(again, caches)) == ALL and len(calls) == 4
+
+
+def test_what_a_busy_machine_has_found_is_tried_again(stored, monkeypatch):
+    caches = lm_caches.make_prompt_cache(tiny_model())
+    busy = [True, True, False, False, False, False]
+    monkeypatch.setattr(trial, "is_busy", lambda: busy.pop(0))
+    n_tried = []
+    tried = trial._tried
+    monkeypatch.setattr(trial, "_tried", lambda *args: n_tried.append(1) or tried(*args))
+    for n in (1, 1, 2, 2):  # while it is busy, again when it is not, and never more
+        model = tiny_model()
+        steps = WideSteps.of(model)
+        steps.established.clear()
+        established_costs(steps, caches)
+        assert len(n_tried) == n
+    (file,) = stored.glob("speeds/*.json")
+    ((key, found),) = read_file(file, Established).items()
+    assert f", {system()}, mlx " in key
+    assert found.lengths == (60, 5)
+    assert not found.busy
+
+
+def test_a_version_of_macos_is_of_the_key(stored, monkeypatch):
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.1", ("", "", ""), "arm64"))
+    assert ", macOS 26.1, mlx " in store.key_of("1 KVCache()")
+
+
+def test_a_trial_is_announced(model, caplog):
+    WideSteps.of(model).established.clear()
+    with caplog.at_level(logging.INFO):
+        widths_of(model)
+        widths_of(model)
+    assert caplog.messages == [
+        "Steps of several tokens are compared with single ones and timed, with 1 KVCache()."
+    ]
 
 
 @pytest.mark.parametrize("error, is_stored", [(NoWideStepError, True), (RuntimeError, False)])

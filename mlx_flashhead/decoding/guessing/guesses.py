@@ -124,7 +124,7 @@ class Guesses:
         # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
         if max(lengths, default=0) >= limit or not wide.parts.are_of(wide.model):
             return {}
-        costs = established_costs(wide, layers)
+        costs = wide.costs(layers)
         return dict.fromkeys(costs, 1.0) if self._always else costs
 
 
@@ -194,6 +194,7 @@ def guesses_of(
     read: list[int],
     guesser: Guesser | None = None,
     quantized_from: int | None = None,
+    layers: list[Any] | None = None,
 ) -> Guesses | None:
     """The guesses of a text.
 
@@ -202,6 +203,8 @@ def guesses_of(
         read: Tokens of it that its caches hold already.
         guesser: One that guesses, too; in the place of a lookup if it does so ``always``.
         quantized_from: As of :class:`Guesses`.
+        layers: Caches as the text has them at its first token. Wide steps are tried with them if
+            nobody has: that takes seconds. None: the text has begun, and only what is known counts.
 
     Returns:
         None where steps are single ones throughout.
@@ -212,6 +215,9 @@ def guesses_of(
     wanted = guesser is not None or looks_up
     if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):
         return None
+    wide = WideSteps.of(proposer.model)
+    if layers is not None:
+        established_costs(wide, layers)
     always = guesser is not None and guesser.always
     guessers: list[Guesser] = [Grammar()]
     if looks_up and not always:
@@ -219,7 +225,7 @@ def guesses_of(
     if guesser is not None:
         guessers.append(guesser)
     guesses = Guesses(
-        WideSteps.of(proposer.model),
+        wide,
         guessers,
         always=lookup == "on" or always,
         quantized_from=quantized_from,

@@ -27,6 +27,7 @@ from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
+from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import Established, WideSteps, kind_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
@@ -157,7 +158,7 @@ def batch_guesser(monkeypatch):
 
     def of(guesser):
         made = partial(guesses.guesses_of, guesser=guesser)
-        monkeypatch.setattr(batch, "guesses_of", lambda *known: made(*known))
+        monkeypatch.setattr(batch, "guesses_of", lambda *known, **named: made(*known, **named))
         return guesser
 
     return of
@@ -435,6 +436,56 @@ def test_what_is_not_established(monkeypatch, caplog):
     )
     assert len(list(steps)) == 5
     assert "rounding may change" in modes[0]
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """How many tokens of a text were there at each trial of wide steps."""
+    n_tokens = []
+    tokens = []
+    tried = trial._tried
+
+    def noted(*arguments):
+        n_tokens.append(len(tokens))
+        return tried(*arguments)
+
+    monkeypatch.setattr(trial, "_tried", noted)
+    return n_tokens, tokens
+
+
+@pytest.mark.parametrize(
+    "options, n_trials",
+    [
+        ({"max_kv_size": 16}, 1),
+        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, 2),  # "on" asks before
+        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 9}, 1),
+    ],
+)
+def test_steps_are_tried_before_a_text_alone(trials, options, n_trials):
+    """Also those with the caches that it has later on; else it has single steps then."""
+    model = tiny_model(num_hidden_layers=2)
+    proposer = Proposer(model, DecodingSettings(lookup="on"))
+    n_tokens, tokens = trials
+    for token, _ in verified_steps(
+        mx.array(PROMPT), model, proposer=proposer, max_tokens=30, **options
+    ):
+        tokens.append(token)
+    plain = generate_step(mx.array(PROMPT), model, max_tokens=30, **options)
+    assert tokens == [token for token, _ in plain]
+    assert n_tokens == [0] * n_trials
+
+
+@pytest.mark.parametrize("n_texts, n_trials", [(1, 1), (2, 0)])
+def test_steps_are_tried_before_a_text_of_a_batch(trials, monkeypatch, n_texts, n_trials):
+    """A text that another one leaves alone has single steps, if nothing is known of others."""
+    monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
+    model = tiny_model(num_hidden_layers=2)
+    n_tokens, tokens = trials
+    generator = our_batch("auto")(model)
+    generator.insert([PROMPT, OTHERS[0]][:n_texts], [20, 3][:n_texts])
+    while responses := generator.next_generated():
+        tokens += [response.token for response in responses]
+    assert n_tokens == [0] * n_trials
 
 
 def test_several_texts_take_single_steps_and_it_is_said_once(caplog):
