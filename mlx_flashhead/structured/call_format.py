@@ -16,7 +16,10 @@ from .lark import LarkRules, any_of, literal_of, matching, one_of
 from .schemas import LIMITS, Document, is_text, kind_of
 
 _NULL = r"\s*(?i:null)\s*"
+_PARTS = ("array", "object")
 _SCALARS = ("string", "number", "boolean", "null")
+# Limits of a string that are not those of what a parser makes of it without spaces at its ends.
+_TRIMMED = {"enum", "minLength", "maxLength", "pattern"}
 _SPACE_AROUND = r"[\s\x1c-\x1f](?s:.*)|(?s:.*)[\s\x1c-\x1f]"
 
 
@@ -166,7 +169,9 @@ class ListedFormat(CallFormat):
         if not self.empty or any(required for _, _, required in members):
             return super().call_of(tool, rules)
         empty = rules.template(self.empty, tool.words)
-        return one_of([empty, super().call_of(tool, rules)]) if members else empty
+        if not members:
+            return empty
+        return one_of([empty, super().call_of(tool, rules)])
 
     def arguments(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of the arguments."""
@@ -203,10 +208,16 @@ class ListedFormat(CallFormat):
 
     def kind(self, schema: Any, tool: Tool) -> str:
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
-        parts = (tool.alternatives(schema) or []) if self.plain else []
+        if not self.plain:
+            return "object"
+        parts = tool.alternatives(schema) or []
         others = [part for part in parts if not is_text(part)]
-        is_null = self.null_is_none and all(kind_of(part) == "null" for part in others)
-        return "string" if len(parts) > len(others) and (not others or is_null) else "object"
+        if len(others) == len(parts):
+            return "object"
+        if others and not self.null_is_none:
+            return "object"
+        are_null = all(kind_of(part) == "null" for part in others)
+        return "string" if are_null else "object"
 
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
@@ -217,8 +228,11 @@ class ListedFormat(CallFormat):
             if not is_text(part):
                 found.append(rules.text_until(self.closing, "/null/"))
                 continue
-            trims = self.trims and bool(part.keys() & {"enum", "minLength", "maxLength", "pattern"})
-            unlike = [_NULL] * self.null_is_none + [_SPACE_AROUND] * trims
+            unlike = []
+            if self.null_is_none:
+                unlike.append(_NULL)
+            if self.trims and part.keys() & _TRIMMED:
+                unlike.append(_SPACE_AROUND)
             found += plain_text(part, self.closing, rules, never=self.never, unlike=unlike)
         return one_of(found)
 
@@ -251,7 +265,9 @@ class Gemma(ListedFormat):
         """A key as it is written; empty if it cannot be."""
         if re.fullmatch(self.keys, name, re.ASCII):
             return name
-        return literal_of(name) if self.has_parts and not re.search(r"[{}<,:]", name) else ""
+        if not self.has_parts or re.search(r"[{}<,:]", name):
+            return ""
+        return literal_of(name)
 
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """The name of the rule of a schema's values, which may refer to itself; empty for none."""
@@ -264,21 +280,24 @@ class Gemma(ListedFormat):
         parts = tool.alternatives(schema)
         if parts is None:
             raise ValueError("limits beside alternatives cannot be written in this model's format")
-        found = []
+        found: list[str] = []
         for part in parts:
             kind = kind_of(part)
+            if kind in _PARTS and not self.has_parts:
+                continue
             if kind == "any":
-                kinds = [*_SCALARS, *["array", "object"] * self.has_parts]
-                found.append(self.value({"type": kinds}, tool, rules))
+                types = [*_SCALARS, *_PARTS] if self.has_parts else list(_SCALARS)
+                found.append(self.value({"type": types}, tool, rules))
             elif is_text(part):
                 texts = plain_text(part, self.quote, rules, never=self.never)
                 found += [f"{rules.expression(self.quote)} {text}" for text in texts]
             elif kind == "array":
-                found += [self._array(part, tool, rules)] if self.has_parts else []
+                found.append(self._array(part, tool, rules))
             elif kind == "object":
-                found += [f'"{{" {self.members(part, tool, rules)} "}}"'] if self.has_parts else []
+                found.append(f'"{{" {self.members(part, tool, rules)} "}}"')
             elif not any(isinstance(value, list | dict) for value in part.get("enum", ())):
-                found.append(rules.json(part if "enum" in part else {"type": kind, **part}))
+                scalar = part if "enum" in part else {"type": kind, **part}
+                found.append(rules.json(scalar))
         return found
 
     def _array(self, schema: dict[str, Any], tool: Tool, rules: LarkRules) -> str:
@@ -291,9 +310,12 @@ class Gemma(ListedFormat):
         most = schema.get("maxItems")
         if most == 0 or not item:
             return literal_of("[]")
-        further = "" if most is None else most - 1
-        items = f'{item} ("," {item}){{{max(0, fewest - 1)},{further}}}'
-        return f'"[" {items if fewest else f"({items})?"} "]"'
+        least_more = max(0, fewest - 1)
+        most_more = "" if most is None else most - 1
+        items = f'{item} ("," {item}){{{least_more},{most_more}}}'
+        if not fewest:
+            items = f"({items})?"
+        return f'"[" {items} "]"'
 
 
 def plain_text(
@@ -314,10 +336,16 @@ def plain_text(
         unlike: Regular expressions that the text does not match.
     """
     if "enum" in schema:
-        left = [text for text in schema["enum"] if not any(each in text for each in [mark, *never])]
-        left = [text for text in left if not any(re.fullmatch(each, text) for each in unlike)]
+        left = []
+        for text in schema["enum"]:
+            has_mark = any(each in text for each in (mark, *never))
+            if not has_mark and not any(re.fullmatch(each, text) for each in unlike):
+                left.append(text)
         return [rules.text_until(mark, f"/{any_of(left)}/")] if left else []
-    length = f"{schema.get('minLength', 0)},{schema.get('maxLength', '')}"
-    forms = [rf"/[^\x00]{{{length}}}/", *(f"~/{each}/" for each in unlike)]
-    forms += [matching(schema["pattern"])] if "pattern" in schema else []
+    shortest = schema.get("minLength", 0)
+    longest = schema.get("maxLength", "")
+    forms = [rf"/[^\x00]{{{shortest},{longest}}}/"]
+    forms += [f"~/{each}/" for each in unlike]
+    if "pattern" in schema:
+        forms.append(matching(schema["pattern"]))
     return [rules.text_until(mark, *forms, never=never)]

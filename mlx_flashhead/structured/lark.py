@@ -33,7 +33,9 @@ class LarkRules:
     def __init__(self, special: Mapping[str, int]):
         self.special = special
         names = sorted(special, key=len, reverse=True)
-        self._parts = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
+        # Without any it matches nowhere.
+        any_name = "|".join(map(re.escape, names)) or "(?!)"
+        self._parts = re.compile(f"({any_name})")
         self._names: dict[Hashable, str] = {}  # of rules, by their bodies or keys
         self._bodies: dict[str, str] = {}
         self._n_characters = 0
@@ -66,11 +68,14 @@ class LarkRules:
             key: Under which the rule is known.
             make: Makes the body.
         """
-        if key not in self._names:
-            name = self._names[key] = f"v{len(self._names)}"
-            body = make()
-            self._define(name, body or literal_of(""))
-            self._names[key] = name if body else ""
+        if key in self._names:
+            return self._names[key]
+        name = f"v{len(self._names)}"
+        self._names[key] = name
+        body = make()
+        self._define(name, body or literal_of(""))
+        if not body:
+            self._names[key] = ""
         return self._names[key]
 
     def json(self, schema: dict[str, Any]) -> str:
@@ -85,10 +90,13 @@ class LarkRules:
 
     def expression(self, text: str) -> str:
         """A Lark expression of exactly this text, its special tokens as such."""
-        return " ".join(
-            f"<[{self.special[part]}]>" if part in self.special else literal_of(part)
-            for part in self.parts(text)
-        )
+        written = []
+        for part in self.parts(text):
+            if part in self.special:
+                written.append(f"<[{self.special[part]}]>")
+            else:
+                written.append(literal_of(part))
+        return " ".join(written)
 
     def parts(self, text: str) -> list[str]:
         """The special tokens of a text, and the texts between them."""
@@ -106,8 +114,11 @@ class LarkRules:
         """
         known = {name: self.expression(word) for name, word in (words or {}).items()}
         known = {**_COMMON, **known, **expressions}
-        pieces = enumerate(re.split(r"\$(\w+)", text))
-        found = (known[piece] if i % 2 else self.expression(piece) for i, piece in pieces)
+        # Texts and names in turns, a text first.
+        pieces = re.split(r"\$(\w+)", text)
+        found = [self.expression(pieces[0])]
+        for name, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+            found += [known[name], self.expression(piece)]
         return " ".join(filter(None, found))
 
     def text_until(self, mark: str, *matching: str, never: Sequence[str] = ()) -> str:
@@ -137,13 +148,17 @@ class LarkRules:
             comma: A Lark expression of what stands between two of them.
             needs_one: Whether there must be one.
         """
-        firsts: list[str] = []  # what may come first, from the last to the first
+        # What may come first, from the last to the first.
+        firsts: list[str] = []
         following = ""
         for member, required in reversed(members):
             rest = self.rule(following) if following else ""
-            firsts = [] if required else firsts
+            if required:
+                firsts = []
+                following = f"{comma} {member} {rest}"
+            else:
+                following = f"({comma} {member})? {rest}"
             firsts.append(f"{member} {rest}")
-            following = f"{comma} {member} {rest}" if required else f"({comma} {member})? {rest}"
         inside = one_of(reversed(firsts))
         is_optional = not needs_one and not any(required for _, required in members)
         return f"({inside})?" if inside and is_optional else inside
@@ -170,13 +185,19 @@ def matching(pattern: str) -> str:
     Anchors at its ends are taken off, and the rest matches the whole text up to them. So a branch
     with an anchor of its own matches less.
     """
-    begin = "" if pattern.startswith("^") else "(?s:.*)"
-    inner = re.sub(r"(?<!\\)((\\\\)*)\$$", r"\1", pattern.removeprefix("^"))
-    end = "" if len(inner) < len(pattern.removeprefix("^")) else "(?s:.*)"
+    anything = "(?s:.*)"
+    begin = "" if pattern.startswith("^") else anything
+    without_begin = pattern.removeprefix("^")
+    inner = re.sub(r"(?<!\\)((\\\\)*)\$$", r"\1", without_begin)
+    end = "" if inner != without_begin else anything
     return f"/{begin}(?:{llguidance().regex_to_lark(inner, 'dw')}){end}/"
 
 
 def one_of(expressions: Iterable[str]) -> str:
     """A Lark expression of one of several; empty if there are none."""
     distinct = list(dict.fromkeys(expressions))
-    return distinct[0] if len(distinct) == 1 else f"({' | '.join(distinct)})" if distinct else ""
+    if not distinct:
+        return ""
+    if len(distinct) == 1:
+        return distinct[0]
+    return f"({' | '.join(distinct)})"

@@ -98,17 +98,16 @@ class Document:
         found = []
         while left:
             self._count()
-            part = left.pop()
-            part = part if isinstance(part, dict) else {} if part else {"enum": []}
+            part = _as_object(left.pop())
             limits = part.keys() & LIMITS
             if isinstance(part.get("type"), list):
                 left += [{**part, "type": kind} for kind in reversed(part["type"])]
             elif limits == {"$ref"}:
                 left.append(_pointed(self.root, part["$ref"].removeprefix(_ROOT)))
-            elif limits in ({"anyOf"}, {"oneOf"}) or (
-                limits == {"allOf"} and len(part["allOf"]) == 1
-            ):
+            elif limits in ({"anyOf"}, {"oneOf"}):
                 left += reversed(part[limits.pop()])
+            elif limits == {"allOf"} and len(part["allOf"]) == 1:
+                left += part["allOf"]
             elif limits & _COMBINED:
                 return None
             elif limits & {"enum", "const"}:
@@ -257,6 +256,13 @@ class Document:
             if listed and not any(self._ends(part, met, ending) for part in listed):
                 return False
         return all(self._ends(part, met, ending) for part in _needed(schema))
+
+
+def _as_object(schema: Any) -> dict[str, Any]:
+    """A schema that may be true, for any value, or false, for none."""
+    if isinstance(schema, dict):
+        return schema
+    return {} if schema else {"enum": []}
 
 
 def _needed(schema: dict[str, Any]) -> list[Any]:
