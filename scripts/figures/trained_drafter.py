@@ -8,7 +8,7 @@
 The drafter is mlx-vlm's `qwen3_5_mtp`: a projection of the next token's embedding and the target's
 hidden state, one transformer layer, and the target's own head. The target invents requests and
 answers them, greedily and at a temperature, and the drafter learns the target's distributions from
-its states, three tokens deep. Then the target answers the requests of requests.txt. Under its own
+its states, two tokens deep. Then the target answers the requests of requests.txt. Under its own
 tokens each state says how many drafts in a row the target would accept, by the dense head and by
 the few clusters of FlashHead that score a draft. Draft and target draw with the same noise.
 
@@ -54,15 +54,16 @@ DEPTHS = 7  # drafts of the widest step
 WIDTHS = (2, 3, 4, 8)
 DENSE = "dense head"
 REQUEST_TOKENS = 40
+REQUEST_HEAT = 0.7
 BATCH = 32  # texts that are written together
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-trained-drafter"
 
 # The training
-TAUGHT_DEPTHS = (1.0, 0.7, 0.5)  # and what the loss of each counts
+TAUGHT_DEPTHS = (1.0, 0.7)  # and what the loss of each counts
 READ_TEXTS = 8  # of a step
-BEST = 8  # tokens of each of the target's distributions that all are compared in
-OTHERS = 1024  # more tokens, at random
-PEAK_RATE = 1e-3
+BEST = 4  # tokens of each of the target's distributions that all are compared in
+OTHERS = 512  # more tokens, at random
+PEAK_RATE = 2e-3
 WARM_UP = 30  # steps
 
 
@@ -136,7 +137,7 @@ class Target:
         given = {line.strip() for line in REQUESTS.read_text(encoding="utf-8").splitlines()}
         found: dict[str, None] = {}
         while len(found) < n:
-            for text in self.write([prompt] * BATCH, 1.0, REQUEST_TOKENS, seed):
+            for text in self.write([prompt] * BATCH, REQUEST_HEAT, REQUEST_TOKENS, seed):
                 request = self.tokenizer.decode(text.answer, skip_special_tokens=True).strip()
                 if request and request not in given:
                     found[request] = None
@@ -475,8 +476,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
     add_number(parser, "--texts", 256, "Answers to train on.")
     add_number(parser, "--tokens", 112, "Tokens of an answer at most.")
-    add_number(parser, "--steps", 280, "Steps of the training.")
-    add_number(parser, "--requests", 38, "Answers of each temperature to measure on.")
+    add_number(parser, "--steps", 600, "Steps of the training.")
+    add_number(parser, "--requests", 28, "Answers of each temperature to measure on.")
     add_number(parser, "--seed", 1, "Of the texts and the training.")
     args = parser.parse_args()
     mx.disable_compile()  # which takes a C++ compiler for each formula on a CPU

@@ -180,11 +180,15 @@ class Budget:
             chances: Of each guess to be right if those before it are.
             costs: The times of steps from these caches on.
         """
+        affordable = self.affordable(costs)
+        width = best_width(chances, affordable)
+        return width if width > 1 else self.tried(chances, affordable)
+
+    def affordable(self, costs: Costs) -> Costs:
+        """The costs of those steps that may be taken even if all of their guesses are wrong."""
         slack = self._known.slack
         steps = {w: time for w, time in costs.steps.items() if costs.time(w) - 1 <= slack}
-        affordable = costs._replace(steps=steps)
-        width = best_width(chances, affordable)
-        return width if width > 1 else self._tried(chances, affordable)
+        return costs._replace(steps=steps)
 
     def note(self, width: int, costs: Costs, n_right: int = 0) -> None:
         """Notes a step.
@@ -199,10 +203,14 @@ class Budget:
         self._known.slack = min(slack, MOST_SLACK)
         self._n_single = self._n_single + 1 if width == 1 else 0
 
-    def _tried(self, chances: Sequence[float], costs: Costs) -> int:
+    def tried(self, chances: Sequence[float], costs: Costs) -> int:
         """The width that is expected to lose least, if it is time to try it; else 1.
 
         A width that would not pay if all guesses were right is never tried.
+
+        Args:
+            chances: Of guesses that do not pay.
+            costs: Those that are affordable.
         """
         all_right = [1.0] * MAX_GUESSES
         losses = {

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import mlx.core as mx
 
+from .depth import Known
+
 if TYPE_CHECKING:
     from ..sequence import Sequence as Text
 
@@ -72,12 +74,15 @@ class Guesser(Protocol):
         instead: Whether it guesses in the place of the FlashHead: the normal (dense) head chooses
             all tokens of its wide steps then.
         always: Whether it guesses wherever it can, not where that is worth its time.
+        known: What earlier texts have shown of it, with what it may lose. None of one whose offers
+            are judged where they are not taken, too.
     """
 
     name: str
     wants_states: bool = False
     instead: bool = False
     always: bool = False
+    known: Known | None = None
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Hears tokens that the model has read, each once and in order, from the prompt's first on.

@@ -11,6 +11,7 @@ from ...head.backend import gpu_is_default
 from ...models.trust import is_librarys_model
 from ...wide.step import MAX_WIDTH, WideSteps
 from ...wide.trial import established_costs
+from .depth import WORTH, Budget, Costs, gain
 from .grammar import Grammar
 from .guesser import Guess, Guesser, LatestToken, Offer
 from .lookup import LookupGuesser
@@ -18,8 +19,6 @@ from .lookup import LookupGuesser
 if TYPE_CHECKING:
     from ..proposer import Proposer
     from ..sequence import Sequence as Text
-
-WORTH = 1.05  # tokens for the time of one from which a wide step is taken
 
 
 class Guesses:
@@ -44,6 +43,9 @@ class Guesses:
         self._guessers = list(guessers)
         self._always = always
         self._quantized_from = quantized_from
+        known = [guesser.known for guesser in self._guessers if guesser.known is not None]
+        self._budget = Budget(known[0]) if known and not always else None
+        self._taken = Costs({})  # those of the latest offer that was taken
 
     @property
     def wants_states(self) -> bool:
@@ -69,15 +71,28 @@ class Guesses:
             The offer, and how many of its tokens are taken; None where a single step is better, or
             nothing is offered.
         """
-        if not text.recognised:
-            return None
-        offers = self._offers(text, latest)
-        if not offers:
-            return None
+        offers = self._offers(text, latest) if text.recognised else []
         if self._always:
             offers = [replace(offer, cost=0.0) for offer in offers]
+        taken = self._best(offers, self._costs(layers)) if offers else None
+        if self._budget is not None and taken is None:
+            self._budget.note(1, self._taken)
+        return taken
+
+    def _best(self, offers: list[Offer], costs: dict[int, float]) -> tuple[Offer, int] | None:
+        """The offer that gains most, or one that is tried; and how many of its tokens."""
         least = 0.0 if self._always else WORTH
-        offer, width = best_offer(offers, self._costs(layers), least)
+        budget = self._budget
+        if budget is not None:
+            dearest = Costs(costs, max(offer.cost for offer in offers))
+            costs = dict(budget.affordable(dearest).steps)
+        offer, width = best_offer(offers, costs, least)
+        if budget is not None and width == 1:
+            for each in offers:
+                if each.guesser.known is not None:
+                    offer = each
+                    width = budget.tried(each.chances, Costs(costs, each.cost))
+        self._taken = Costs(costs, offer.cost)
         return None if width == 1 else (offer, width - 1)
 
     def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
@@ -93,7 +108,10 @@ class Guesses:
 
     def judge(self, guess: Guess, n_right: int) -> None:
         """Notes how many tokens of a guess were right."""
-        guess.guesser.judge(len(guess.tokens), n_right)
+        n = len(guess.tokens)
+        guess.guesser.judge(n, n_right)
+        if self._budget is not None:
+            self._budget.note(n + 1, self._taken, n_right)
 
     def hear(self, tokens: list[int], states: mx.array | None = None) -> None:
         """Has all hear the next tokens that the model has read.
@@ -145,24 +163,15 @@ def best_offer(
     best_width = 1
     most = least
     for offer in offers:
-        for width, cost in costs.items():
+        for width in costs:
             if width - 1 > len(offer.chances):
                 continue
-            gain = expected_tokens(offer, width) / (cost + (width - 1) * offer.cost)
-            if gain > most:
+            gained = gain(width, offer.chances, Costs(costs, offer.cost))
+            if gained > most:
                 best = offer
                 best_width = width
-                most = gain
+                most = gained
     return best, best_width
-
-
-def expected_tokens(offer: Offer, width: int) -> float:
-    """The tokens that a step of ``width`` tokens is expected to give."""
-    n_tokens = chance = 1.0
-    for each in offer.chances[: width - 1]:
-        chance *= each
-        n_tokens += chance
-    return n_tokens
 
 
 def check_lookup(proposer: "Proposer", layers: list[Any]) -> None:

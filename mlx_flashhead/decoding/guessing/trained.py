@@ -6,7 +6,6 @@ that is a pair: a state, and the token at the next place.
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,17 +18,16 @@ from ...models.trained_drafter import TrainedDrafter
 from ...wide.step import MAX_WIDTH
 from ..policy import policy_of
 from ..sampler import normalized
-from .depth import Known, Shares
+from .depth import Shares
 from .draft_model import LATEST
 from .guesser import Guesser, LatestToken, Offer
+from .known_pairs import keep, known_of
 
 if TYPE_CHECKING:
     from ..sequence import Sequence as Text
 
 WAITING = 64  # pairs that wait for the next drafts, at most
 HISTORY = 128  # of the last states, for a text that goes back
-# What earlier texts have shown of a drafter.
-_known: WeakKeyDictionary[TrainedDrafter, Known] = WeakKeyDictionary()
 
 
 class TrainedDrafts(Guesser):
@@ -59,7 +57,9 @@ class TrainedDrafts(Guesser):
         self.name = drafter.name
         self._n_drafts = min(n_drafts, MAX_WIDTH - 1)
         self._caches = caches
-        self._shares = Shares(_known.setdefault(drafter, Known()))
+        self._drafter = drafter
+        self.known = known_of(drafter, model)
+        self._shares = Shares(self.known)
         self._text: Text | None = None  # while drafts of it are made
         self._head = get_flash_head(model)
         self._target = drafter.target(model)
@@ -125,6 +125,7 @@ class TrainedDrafts(Guesser):
         self._settle(None)
         self._read_waiting()
         self._shares.leave()
+        keep(self._drafter)
 
     def _take(self, states: mx.array) -> None:
         """Takes the states (n, D) of the last tokens."""

@@ -1,10 +1,13 @@
 """How many tokens a step takes: the formula, what is learned, and what guesses may lose."""
 
+from types import SimpleNamespace
+
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_flashhead.common.stored import store, stored
-from mlx_flashhead.decoding.guessing import depth
+from mlx_flashhead.decoding.guessing import depth, known_pairs
 from mlx_flashhead.decoding.guessing.depth import (
     BOUND,
     MAX_GUESSES,
@@ -16,6 +19,8 @@ from mlx_flashhead.decoding.guessing.depth import (
     best_width,
     gain,
 )
+from mlx_flashhead.decoding.guessing.guesser import Guess, Guesser, LatestToken, Offer
+from mlx_flashhead.decoding.guessing.guesses import Guesses
 
 CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)  # a large model on a small chip
 DEAR = Costs({2: 1.8, 3: 1.95, 4: 2.1, 8: 3.1}, draft=0.05, wrong=0.1)
@@ -148,3 +153,100 @@ def test_the_policy_is_about_as_fast_as_the_best_width(costs, share):
     of_width = {w: sum(time_of_width(runs, costs, w) for runs in texts) for w in (1, *costs.steps)}
     assert time <= 1.02 * of_width[1]
     assert time <= 1.03 * min(of_width.values())
+
+
+class Drafter(Guesser):
+    """Guesses wherever it is asked."""
+
+    name = "drafter"
+
+    def __init__(self, known, cost=0.05):
+        self.known = known
+        self._shares = Shares(known)
+        self._cost = cost
+
+    def offer(self, text, latest):
+        return Offer(self, self._shares.chances, lambda n: mx.zeros(n, mx.uint32), self._cost)
+
+    def judge(self, n, n_right):
+        self._shares.note(n, n_right)
+
+
+class Free(Drafter):
+    """A lookup, which costs nothing and learns without being taken."""
+
+    name = "free"
+    known = None
+
+    def __init__(self, chance):
+        self._chance = chance
+
+    def offer(self, text, latest):
+        return Offer(self, [self._chance] * 7, lambda n: mx.zeros(n, mx.uint32))
+
+    def judge(self, n, n_right):
+        pass
+
+
+def guesses_with(*guessers, always=False):
+    parts = SimpleNamespace(are_of=lambda model: True)
+    wide = SimpleNamespace(parts=parts, model=None, costs=lambda layers: dict(CHEAP.steps))
+    return Guesses(wide, guessers, always=always)
+
+
+def steps_of(guesses, n_tokens, n_right):
+    """The width of each step of a text, and the name of whoever guessed."""
+    text = SimpleNamespace(recognised=True)
+    steps = []
+    place = 0
+    while place < n_tokens:
+        taken = guesses.best(text, LatestToken(mx.array([1])), [])
+        accepted = 0
+        if taken is not None:
+            offer, n = taken
+            accepted = min(n, n_right)
+            guesses.judge(Guess(offer.guesser, offer.make(n)), accepted)
+        steps.append((1 if taken is None else n + 1, taken and offer.guesser.name))
+        place += accepted + 1
+    return steps
+
+
+def test_a_text_goes_by_the_budget():
+    known = Known()
+    steps = steps_of(guesses_with(Drafter(known)), 1000, 0)
+    lost = sum(CHEAP.time(width) - 1 for width, _ in steps)
+    assert 0 < lost <= START + BOUND * len(steps) + 1e-6
+    assert known.slack < START
+    widths = [width for width, _ in steps_of(guesses_with(Drafter(Known())), 1000, 7)]
+    assert widths[-1] == 8 and len(widths) < 160
+    always = guesses_with(Drafter(Known()), always=True)
+    assert {width for width, _ in steps_of(always, 50, 0)} == {8}
+
+
+def test_what_gains_most_goes_first():
+    known = Known(right=[100.0] * 7, tried=[200.0] * 7, slack=8.0)
+    steps = steps_of(guesses_with(Free(0.9), Drafter(known)), 200, 3)
+    assert {name for _, name in steps} == {"free"}
+    steps = steps_of(guesses_with(Free(0.1), Drafter(known)), 200, 3)
+    assert steps[0][1] == "drafter"
+
+
+def test_what_is_known_of_a_pair_is_read_again(tmp_path, monkeypatch):
+    """By another process, whose objects are others; not with another drafter."""
+    monkeypatch.setattr(known_pairs, "place_of", lambda model: tmp_path / f"{'a' * 24}.json")
+
+    class Trained:
+        def __init__(self, source):
+            self.source = source
+
+    first = Trained("a drafter")
+    known = known_pairs.known_of(first, None)
+    assert known == Known() and known_pairs.known_of(first, None) is known
+    known.add([5.0] * 7, [9.0] * 7)
+    known.slack = 1.0
+    known_pairs.keep(first)
+    assert known_pairs.known_of(Trained("a drafter"), None) == known
+    assert known_pairs.known_of(Trained("another"), None) == Known()
+    (file,) = tmp_path.iterdir()
+    file.write_text("{}}")
+    assert known_pairs.known_of(Trained("a drafter"), None) == Known()
