@@ -41,6 +41,21 @@ class Mask:
         """The next tokens after ``tokens`` (n,) if no others may come, ``most`` of them at most."""
         return [] if self._forced is None else self._forced(tokens, most)
 
+    def n_allowed(self, tokens: Any, guessed: list[int], vocab_size: int) -> int:
+        """How many of ``guessed`` may follow ``tokens`` (n,), up to one that may not.
+
+        Args:
+            tokens: Those so far, as for :meth:`allowed`.
+            guessed: Token ids that someone expects next.
+            vocab_size: V.
+        """
+        for place, token in enumerate(guessed):
+            context = mx.concatenate([tokens, mx.array(guessed[:place], tokens.dtype)])
+            words = self.allowed(context, vocab_size)
+            if words is not None and not words[token // 32] >> (token % 32) & 1:
+                return place
+        return len(guessed)
+
     def begin(self) -> None:
         """Is called when a text begins."""
 

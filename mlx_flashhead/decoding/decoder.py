@@ -163,7 +163,7 @@ class Decoder:
             return None
         sequence = self.sequences[0]
         guesses = sequence.guesses
-        if guesses is None:
+        if guesses is None or self.several_draw:
             return None
         known = LatestToken(latest, self._latest_token)
         taken = guesses.best(sequence, known, self.caches.layers)
@@ -200,10 +200,12 @@ class Decoder:
         n_pending = len(sequence.pending)
         seen = cast(list[int], guess.tokens.tolist()) if sequence.current_processors else []
         sequence.feed(fed)
+        n_judged = sequence.n_judged(seen) if seen else len(fed)
         if sequence.proposing:
-            chosen = proposer.propose([sequence] * len(fed), states[-1][0], None, seen)
+            judged = [sequence] * n_judged
+            chosen = proposer.propose(judged, states[-1][0, :n_judged], None, seen)
         else:
-            places = mx.split(step.logits[0], len(fed))
+            places = mx.split(step.logits[0], len(fed))[:n_judged]
             chosen = mx.concatenate([sequence.extend(logits) for logits in places])
         mx.async_eval(step_arrays(chosen, sequence.pending[n_pending:]))
         if sequence.pending[n_pending - 1].token is None:
@@ -211,7 +213,7 @@ class Decoder:
         tokens = cast(list[int], chosen.tolist())
         guessed = cast(list[int], guess.tokens.tolist())
         n_right = 0
-        while n_right < len(guessed) and tokens[n_right] == guessed[n_right]:
+        while n_right < n_judged - 1 and tokens[n_right] == guessed[n_right]:
             n_right += 1
         del sequence.pending[n_pending + n_right + 1 :]
         for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):

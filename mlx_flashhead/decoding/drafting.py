@@ -15,13 +15,11 @@ import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
-from ..models.trust import is_librarys_model
-from ..wide.step import WideSteps
-from ..wide.trial import established_costs
 from .caches import are_known, length_of
 from .changes import Changes
 from .guessing.draft_model import DraftModel
 from .guessing.guesser import Guesser
+from .guessing.guesses import has_wide_steps
 from .guessing.trained import trained_drafts
 from .loop import GuessedTokens, verified_steps, with_guesses
 from .proposer import Proposer
@@ -77,7 +75,7 @@ def drafted_steps(
     functions = list(logits_processors or ())
     verifiable = draw_of(sampler) is not None and Changes.of(functions) is not None
     known = verifiable and are_known(layers)
-    drafts = known and is_librarys_model(model) and established_costs(WideSteps.of(model), layers)
+    drafts = known and has_wide_steps(model, layers)
     trained = isinstance(draft_model, TrainedDrafter)
     if known and not drafts and not trained:
         _log_once_that_text_may_differ()
@@ -104,7 +102,9 @@ def drafted_steps(
     guesser = None
     if drafts:
         draft_layers = caches[len(layers) :]
-        guesser = _guesser(proposer, draft_model, num_draft_tokens, layers, draft_layers)
+        guesser = _guesser(
+            proposer, draft_model, num_draft_tokens, layers, draft_layers, len(context)
+        )
     else:
         _log_once_without_drafts(known)
     steps = verified_steps(
@@ -132,6 +132,7 @@ def _guesser(
     n_drafts: int,
     layers: list[Any],
     draft_layers: list[Any],
+    n_context: int,
 ) -> Guesser:
     """What guesses in a text: a trained drafter, or a draft model.
 
@@ -141,6 +142,7 @@ def _guesser(
         n_drafts: Tokens that it guesses at a time, at most.
         layers: The target's caches.
         draft_layers: Its own.
+        n_context: Tokens that are known of those that the caches hold.
     """
     model = proposer.model
     if isinstance(draft_model, TrainedDrafter):
@@ -151,7 +153,7 @@ def _guesser(
         draft_model,
         draft_layers,
         n_drafts,
-        n_held=_length(draft_layers),
+        n_held=min(_length(draft_layers), n_context),
         scores_few=draft_model is not model,
     )
 

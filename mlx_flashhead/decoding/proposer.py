@@ -14,7 +14,7 @@ from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
-from ..models.install import get_flash_head, hidden_dtype
+from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed
 from .dense_states import DenseStates
@@ -47,7 +47,7 @@ class Proposer:
         self.n_guessed: Counter[str] = Counter()  # tokens handed out that were guessed, by what
         # by what has guessed: tokens of each guess, and how many of them were right
         self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-        self.head: Any = get_flash_head(model)  # a FlashHead, or None
+        self.head: FlashHead | None = get_flash_head(model)
         self._dense_states: DenseStates | None = None
         self.policy = DecodingPolicy()
         # from the head's logits to the model's; None where no map describes it
@@ -67,7 +67,18 @@ class Proposer:
     @property
     def n_traced(self) -> int:
         """Kinds of proposals that MLX has traced for the head so far."""
-        return 0 if self.head is None else cast(FlashHead, self.head).n_traced
+        return 0 if self.head is None else self.head.n_traced
+
+    @property
+    def flash_head(self) -> FlashHead:
+        """The model's FlashHead, where it has one.
+
+        Raises:
+            ValueError: If it has none, so that nothing is proposed.
+        """
+        if self.head is None:
+            raise ValueError(NO_FLASH_HEAD)
+        return self.head
 
     @property
     def max_batch(self) -> int:
@@ -75,7 +86,9 @@ class Proposer:
 
         C/p sequences read as many rows as the dense head, which reads each row once.
         """
-        if self.head is None or mx.default_device().type == mx.cpu:
+        if self.head is None:
+            return 0
+        if mx.default_device().type == mx.cpu:
             return CPU_BATCH
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)
@@ -129,7 +142,9 @@ class Proposer:
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified."""
-        if not (self.verifies and sequence.recognised and self.pays(sequence, n_texts=2)):
+        if self.head is None or not (self.verifies and sequence.recognised):
+            return False
+        if not self.pays(sequence, n_texts=2):
             return False
         if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
             return False  # mlx-lm raises an error of its own
@@ -146,7 +161,7 @@ class Proposer:
         if self.head is None:
             return self._noting_dense(states)
         project = self._project if states is None else self._noting_project(states)
-        return cast(FlashHead, self.head).intercepted(project)
+        return self.head.intercepted(project)
 
     def _noting_dense(self, states: list[mx.array] | None) -> AbstractContextManager[None]:
         """As :meth:`noting`, where :meth:`hear_states` was called."""
@@ -169,11 +184,10 @@ class Proposer:
     def _project(self, hidden: mx.array) -> mx.array:
         if self.unverified and hidden.shape[-2] == 1:
             settings = self.settings
-            return cast(
-                mx.array,
-                self.head.unverified_logits(hidden, settings.n_probes, settings.draw_temperature),
+            return self.flash_head.unverified_logits(
+                hidden, settings.n_probes, settings.draw_temperature
             )
-        return cast(mx.array, self.head.dense_logits(hidden))
+        return self.flash_head.dense_logits(hidden)
 
     def noting(
         self, states: list[mx.array], *, logits: bool = True
@@ -186,7 +200,7 @@ class Proposer:
         """
         if self.head is None:
             return self._noting_dense(states)
-        head = cast(FlashHead, self.head)
+        head = self.head
 
         def project(hidden: mx.array) -> mx.array:
             states.append(hidden)
@@ -217,7 +231,7 @@ class Proposer:
         Returns:
             (R,) uint32.
         """
-        vocab_size = self.head.vocab_size
+        vocab_size = self.flash_head.vocab_size
         draws = []
         masks: list[np.ndarray | None] = []
         changes: list[ChangedTokens | None] = []
@@ -234,18 +248,18 @@ class Proposer:
                 pending.token = guesses[row]
             made.append(pending)
             sequence.pending.append(pending)
-        proposal = self.head.propose(
+        proposal = self.flash_head.propose(
             hidden,
             Draws.of(draws),
             n_probes=self.settings.n_probes,
             depth=self.policy.depth,
-            logit_map=self.logit_map,
+            logit_map=cast(LogitMap, self.logit_map),
             adjustment=_adjustment(changes, counted, latest, vocab_size),
             allowed=mask_array(masks),
         )
         for pending in made:
             pending.proposal = proposal
-        return cast(mx.array, proposal.tokens)
+        return proposal.tokens
 
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.
@@ -262,7 +276,7 @@ class Proposer:
             risks = cast(list[float], last.proposal.risk.tolist())
             if risks[last.row] == NOTHING_ALLOWED:
                 return None
-        return changes.mask.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
+        return changes.mask.allowed(sequence.context(sequence.n_chosen), self.flash_head.vocab_size)
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them, where a map describes that."""
@@ -273,7 +287,7 @@ class Proposer:
 
         A product of several states rounds otherwise in 16 bits.
         """
-        return self.model_logits(self.head.dense_logits(hidden))
+        return self.model_logits(self.flash_head.dense_logits(hidden))
 
     def report_guesses(self, n_tokens: int) -> str:
         """How many of a text's ``n_tokens`` were guessed, for a line under it."""
@@ -290,12 +304,11 @@ class Proposer:
 
     def report(self) -> str:
         """What was used, for a line under a text."""
-        if not self.unverified and not self.n_verifications:
+        head = self.head
+        if head is None or (not self.unverified and not self.n_verifications):
             return "FlashHead: not used, the normal (dense) head chose every token"
-        n_probes = self.head.unverified_probes if self.unverified else self.head.n_probes
-        clusters = (
-            f"{self.settings.n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
-        )
+        n_probes = head.unverified_probes if self.unverified else head.n_probes
+        clusters = f"{self.settings.n_probes or n_probes:,} of {head.n_clusters:,} clusters a token"
         if self.unverified:
             return f"FlashHead: unverified, {clusters}"
         counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"

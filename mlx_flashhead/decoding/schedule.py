@@ -63,8 +63,8 @@ class VerifySchedule:
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
                 self._accept()
-        elif self._unjoined and len(self._unjoined) == self._proposer.head.joined_early:
-            proposal = join(self._proposer.head, self._unjoined)
+        elif self._unjoined and len(self._unjoined) == self._proposer.flash_head.joined_early:
+            proposal = join(self._proposer.flash_head, self._unjoined)
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 
@@ -114,7 +114,7 @@ class VerifySchedule:
             if pending.proposal is not None:
                 self._unjoined.append(pending)
             at_limit = len(sequence.tokens) + place + 1 == sequence.limit
-            ends |= at_limit or pending.token in self._proposer.head.eos_token_ids
+            ends |= at_limit or pending.token in self._proposer.flash_head.eos_token_ids
         return ends
 
     @property

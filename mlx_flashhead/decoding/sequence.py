@@ -175,6 +175,21 @@ class Sequence:
         known = mx.concatenate([context, mx.array([latest], context.dtype)])
         return mask.forced_tokens(known, most)
 
+    def n_judged(self, guessed: list[int]) -> int:
+        """How many of its next tokens can be judged if these are guessed, 1 at least.
+
+        Its grammar says nothing of what follows a token that it rules out, and nothing may follow
+        an end of the text.
+
+        Args:
+            guessed: The tokens after its latest one, which were fed with it.
+        """
+        mask = None if self.changes is None else self.changes.mask
+        context = self.context(self.n_chosen)
+        if mask is None or context is None:
+            return 1 + len(guessed)
+        return 1 + mask.n_allowed(context, guessed, self.vocab_size)
+
     # Whether it is ahead of what is handed out: its states, and how they change.
 
     @property

@@ -102,7 +102,7 @@ class Verification:
 
 def _verdict(proposer: Proposer, rows: list[Row]) -> Verdict:
     """Asks the head about the pending tokens of some rows."""
-    head: FlashHead = proposer.head
+    head = proposer.flash_head
     pending = [each for _, each, _ in rows]
     # before they are joined: with them a thread need not wait for the step that is running
     sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]

@@ -148,6 +148,13 @@ class GrammarProcessor(Mask):
         forced: list[int] = self._time.spend(self._matcher.compute_ff_tokens)
         return forced[:most]
 
+    def n_allowed(self, tokens: Any, guessed: list[int], vocab_size: int) -> int:
+        """How many of ``guessed`` may follow ``tokens``, found without a mask."""
+        if self._follow(tokens) or self._time.is_over:
+            return 0
+        known: int = self._time.spend(lambda: self._matcher.validate_tokens(guessed))
+        return known
+
     def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
         """The mask of the tokens that may come next, a bit for each.
 

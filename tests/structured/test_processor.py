@@ -66,6 +66,29 @@ def test_no_space_without_end(tokenizer):
         assert not processor.accepts(text)
 
 
+@pytest.mark.parametrize("form", [{"regex": "[0-9]{1,3}"}, {"json_schema": {"type": "integer"}}])
+def test_guesses_beyond_the_form_are_no_problem_of_the_text(flash, tokenizer, form):
+    """Of a draft model, which knows of no form, at the end of the text and before."""
+    texts = []
+    for draft in (None, tiny_model(vocab_size=VOCAB_SIZE, seed=3, num_hidden_layers=1)):
+        processor = grammar_processor(tokenizer, **form)
+        options = {"max_tokens": 40, "logits_processors": [processor], "draft_model": draft}
+        found = list(stream_generate(flash, tokenizer, "hello", **options))
+        texts.append([each.token for each in found])
+        assert processor.problem is None
+    assert texts[0] == texts[1]
+
+
+def test_as_many_guesses_as_a_form_allows(tokenizer):
+    processor = grammar_processor(tokenizer, regex="ab?")
+    prompt = mx.array([5, 9])
+    assert processor.allowed(prompt, VOCAB_SIZE) is not None
+    a, b, c = (tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in "abc")
+    for guessed, n in (([a, b, EOS, a], 3), ([a, EOS, EOS], 2), ([c, a], 0), ([a, c, b], 1)):
+        assert processor.n_allowed(prompt, guessed, VOCAB_SIZE) == n
+        assert processor.problem is None
+
+
 def test_tokens_that_a_grammar_forces_are_guessed(flash, tokenizer):
     """Several of them in a step: the text is the same."""
     word = "a_name_of_many_letters"

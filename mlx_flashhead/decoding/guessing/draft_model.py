@@ -127,13 +127,19 @@ class DraftModel(Guesser):
     def _drafts(self, latest: mx.array, n: int, text: "Text") -> mx.array:
         """Guesses ``n`` tokens, (n,) uint32, lazy, behind the ``latest`` one (1,)."""
         recent = sorted({token for token in self._recent if token < self._n_tokens})
-        n_common = min(self._n_tokens, text.vocab_size or self._n_tokens)
+        vocab_size = text.vocab_size
+        n_common = min(self._n_tokens, vocab_size)
         with self._scoring(recent):
             self._read()
             self._copies = copied_layers(self._layers)
             drafts = [latest.astype(mx.uint32)]
             for i in range(n):
-                logits = self._feed(drafts[-1])[:, :n_common]
+                # as many as the target has: top-k may be more than its own vocabulary
+                logits = mx.pad(
+                    self._feed(drafts[-1])[:, :n_common],
+                    [(0, 0), (0, vocab_size - n_common)],
+                    constant_values=-mx.inf,
+                )
                 place = text.n_chosen + i
                 drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
         self._drafted = mx.concatenate(drafts[:-1])

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ...head.backend import gpu_is_default
 from ...models.trust import is_librarys_model
-from ...wide.step import MAX_WIDTH, WideSteps
+from ...wide.step import MAX_WIDTH, WideSteps, kind_of
 from ...wide.trial import established_costs
 from .depth import WORTH, Budget, Costs, gain
 from .grammar import Grammar
@@ -186,12 +187,23 @@ def check_lookup(proposer: "Proposer", layers: list[Any]) -> None:
     """
     if proposer.settings.lookup != "on" or not _takes_guesses(proposer):
         return
-    model = proposer.model
-    if not is_librarys_model(model) or not established_costs(WideSteps.of(model), layers):
+    if not has_wide_steps(proposer.model, layers):
         raise ValueError(
             "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
             "is on this machine: give 'auto' or 'off'."
         )
+
+
+def has_wide_steps(model: nn.Module, layers: list[Any]) -> bool:
+    """Whether steps of several tokens are established for caches like these of a model.
+
+    They may not fit the caches as they are, so that the next steps are single ones.
+    """
+    if not is_librarys_model(model):
+        return False
+    wide = WideSteps.of(model)
+    established_costs(wide, layers)
+    return bool(wide.established[kind_of(layers)].costs)
 
 
 def _takes_guesses(proposer: "Proposer") -> bool:

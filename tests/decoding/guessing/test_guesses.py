@@ -203,7 +203,7 @@ def text_of(steps_of, model, functions, place=N_TOKENS, **options):
     return text._replace(after=model(mx.array([[77]]), cache=cache)[0, -1])
 
 
-def batched_text_of(batch_of, model, functions, place=None, other=None):
+def batched_text_of(batch_of, model, functions, place=None, other=None, others_sampler="greedy"):
     """The text in a batch, up to a place or to its end; another one may join it at its third."""
     mx.random.seed(3)
     generator = batch_of(model)
@@ -221,7 +221,7 @@ def batched_text_of(batch_of, model, functions, place=None, other=None):
             _note(text, response.token, response.logprobs)
             cache = response.prompt_cache
             if len(text.tokens) == 3 and other is not None:
-                generator.insert([other], [2])
+                generator.insert([other], [2], samplers=[SAMPLERS[others_sampler]()])
     if cache is None:
         cache = generator.remove([uid], return_prompt_caches=True)[uid][0]
     generator.close()
@@ -320,6 +320,17 @@ def test_a_batch_that_another_text_joins_and_leaves(models, batch_guesser, i):
     assert len(whole.others) == 2
 
 
+def test_several_texts_that_draw_are_not_guessed(batch_guesser):
+    """The second one draws from MLX's random state from its insertion on."""
+    model = tiny_model(num_hidden_layers=2)
+    long = [*OTHERS[1]] * 300  # whose prompt is read in parts, while the first text goes on
+    options = ("mlx-lm's", "none"), None, long, "mlx-lm's"
+    whole = batched_text_of(BatchGenerator, model, *options)
+    oracle = batch_guesser(Oracle(whole.tokens))
+    batched_text_of(our_batch(), model, *options).assert_is(whole, atol=ANOTHER_ORDER)
+    assert oracle.n_right
+
+
 @pytest.fixture(scope="module")
 def draft():
     model = tiny_model("gemma3_text", seed=9, **WINDOW)
@@ -405,6 +416,59 @@ def test_a_draft_models_cache_serves_the_next_turn(draft):
         lengths = {layer.offset for layer in cache}
         assert lengths == {len(held)}
         cache = [*map(trimmed, cache)]
+
+
+def test_a_draft_models_cache_serves_the_next_turn_whatever_came_before():
+    """Nobody says what the caches of both models hold."""
+    model = tiny_model(num_hidden_layers=2)
+    cache = make_prompt_cache(model) + make_prompt_cache(model)
+    for turn in (PROMPT, [5, 9, 77], [60]):
+        proposer = Proposer(model)
+        steps = drafted_steps(
+            mx.array(turn),
+            model,
+            copy.deepcopy(model),  # all of its drafts are right
+            proposer=proposer,
+            num_draft_tokens=3,
+            prompt_cache=cache,
+            max_tokens=N_TOKENS,
+        )
+        assert len(list(steps)) == N_TOKENS
+        assert proposer.n_steps < N_TOKENS / 2
+        assert len({layer.offset for layer in cache}) == 1
+
+
+def test_a_draft_of_fewer_tokens_than_top_k():
+    target = tiny_model(num_hidden_layers=2)
+    draft = tiny_model(num_hidden_layers=1, vocab_size=60)
+    for make in (sample_utils.make_sampler, make_sampler):
+        options = {"sampler": make(temp=1.0, top_k=80), "max_tokens": 9}
+        texts = []
+        for steps_of in (partial(drafted_steps, draft_model=draft), verified_steps):
+            mx.random.seed(3)
+            steps = steps_of(mx.array(PROMPT), target, proposer=Proposer(target), **options)
+            texts.append([token for token, *_ in steps])
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_kept_cache_whose_chunk_is_full_takes_single_steps(drafted):
+    """Wide steps of Llama 4 are established, but not from a chunk's end on."""
+    model = tiny_architecture("llama4", tied=False, attention_chunk_size=16)
+    draft = tiny_model(num_hidden_layers=1)
+    prompt = mx.array([*PROMPT, *PROMPT, 8, 9])
+    plain = make_prompt_cache(model)
+    ours = make_prompt_cache(model) + make_prompt_cache(draft)
+    for cache in (plain, ours[: len(plain)]):
+        list(generate_step(prompt, model, prompt_cache=cache, max_tokens=2))
+    expected = generate_step(mx.array([7]), model, prompt_cache=plain, max_tokens=9)
+    proposer = Proposer(model, DecodingSettings(lookup="on"))
+    options = {"proposer": proposer, "max_tokens": 9}
+    if drafted:
+        steps = drafted_steps(mx.array([7]), model, draft, prompt_cache=ours, **options)
+    else:
+        steps = verified_steps(mx.array([7]), model, prompt_cache=ours[: len(plain)], **options)
+    assert [token for token, *_ in steps] == [token for token, _ in expected]
 
 
 def trimmed(layer):
