@@ -82,7 +82,7 @@ class Access:
         if not is_public and self.shown_token(scope) is None:
             raise ApiError(
                 "This server needs the token that it printed at its start, as 'Authorization: "
-                "Bearer TOKEN'.",
+                "Bearer TOKEN' or 'X-Api-Key: TOKEN'.",
                 status=401,
             )
         length = headers.get("Content-Length")
@@ -151,6 +151,7 @@ class Access:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             sent.append(credentials)
+        sent.append(request.headers.get("X-Api-Key", ""))  # as Anthropic's clients send it
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
         return self.token if equal else None
 

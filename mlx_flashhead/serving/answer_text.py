@@ -1,6 +1,7 @@
 """What the tokens of an answer add to it: text, thoughts, calls and log-probabilities."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 
 from ..models.compat.mlx_lm import TextStateMachine, make_text_state_machine
 
+STOP = "stop at "  # begins the name of the state after a stop text
 VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
 
 # (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
@@ -29,6 +31,7 @@ class Token:
     reasoning: str = ""  # a thought before it
     calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
     finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
+    stop_text: str | None = None  # before which the answer ends
     # one, if the request wants it; none for the end token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -39,12 +42,23 @@ class Token:
         self.calls += other.calls
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
+        self.stop_text = other.stop_text
+
+
+def stop_machine(stops: Sequence[str]) -> TextStateMachine:
+    """The machine that finds the first of some texts, and is in a state of its name then."""
+    transitions: dict[str, list[tuple[str, str]]] = {"normal": []}
+    for stop in stops:
+        transitions["normal"].append((stop, STOP + stop))
+        transitions[STOP + stop] = []
+    return TextStateMachine(transitions)
 
 
 class AnswerText:
     """The text of one answer, which is emitted as soon as a part is certain.
 
-    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names.
+    It ends before a text of ``stop``, a :func:`stop_machine`. It begins in a ``state`` of mlx-lm's
+    names.
     """
 
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
@@ -69,7 +83,8 @@ class AnswerText:
             self._detokenizer.finalize()
         text = self._detokenizer.last_segment
         self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
-        stopped = self._until_stop[0] is None
+        stop_text = self._until_stop[0].partition(STOP)[2] or None
+        stopped = stop_text is not None
         if last and not stopped:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
             text += held
@@ -79,7 +94,7 @@ class AnswerText:
             parts.append((name, held))
             is_cut = stopped or token is not None
             parts.append(("cut" if is_cut and name == "tool" else "normal", ""))
-        certain = Token(finish_reason="stop" if stopped else None)
+        certain = Token(finish_reason="stop" if stopped else None, stop_text=stop_text)
         self._sort(parts, certain)
         return certain
 

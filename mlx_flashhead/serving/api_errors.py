@@ -1,6 +1,18 @@
-"""Rejected requests, as errors of OpenAI's shape."""
+"""Rejected requests, as errors of OpenAI's shape, and of Anthropic's where its API is served."""
 
 from typing import Any
+
+# Anthropic's words for a status; Claude Code looks for those of a prompt that is too long.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+TOO_LONG = "context_length_exceeded"
 
 
 class ApiError(ValueError):
@@ -26,6 +38,17 @@ class ApiError(ValueError):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
         return {"error": error}
+
+    def as_anthropic_json(self) -> dict[str, Any]:
+        """The body of the answer in Anthropic's shape."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        message = f"Prompt is too long. {self}" if self.code == TOO_LONG else str(self)
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The body of the answer to a request for a path, in the shape of its API."""
+        has_own_shape = path.removeprefix("/v1").startswith("/messages")
+        return self.as_anthropic_json() if has_own_shape else self.as_json()
 
 
 def field_error(field: str, reason: str) -> ApiError:

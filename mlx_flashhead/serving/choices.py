@@ -1,10 +1,15 @@
-"""Answers in the form of OpenAI's API: choices of chunks and of whole answers, and logprobs."""
+"""Answers in the form of OpenAI's completions: choices of chunks and of whole answers."""
 
+import time
+import uuid
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
+from ..version import __version__
 from .answer_text import Token, TokenLogprobs
+from .api_errors import ApiError
+from .dialects import Dialect, StreamEvent
 from .jobs import Job
 from .requests import Request
 
@@ -84,6 +89,69 @@ class Choice:
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+class Choices:
+    """The answer to a request of chat completions or completions."""
+
+    def __init__(self, jobs: list[Job], body: dict[str, Any]):
+        request = jobs[0].request
+        fields = request.fields
+        self._jobs = jobs
+        self._choices = [Choice(request, job.index) for job in jobs]
+        chat = "chat.completion.chunk" if fields.stream else "chat.completion"
+        self._common = {  # what all parts of an answer have beside their choices
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": chat if request.chat else "text_completion",
+            "created": int(time.time()),
+            "model": request.served.name,
+            "system_fingerprint": f"mlx_flashhead-{__version__}",
+        }
+        options = fields.stream_options
+        self._include_usage = fields.stream and options is not None and options.include_usage
+        if self._include_usage:
+            self._common["usage"] = None  # but in the last part
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its texts are."""
+        return all(choice.finish_reason is not None for choice in self._choices)
+
+    def begin(self) -> list[StreamEvent]:
+        """Nothing: chunks begin with a text."""
+        return []
+
+    def add(self, index: int, token: Token) -> list[StreamEvent]:
+        """The chunk of a token."""
+        choice = self._choices[index].add(token)
+        return [] if choice is None else [StreamEvent(self._common | {"choices": [choice]})]
+
+    def end(self) -> list[StreamEvent]:
+        """The usage, if it is wanted, and the end."""
+        done = StreamEvent("[DONE]")
+        if not self._include_usage:
+            return [done]
+        return [StreamEvent(self._common | {"choices": [], "usage": usage_of(self._jobs)}), done]
+
+    def fail(self, problem: ApiError) -> list[StreamEvent]:
+        """The chunk with the error."""
+        return refused(problem)
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer."""
+        choices = [choice.whole() for choice in self._choices]
+        return self._common | {"choices": choices, "usage": usage_of(self._jobs)}
+
+
+def refused(problem: ApiError) -> list[StreamEvent]:
+    """The only event of a stream that is refused."""
+    return [StreamEvent(problem.as_json())]
+
+
+# Fields whose grammars take long to compile.
+_FORMS = ("response_format", "regex", "grammar", "tools")
+CHATS = Dialect(chat=True, fields=dict, answer=Choices, refused=refused, forms=_FORMS)
+TEXTS = Dialect(chat=False, fields=dict, answer=Choices, refused=refused, forms=_FORMS)
 
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:

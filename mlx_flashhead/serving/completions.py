@@ -20,25 +20,22 @@ from starlette.types import Receive, Scope, Send
 
 from ..common.guarded import MAX_HELPERS, LeftError, unless_left
 from ..models.call_parsers import read_tool_calls
-from ..version import __version__
 from .answer_text import PromptProgress, Token
 from .api_errors import ApiError
 from .bodies import json_response, write_json
-from .choices import Choice, usage_of
+from .choices import usage_of
 from .connections import MAX_ANSWERED
+from .dialects import Answer, Dialect, StreamEvent
 from .engine import Engine
 from .jobs import Job, read_jobs
 from .requests import Request
 from .served_models import ServedModel
 from .turns import Turns
 
-CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 LOADING = "The model is being loaded: try again in a moment."
 _TICK_SECONDS = 1.0  # between comments of a stream whose model is being loaded
 _MAX_WAITING_BYTES = 32 << 20  # of the bodies that wait for a model
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # else nginx holds back
-# Fields whose grammars take long to compile.
-_FORMS = ("response_format", "regex", "grammar", "tools")
 # Fields without effect that the log names: of any number, which clients choose.
 _MAX_FIELDS_NAMED = 100
 _MAX_FIELD_NAME = 40  # characters
@@ -115,53 +112,51 @@ class Completion:
     models have been loaded.
     """
 
-    def __init__(self, service: Service, fields: dict[str, Any], http_request: HttpRequest):
+    def __init__(
+        self,
+        service: Service,
+        dialect: Dialect,
+        body: dict[str, Any],
+        http_request: HttpRequest,
+    ):
         self._service = service
-        self._fields = fields
+        self._dialect = dialect
+        self._body = body
         self._http_request = http_request
         self._notes: list[str] = http_request.state.notes
         self._address: str = http_request.scope["client"][0]
         self._loop = asyncio.get_running_loop()
         self._queue = asyncio.Queue[Any]()
         self._jobs: list[Job] = []  # once the request has been read
+        self._answer: Answer | None = None  # likewise
         self._left = Event()  # the client has
         self._watching = asyncio.create_task(self._watch())
         service.in_progress.add(self)
 
     async def read(self) -> None:
         """Reads the request, whose model has been loaded; an ApiError if it is wrong."""
+        has_form = any(self._body.get(name) is not None for name in self._dialect.forms)
+        readers = self._service.grammar_readers if has_form else self._service.readers
+        read = partial(unless_left, self._left, self._read_jobs)
+        try:
+            self._jobs = await readers.run(self._address, read)
+        except LeftError:
+            raise ClientDisconnect from None
+        self._request = self._jobs[0].request
+        self._service.name_ignored(self._request.ignored)
+        self._answer = self._dialect.answer(self._jobs, self._body)
+
+    def _read_jobs(self) -> list[Job]:
         service = self._service
-        read = partial(
-            read_jobs,
-            self._fields,
-            chat=self._http_request.scope["path"] in CHAT_PATHS,
+        return read_jobs(
+            self._dialect.fields(self._body),
+            chat=self._dialect.chat,
             models=service.models,
             flags=service.flags,
             events=self,
             address=self._address,
+            any_model=self._dialect.any_model,
         )
-        has_form = any(self._fields.get(name) is not None for name in _FORMS)
-        readers = service.grammar_readers if has_form else service.readers
-        try:
-            self._jobs = await readers.run(self._address, partial(unless_left, self._left, read))
-        except LeftError:
-            raise ClientDisconnect from None
-        request = self._jobs[0].request
-        service.name_ignored(request.ignored)
-        self._request = request
-        fields = request.fields
-        chat = "chat.completion.chunk" if fields.stream else "chat.completion"
-        self._common = {  # what all parts of an answer have beside their choices
-            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": chat if request.chat else "text_completion",
-            "created": int(time.time()),
-            "model": request.served.name,
-            "system_fingerprint": f"mlx_flashhead-{__version__}",
-        }
-        options = fields.stream_options
-        self._include_usage = fields.stream and options is not None and options.include_usage
-        if self._include_usage:
-            self._common["usage"] = None  # but in the last part
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
@@ -171,7 +166,7 @@ class Completion:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generates the texts and sends them, as an ASGI application."""
         try:
-            if self._fields.get("stream") is True:
+            if self._body.get("stream") is True:
                 events = (f"{event}\n\n" async for event in self._events())
                 response = StreamingResponse(
                     events, headers=_STREAM_HEADERS, media_type="text/event-stream"
@@ -179,7 +174,7 @@ class Completion:
                 await response.stream_response(send)
             else:
                 async for _ in self._parts():
-                    pass  # the choices keep them
+                    pass  # the answer keeps them
                 whole = await asyncio.to_thread(self._whole)
                 await whole(scope, receive, send)
         finally:
@@ -233,26 +228,52 @@ class Completion:
         finally:
             service.n_waiting_bytes -= n_bytes
 
-    async def _parts(self) -> AsyncIterator[str | dict[str, Any]]:
-        """What there is until all texts are complete: comments, and the choices of chunks."""
+    async def wait(self) -> AsyncIterator[str]:
+        """Waits until the request has been read, with a comment now and then."""
         if not self._jobs:
             async for comment in self._comments_while_loading():
                 yield comment
             await self.read()
-        self._service.engine.submit(self._jobs)
-        self._choices = [Choice(self._request, job.index) for job in self._jobs]
-        while any(choice.finish_reason is None for choice in self._choices):
+
+    async def _next_event(self) -> tuple[int, PromptProgress | Token]:
+        """The next event of the engine, with the index of its text.
+
+        Raises:
+            ApiError: If the answer has failed, or the server ends.
+            ClientDisconnect: If the client leaves.
+        """
+        index, event = await self._queue.get()
+        while event is None:
             index, event = await self._queue.get()
-            if isinstance(event, ApiError | ClientDisconnect):
-                raise event
-            if isinstance(event, BaseException):
-                raise ApiError("The answer has failed: see the server's log.", status=500)
+        if isinstance(event, ApiError | ClientDisconnect):
+            raise event
+        if isinstance(event, BaseException):
+            raise ApiError("The answer has failed: see the server's log.", status=500)
+        return index, event
+
+    async def _parts(self) -> AsyncIterator[str | StreamEvent]:
+        """What there is of an answer, in order: comments, and events."""
+        async for comment in self.wait():
+            yield comment
+        self._service.engine.submit(self._jobs)
+        answer = self._answer
+        assert answer is not None  # since the request has been read
+        has_begun = False
+        while not answer.is_complete:
+            index, event = await self._next_event()
+            events = [] if has_begun else answer.begin()
+            has_begun = True
             if isinstance(event, PromptProgress):
                 yield f": prompt {event.done}/{event.total}"
-            elif event is not None:
-                token = await self._with_calls(event)
-                if (chunk := self._choices[index].add(token)) is not None:
-                    yield chunk
+            else:
+                events += answer.add(index, await self._with_calls(event))
+            for each in events:
+                yield each
+        yield f": decoding {self._decoding()}"
+        if (speed := speed_of(self._jobs)) is not None:
+            yield f": {speed:.2f} tokens/s"
+        for each in answer.end():
+            yield each
 
     async def _with_calls(self, token: Token) -> Token:
         """The token with its calls in OpenAI's form. A text that is none is content after all."""
@@ -269,32 +290,44 @@ class Completion:
         return replace(token, content=content, calls=calls)
 
     def _whole(self) -> Response:
-        choices = [choice.whole() for choice in self._choices]
-        return json_response(self._common | {"choices": choices, "usage": usage_of(self._jobs)})
+        assert self._answer is not None  # since it is complete
+        return json_response(self._answer.whole())
 
     async def _events(self) -> AsyncIterator[str]:
         """What a stream sends. Clients ignore the comments, which begin with a colon."""
         try:
             async for part in self._parts():
-                if isinstance(part, str):
-                    yield part
-                else:
-                    yield f"data: {write_json(self._common | {'choices': [part]})}"
+                yield part if isinstance(part, str) else _written(part)
         except ApiError as problem:
             self._notes.append(f"ended by an error: {problem}")
-            yield f"data: {write_json(problem.as_json())}"
-            return
-        yield f": decoding {self._decoding()}"
-        if (speed := speed_of(self._jobs)) is not None:
-            yield f": {speed:.2f} tokens/s"
-        if self._include_usage:
-            usage = {"choices": [], "usage": usage_of(self._jobs)}
-            yield f"data: {write_json(self._common | usage)}"
-        yield "data: [DONE]"
+            refused = self._dialect.refused if self._answer is None else self._answer.fail
+            for event in refused(problem):
+                yield _written(event)
 
     def _decoding(self) -> str:
         fields = self._request.fields
         return self._request.served.decoding(dense=fields.dense, n_probes=fields.n_probes)
+
+
+class TokenCount(Completion):
+    """The response to a request for the number of a prompt's tokens."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts the tokens and sends their number, as an ASGI application."""
+        async for _ in self.wait():
+            pass
+        n_tokens = len(self._jobs[0].prompt.tokens)
+        self._notes[:0] = [self._request.served.name, f"{n_tokens:,} tokens counted"]
+        count: dict[str, Any] = {"input_tokens": n_tokens}
+        if self._dialect.count_object is not None:
+            count["object"] = self._dialect.count_object
+        await json_response(count)(scope, receive, send)
+
+
+def _written(event: StreamEvent) -> str:
+    """An event as a stream has it."""
+    data = event.data if isinstance(event.data, str) else write_json(event.data)
+    return f"event: {event.name}\ndata: {data}" if event.name else f"data: {data}"
 
 
 def speed_of(jobs: list[Job]) -> float | None:

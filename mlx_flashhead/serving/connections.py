@@ -40,6 +40,8 @@ WRITE_SECONDS = 30.0
 # A rejected client that still sends may read why. One that has finished gets what is ready by then.
 REFUSED_SECONDS = 2.0
 HALF_CLOSED_SECONDS = 0.2
+# Those that scripts of allowed sites may send.
+ALLOWED_HEADERS = "Authorization, Content-Type, X-Api-Key, Anthropic-Version, Anthropic-Beta"
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
 
@@ -183,7 +185,7 @@ class FrontDoor:
             if scope["state"].get("is_counted"):
                 self._answered -= Counter([scope["client"][0]])  # drops counts of 0
         if problem is not None and not exchange.status:  # else the connection ends amid the answer
-            response = json_response(problem.as_json(), problem.status)
+            response = json_response(problem.body_at(scope["path"]), problem.status)
             of_page = scope["method"] == "GET" and scope["path"] == "/"
             if problem.status == HTTPStatus.UNAUTHORIZED and of_page:
                 response = locked_page(wrong="token" in Request(scope).query_params)
@@ -238,7 +240,7 @@ class FrontDoor:
                     "Access-Control-Allow-Origin": origin,
                     "Vary": "Origin",
                     "Access-Control-Allow-Methods": "GET, POST",
-                    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                    "Access-Control-Allow-Headers": ALLOWED_HEADERS,
                 }
             )
 

@@ -10,29 +10,33 @@ from starlette.routing import Route, Router
 
 from .api_errors import ApiError
 from .bodies import LARGE_BODY, fields_of, json_response
-from .completions import CHAT_PATHS, Completion, Service
+from .choices import CHATS, TEXTS
+from .completions import Completion, Service, TokenCount
 from .connections import read_body
+from .messages import MESSAGES
 from .page_files import PAGE_ROUTES
 from .requests import find_model, unknown_model
+from .responses import RESPONSES
 from .served_models import served_names
 
 _METHODS = ["GET", "POST", "PUT", "DELETE"]
-# Paths of APIs that others serve, and what programs that need them can do, by the first word.
-OTHER_APIS = (
-    "/v1/responses",
-    "/v1/responses/{rest:path}",
-    "/v1/messages",
-    "/v1/messages/{rest:path}",
-    "/responses",
-    "/messages",
-    "/api/{rest:path}",
-)
-_UNDER_RUN = "start a server that has it under `mlx_flashhead.run`"
+_COMPLETIONS = {
+    "/v1/chat/completions": CHATS,
+    "/chat/completions": CHATS,
+    "/v1/completions": TEXTS,
+    "/v1/messages": MESSAGES,
+    "/messages": MESSAGES,
+    "/v1/responses": RESPONSES,
+    "/responses": RESPONSES,
+}
+_COUNTS = {"/v1/messages/count_tokens": MESSAGES, "/v1/responses/input_tokens": RESPONSES}
+# Paths of what others serve, and what programs that need them can do, by the first word.
+_ELSEWHERE = ("/v1/responses/{rest:path}", "/v1/messages/{rest:path}", "/api/{rest:path}")
 _REMEDIES = {
-    "responses": f"{_UNDER_RUN}, such as vllm-mlx, mlx-openai-server or oMLX (see docs/server.md)",
-    "messages": f"{_UNDER_RUN}, such as vllm-mlx or oMLX (see docs/server.md)",
+    "responses": "responses are not kept here, send the whole conversation to /v1/responses",
+    "messages": "send each message to /v1/messages",
     "api": "Ollama's API is another one. Give the program this server's address with /v1 as an "
-    f"OpenAI server, or {_UNDER_RUN} (see docs/server.md)",
+    "OpenAI server",
 }
 
 
@@ -41,15 +45,16 @@ class Api(Service):
 
     def router(self) -> Router:
         """The paths that are served."""
-        posts = (*CHAT_PATHS, "/v1/completions")
-        routes = [Route(path, self.complete, methods=["POST"]) for path in posts]
+        routes = [
+            Route(path, self.complete, methods=["POST"]) for path in (*_COMPLETIONS, *_COUNTS)
+        ]
         routes += [
             Route("/health", self.health),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
             Route("/page/info.json", self.page_info),
         ]
-        routes += [Route(path, refuse_other_api, methods=_METHODS) for path in OTHER_APIS]
+        routes += [Route(path, refuse_other_api, methods=_METHODS) for path in _ELSEWHERE]
         return Router(routes + PAGE_ROUTES, redirect_slashes=False)
 
     async def health(self, request: HttpRequest) -> Response:
@@ -93,15 +98,19 @@ class Api(Service):
         )
 
     async def complete(self, request: HttpRequest) -> Completion:
-        """Answers a chat, or continues texts."""
+        """Answers a chat, continues texts, or counts the tokens of a prompt."""
         address = request.scope["client"][0]
+        path = request.scope["path"]
         is_large = int(request.headers["Content-Length"]) > LARGE_BODY
         async with self.large_bodies.turn(address) if is_large else nullcontext():
             body = await read_body(request)
             fields = await self.parsers.run(address, partial(fields_of, body))
             if self.end is not None:
                 raise self.end
-            completion = Completion(self, fields, request)
+            if path in _COUNTS:
+                completion: Completion = TokenCount(self, _COUNTS[path], fields, request)
+            else:
+                completion = Completion(self, _COMPLETIONS[path], fields, request)
             if self.engine.models.done():
                 await completion.read()
         return completion

@@ -110,15 +110,22 @@ def _param(where: str) -> str:
 
 def _hint_of(hint: Any, value: Any, key: str) -> Any:
     """The type of what a value of a type has under a key; None if it has nothing there."""
+    structs = [kind for kind in _alternatives(hint) if _is_struct(kind)]
+    if key == "type" and any(kind.__struct_config__.tag for kind in structs):
+        return Literal[tuple(kind.__struct_config__.tag for kind in structs)]
     for alternative in _alternatives(hint):
         if key.startswith("["):
             if get_origin(alternative) is list:
                 return get_args(alternative)[0]
-        elif isinstance(alternative, type) and issubclass(alternative, Struct):
+        elif _is_struct(alternative):
             tag = alternative.__struct_config__.tag
             if tag is None or tag == value.get("type"):
                 return get_type_hints(alternative, include_extras=True).get(key)
     return None
+
+
+def _is_struct(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Struct)
 
 
 def _value_of(value: Any, key: str) -> Any:

@@ -132,6 +132,7 @@ def read_jobs(
     flags: Namespace,
     events: Any = None,
     address: str = "",
+    any_model: bool = False,
 ) -> list[Job]:
     """Makes a job for each answer to a request.
 
@@ -145,11 +146,12 @@ def read_jobs(
         flags: The server's options.
         events: What takes the jobs' events; None: a queue for each.
         address: That of the client.
+        any_model: Whether a name that is not served stands for the only model.
 
     Raises:
         ApiError: If a field is wrong; it names the field.
     """
-    request = Request(fields, chat=chat, models=models, flags=flags)
+    request = Request(fields, chat=chat, models=models, flags=flags, any_model=any_model)
     prompts = read_prompts(request)
     grammar = _processor(request, prompts[0].state)
     jobs: list[Job] = []

@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..models.templates import apply_template
-from .api_errors import ApiError
+from .api_errors import TOO_LONG, ApiError
 from .control_tokens import mark_control_tokens
 from .requests import Request
 from .served_models import ServedModel
@@ -98,7 +98,7 @@ def _tokens(
         raise ApiError(
             f"The prompt is longer than this model's {context:,}-token context: shorten it.",
             field,
-            code="context_length_exceeded",
+            code=TOO_LONG,
         )
     return tokens
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
+from .answer_text import stop_machine
 from .api_errors import ApiError, field_error
 from .bodies import check_size, read_json
 from .fields import (
@@ -35,8 +35,8 @@ MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-# Variables of chat templates that are also fields of OpenAI's API.
-TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")
+# Variables of chat templates that are also fields of an API.
+TEMPLATE_FIELDS = ("reasoning_effort", "verbosity", "enable_thinking")
 # Fields that have the defaults of flags, by the flags.
 _OF_FLAGS = {
     "temp": "temperature",
@@ -166,6 +166,7 @@ class ChatFields(Fields, kw_only=True):
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
     verbosity: str | None = None
+    enable_thinking: bool | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -263,6 +264,7 @@ class Request:
         chat: Whether it is a chat. Otherwise it continues texts.
         models: The models that are served, the default first.
         flags: The server's flags, which have the defaults.
+        any_model: Whether a name that is not served stands for the only model.
 
     Attributes:
         fields: Those that have an effect, of chats or of texts.
@@ -280,10 +282,17 @@ class Request:
     """
 
     def __init__(
-        self, body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], flags: Namespace
+        self,
+        body: dict[str, Any],
+        *,
+        chat: bool,
+        models: Sequence[ServedModel],
+        flags: Namespace,
+        any_model: bool = False,
     ):
         self.chat = chat
-        served = find_model(models, body.get("model"))
+        names_any = flags.any_model or (any_model and len(models) == 1)
+        served = find_model(models, body.get("model"), or_first=names_any)
         self.served = served
         fields, self.ignored = read_fields(body, ChatFields if chat else TextFields)
         self.fields = fields
@@ -308,9 +317,7 @@ class Request:
         else:
             self.prompts = _prompts(fields, served)
             stops = [*stops, *(served.middle_ends if fields.suffix else ())]
-        self.stop = TextStateMachine(
-            {"normal": [(text, None) for text in stops]} if stops else None
-        )
+        self.stop = stop_machine(stops)
         self.grammar = _grammar(fields)
         fields.logit_bias = _logit_bias(fields, served)
         self.escape_control_tokens: bool = flags.escape_control_tokens
@@ -348,8 +355,13 @@ def _settle(fields: Any, served: ServedModel, flags: Namespace) -> None:
         )
 
 
-def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
+def find_model(models: Sequence[ServedModel], name: Any, *, or_first: bool = False) -> ServedModel:
     """Returns the served model of that name; the first without a name.
+
+    Args:
+        models: The models, the default first.
+        name: What a client sent.
+        or_first: Whether the first one has any other name too.
 
     Raises:
         ApiError: If no served model has the name.
@@ -357,9 +369,11 @@ def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
     by_name = {known: served for served in models for known in served.names}
-    if not isinstance(name, str) or name not in by_name:
-        raise unknown_model(list(by_name))
-    return by_name[name]
+    if isinstance(name, str) and name in by_name:
+        return by_name[name]
+    if or_first:
+        return models[0]
+    raise unknown_model(list(by_name))
 
 
 def unknown_model(names: Sequence[str]) -> ApiError:

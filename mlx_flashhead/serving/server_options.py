@@ -59,6 +59,12 @@ def _add_models(group: Any) -> None:
         metavar="MODEL",
         help="More models, for requests that name them.",
     )
+    add(
+        "--any-model",
+        action="store_true",
+        help="Let --model answer whatever model a request names (default: only the clients of "
+        "/v1/messages and /v1/responses may name any, if one model is loaded).",
+    )
     add_answering_options(group)
     add(
         "--dense",

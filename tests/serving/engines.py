@@ -33,9 +33,12 @@ def served_model(folder: Path, context=512) -> ServedModel:
     return ServedModel(("tiny",), *mlx_flashhead.load(str(folder)), None, context)
 
 
-def checked(served: ServedModel, body: dict, *, chat: bool = True, arguments=()):
+def checked(
+    served: ServedModel, body: dict, *, chat: bool = True, arguments=(), further=(), **options
+):
     """A request, read."""
-    return Request(body, chat=chat, models=[served], flags=flags(*arguments))
+    models = [served, *further]
+    return Request(body, chat=chat, models=models, flags=flags(*arguments), **options)
 
 
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):

@@ -9,8 +9,13 @@ import pytest
 from tokenizers import decoders
 
 from engines import checked
-from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
-from mlx_flashhead.serving.answer_text import VERY_UNLIKELY, AnswerText, Token, token_logprobs
+from mlx_flashhead.serving.answer_text import (
+    VERY_UNLIKELY,
+    AnswerText,
+    Token,
+    stop_machine,
+    token_logprobs,
+)
 from mlx_flashhead.serving.bodies import read_json, write_json
 from mlx_flashhead.serving.choices import Choice, token_bytes, token_text
 from model_folders import EOS
@@ -37,7 +42,7 @@ def emitted(parts, stop=(), state="normal"):
     tokenizer.tool_call_end = "</call>"
     tokenizer.structural_markers = ()
     tokenizer.response_transitions = {}
-    machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
+    machine = stop_machine(stop)
     text = AnswerText(tokenizer, machine, state)
     tokens = []
     for part in [*parts, None]:
@@ -69,7 +74,9 @@ def test_parts_of_an_answer(parts, stop, expected, ended):
     answer = Token()
     for token in emitted(parts.split(), stop.split()):
         answer.add(token)
-    assert answer == replace(expected, finish_reason="stop" if ended else None)
+    assert (answer.stop_text in stop.split()) == ended
+    end = "stop" if ended else None
+    assert answer == replace(expected, finish_reason=end, stop_text=answer.stop_text)
 
 
 def test_what_is_not_certain_is_held_back():

@@ -154,11 +154,8 @@ CHAT_MISTAKES = {
     "messages[0]": {"it must be a list of 1 to 4,096 objects": [["hello"]]},
     "messages[0].role": {"is missing: it must be a text": [[{"content": "hello"}]]},
     "messages[0].content": {
-        "must be a text": [
-            message(5),
-            message([{"type": "text"}]),
-            message([{"type": "` - at `$.n"}]),
-        ],
+        "must be a text": [message(5), message([{"type": "text"}])],
+        'type is "` - at `$.n": it must be "text"': [message([{"type": "` - at `$.n"}])],
         "this model takes text only": [
             message([{"type": kind}]) for kind in ("image_url", "input_audio", "file", "video_url")
         ],
