@@ -17,15 +17,21 @@ TOOL_TEMPLATE = (
 
 
 def write_chain_model(
-    folder: Path, *chains: list[str], words: tuple[str, ...] = (), endless: bool = False
+    folder: Path,
+    *chains: list[str],
+    words: tuple[str, ...] = (),
+    endless: bool = False,
+    context: int = 512,
 ) -> Path:
     """Writes a llama whose next token depends on the last one alone.
 
     ``chains`` are texts of one token each, in the order in which they follow each other; a text
     occurs in one place. The last one is followed by the end, or by the second if ``endless``. The
-    tokenizer knows single characters and ``words``.
+    tokenizer knows single characters and ``words``, and the model has a ``context`` of so many
+    tokens.
     """
     options = {"tied": False, "hidden_size": 128, "chat_template": TOOL_TEMPLATE}
+    options["further"] = {"max_position_embeddings": context}
     write_model(folder, vocab_size=VOCAB_SIZE + len(words), **options)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(list(words))
