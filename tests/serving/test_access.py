@@ -222,7 +222,8 @@ def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask)
         response, _ = ask("/v1/models", **BEARER, **refused)
         assert response.status == 403 and not allowed(response)
     response, _ = ask("/v1/models", "OPTIONS", Origin="https://chat.example")
-    methods = ["https://chat.example", "GET, POST", "Authorization, Content-Type"]
+    methods = ["https://chat.example", "GET, POST"]
+    methods.append("Authorization, Content-Type, X-Api-Key, Anthropic-Version, Anthropic-Beta")
     assert (response.status, allowed(response)) == (204, methods)
 
 
