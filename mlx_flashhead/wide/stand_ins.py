@@ -31,6 +31,7 @@ WINDOWS: dict[type, tuple[str, ...]] = {
     RotatingKVCache: ("offset", "_idx"),
     BatchRotatingKVCache: ("offset", "_offset", "_idx"),
 }
+ENDING = (*WINDOWS, ChunkedKVCache)  # which do not hold a text of any length
 OF_A_BATCH = (BatchKVCache, BatchRotatingKVCache)  # whose masks are always arrays
 
 
@@ -77,7 +78,7 @@ def fit(caches: Iterable[Any], n_positions: int) -> bool:
     Past the end of a window each position has an array of its own until it has been read.
     """
     n_bytes = 0
-    for cache in parts_of(caches):
+    for cache in caches:
         if type(cache) is ChunkedKVCache and n_held(cache) + n_positions > cache.chunk_size:
             return False  # it forgets its beginning before a step
         if is_past_end(cache, n_positions):

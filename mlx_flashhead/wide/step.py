@@ -22,7 +22,7 @@ from msgspec import Meta
 from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
 from .parts import ModelParts
-from .stand_ins import fit, is_known, is_past_end, parts_of, stand_in, states_in
+from .stand_ins import ENDING, fit, is_known, is_past_end, parts_of, stand_in, states_in
 from .states import Step, run_as
 from .twin import NoWideStepError, twin_of
 
@@ -93,11 +93,12 @@ class WideSteps:
         They are relative to a single step, by their numbers of tokens. Nothing is tried.
         """
         held = self.established.get(kind_of(caches), NOTHING)
+        ending = [cache for cache in parts_of(caches) if type(cache) in ENDING]
         costs = {}
         for n in held.costs:
-            past_end = any(is_past_end(cache, n) for cache in parts_of(caches))
+            past_end = any(is_past_end(cache, n) for cache in ending)
             found = held.costs_past_end if past_end else held.costs
-            if found is not None and n in found and fit(caches, n):
+            if found is not None and n in found and fit(ending, n):
                 costs[n] = found[n]
         return costs
 
@@ -169,6 +170,7 @@ def _kind(cache: Any) -> str:
     if not parts and not is_known(cache):
         return "unknown"
     names = "max_size", "keep", "bits", "group_size", "chunk_size"
-    settings = [f"{name}={getattr(cache, name)}" for name in names if hasattr(cache, name)]
+    held = vars(cache)
+    settings = [f"{name}={held[name]}" for name in names if name in held]
     settings += ["padded"] * (type(cache) is ArraysCache and cache.left_padding is not None)
     return f"{type(cache).__name__}({', '.join([*parts, *settings])})"
