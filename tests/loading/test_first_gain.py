@@ -6,8 +6,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_flashhead import get_flash_head
-from mlx_flashhead.decoding.policy import Tuning
-from mlx_flashhead.loading import tuned
+from mlx_flashhead.decoding import policy, tuning
+from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
 from mlx_flashhead.loading.tuned import fine_gain, first_gain, free_head_gain, install_stored
@@ -53,19 +53,19 @@ def test_a_busy_machine_and_a_finer_head_are_said():
     assert first_gain(model, FAST, finer=True).endswith("It has a finer head of 4 bits.")
 
 
-def test_it_is_one_line_at_the_first_load(monkeypatch):
+def test_it_is_one_line_at_the_first_load(monkeypatch, capsys):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
-    monkeypatch.setattr(tuned, "is_busy", lambda: False)
-
-    def tune(model, rejected):
-        yield
-        return FAST
-
-    monkeypatch.setattr(tuned, "tune", tune)
-    lines = []
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "MAX_PENDING", 4)
+    monkeypatch.setattr(policy, "least_gain", lambda: 0.0)
+    heads = []
     for _ in range(2):
         model = tiny_model()
-        options = HeadOptions()
-        object.__setattr__(options, "say", lines.append)
-        install_stored(model, StoredHead(tiny_index(model, n_probes=4), "here"), options)
-    assert [line for line in lines if line != tuned.MEASURING] == [first_gain(model, FAST)]
+        stored = StoredHead(tiny_index(model, n_probes=4), "here")
+        heads.append(install_stored(model, stored, HeadOptions()))
+    gain = policy_of(heads[0]).tuning.gain
+    said = capsys.readouterr().err.splitlines()
+    found = [line for line in said if "times as fast" in line]
+    assert len(found) == 1
+    assert found[0].startswith(f"FlashHead makes this model {gain:.2f} times as fast here")
+    assert found[0].endswith("the best case: it needs no `fine_head`.")

@@ -198,8 +198,15 @@ def test_mistakes_have_openais_shape(http_server, path, body, status, field, sai
     assert {*error} == {"message", "type", "param", "code"} and said in error["message"]
 
 
-def test_health_says_what_is_used_and_the_log_has_no_prompt(http_server):
-    """Last in this file: after all of the above, the server is as it was."""
+def test_health_says_what_is_used_and_the_log_has_no_prompt(http_server, client):
+    """After an answer, one whose client leaves, and a mistake the server is as it was."""
+    n_lines = len(http_server.log().splitlines())
+    chat(client)
+    with chat(client, stream=True, max_tokens=400) as leaves:
+        next(iter(leaves))
+    assert request(http_server, "/v1/completions", {"prompt": "One day", "n": 0})[0] == 400
     verified = {"mine": "verified", "chain": "verified"}
     assert request(http_server, "/health") == (200, {"status": "ok", "decoding": verified})
+    logged = http_server.lines(3, n_lines)
+    assert len(logged) >= 3
     assert not [word for word in ("One day", "Traceback") if word in http_server.log()]
