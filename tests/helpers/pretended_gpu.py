@@ -8,11 +8,13 @@ and several states others. What MLX's CPU still computes is attention, norms and
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import reduce
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +28,8 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_kernels import mlx_logits
 
 GIB = 1 << 30
+# Modules of mlx-lm that make their kernels when they are imported, where there is Metal.
+KERNEL_MODULES = ("mlx_lm.models.gated_delta", "mlx_lm.models.ssm")
 # States that an M1 or M2 multiplies one by one, by the kernel for a single state.
 ONE_BY_ONE = 5
 
@@ -76,6 +80,7 @@ def pretended_gpu(chip: str = "M4", *, metal: bool = True) -> Iterator[Emulator 
         yield None
         return
     replaced = _replaced_functions(CHIPS[chip])
+    modules = [importlib.import_module(name) for name in KERNEL_MODULES]  # before there is Metal
     emulator = None
     with ExitStack() as stack:
         if metal:
@@ -84,6 +89,9 @@ def pretended_gpu(chip: str = "M4", *, metal: bool = True) -> Iterator[Emulator 
             replaced["quantized_matmul"] = products.quantized_matmul
             replaced["gather_qmm"] = products.gather_qmm
             stack.enter_context(mock.patch.object(mx.metal, "device_info", replaced["device_info"]))
+            for module in modules:
+                for name, kernel in _kernels_of(module).items():
+                    stack.enter_context(mock.patch.object(module, name, kernel))
         for name, function in replaced.items():
             if hasattr(mx, name):  # versions differ
                 stack.enter_context(mock.patch.object(mx, name, function))
@@ -127,6 +135,15 @@ def _replaced_functions(chip: Chip) -> dict[str, Callable[..., Any]]:
         "gather_mm": gather_mm,
         **{name: with_cpu(name) for name in original},
     }
+
+
+def _kernels_of(module: ModuleType) -> dict[str, Any]:
+    """What a module would hold, had it been imported now, and does not: its kernels."""
+    spec = importlib.util.find_spec(module.__name__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    lacking = [name for name, value in vars(module).items() if value is None]
+    return {name: getattr(fresh, name) for name in lacking if getattr(fresh, name) is not None}
 
 
 class _Products:

@@ -61,9 +61,34 @@ def test_a_text_on_a_gpu_without_metal(folder):
     with pretended_gpu(metal=False):
         expected = tokens(mlx_lm, mlx_lm.load(str(folder)))
         model, tokenizer = mlx_lm.load(str(folder))
-        head = install_index(model, tiny_index(model, n_probes=3))
-        assert head.backend == ("metal" if mx.metal.is_available() else "mlx")
+        index = tiny_index(model, n_probes=3)
+        has_metal = mx.metal.is_available()
+        if not has_metal:
+            with pytest.raises(ValueError, match="needs an Apple GPU and this machine has none"):
+                install_index(model, index, backend="metal")
+        head = install_index(model, index)
+        assert head.backend == ("metal" if has_metal else "mlx")
         assert tokens(mlx_flashhead, (model, tokenizer)) == expected
+
+
+@pytest.mark.parametrize("allowed", [512, 1])
+def test_a_gpu_whose_pipelines_allow_fewer_threads(
+    gpu, pair, folder, monkeypatch, kernels, allowed
+):
+    """Kernels run with smaller threadgroups; if these are too large too, MLX's operations do."""
+    if gpu.emulator is None:
+        pytest.skip("the threads of a real GPU's pipelines are what they are")
+    expected = tokens(mlx_lm, pair.plain)
+    model, tokenizer = mlx_lm.load(str(folder))
+    index = tiny_index(model, n_probes=3)
+    monkeypatch.setattr(gpu.emulator, "max_threads", {"flash_head_score": allowed})
+    if allowed == 1:
+        with pytest.raises(ValueError, match="use backend='mlx' or unset"):
+            install_index(model, index, backend="metal")
+    head = install_index(model, index, backend="metal" if allowed > 1 else None)
+    assert head.backend == ("metal" if allowed > 1 else "mlx")
+    assert tokens(mlx_flashhead, (model, tokenizer)) == expected
+    assert ("score" in kernels()) == (allowed > 1)
 
 
 def guessed(lookup, pair, prompt, monkeypatch):
