@@ -77,7 +77,8 @@ def single_steps(model, tokens, caches) -> list[tuple]:
 def wide_steps(model, caches, *, apart) -> WideSteps:
     """Wide steps of a model, without a trial."""
     steps = WideSteps.of(model)
-    steps.established[kind_of(caches)] = Established(dict.fromkeys(range(2, 9), 1.0), apart)
+    costs = dict.fromkeys(range(2, 9), 1.0)
+    steps.established[kind_of(caches)] = Established(costs, apart, costs_past_end=costs)
     return steps
 
 
