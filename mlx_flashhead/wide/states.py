@@ -71,7 +71,7 @@ class StateStandIn:
         self._seen = list(cache.cache)
         self._calls: list[_Call] = []
 
-    def is_written_by(self, call: "_Call") -> None:
+    def keep_if_it_writes(self, call: "_Call") -> None:
         """Keeps a call that has ended if it has written the state, and no call within it has."""
         if self.is_written:
             self._calls.append(call)
@@ -119,8 +119,10 @@ class _Call:
 
     def again(self, n: int, n_positions: int) -> None:
         """Makes the call with the first ``n`` of its positions, for what it writes."""
-        args = (first(value, n, n_positions) for value in self._args)
-        named = {name: first(value, n, n_positions) for name, value in self._named.items()}
+        args = (first_positions(value, n, n_positions) for value in self._args)
+        named = {
+            name: first_positions(value, n, n_positions) for name, value in self._named.items()
+        }
         with run_as(_Again(self, n)):
             self._function(*args, **named)
 
@@ -147,7 +149,7 @@ class Step:
         result = function(*args, **named)
         self._calls.pop()
         for state in states:
-            state.is_written_by(call)
+            state.keep_if_it_writes(call)
         return result
 
     def part(self, part: object, function: Callable[[mx.array], Any], x: mx.array) -> Any:
@@ -218,7 +220,7 @@ def _states_in(given: Iterable[Any]) -> Iterator[ArraysCache]:
             yield from _states_in(value.caches)
 
 
-def first(value: Any, n: int, n_positions: int) -> Any:
+def first_positions(value: Any, n: int, n_positions: int) -> Any:
     """An argument of a layer for the first ``n`` of a step's positions."""
     if isinstance(value, mx.array):
         has_positions = value.ndim > 1 and value.shape[1] == n_positions

@@ -91,8 +91,10 @@ def _widths_and_log(model, caplog):
 def test_a_state_that_is_made_otherwise_turns_wide_steps_off(monkeypatch, caplog):
     """What is right after the whole step is tried after each position of it, too."""
     model = tiny_architecture("lfm2", tied=False)
-    first = states.first
-    monkeypatch.setattr(states, "first", lambda value, n, whole: first(value, max(n, 2), whole))
+    first = states.first_positions
+    monkeypatch.setattr(
+        states, "first_positions", lambda value, n, whole: first(value, max(n, 2), whole)
+    )
     assert _widths_and_log(model, caplog) == ([], caplog.text)
     assert "it differs from single steps" in caplog.text
 
