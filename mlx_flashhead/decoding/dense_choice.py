@@ -4,8 +4,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..head.draws.draw import Draws
 from ..head.draws.noise import Noise
-from ..head.draws.rows import Draws
 from .proposer import Proposer
 from .sampler import SamplerFunction, normalized
 from .sequence import PendingToken, Sequence

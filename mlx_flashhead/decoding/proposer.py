@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.adjustment import Adjustment, ChangedTokens
-from ..head.draws.rows import Draws
+from ..head.draws.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED

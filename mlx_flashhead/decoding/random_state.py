@@ -6,8 +6,8 @@ from struct import pack, unpack
 
 import mlx.core as mx
 
+from ..head.draws.draw import Key
 from ..head.draws.noise import BELOW_ONE
-from ..head.draws.rows import Key
 
 WORD = 0xFFFFFFFF
 AT_ONCE = 16  # numbers that are computed ahead

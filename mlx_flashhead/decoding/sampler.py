@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..head.draws.draw import Draw, Draws
 from ..head.draws.greedy import Greedy
 from ..head.draws.inverse_cdf import InverseCDF
 from ..head.draws.noise import Noise, position_key
-from ..head.draws.rows import Draw, Draws
 from ..head.draws.summed_top_p import SummedTopP
 from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils, sums_from_least
 from .random_state import random_key

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
+from ..head.draws.draw import NO_KEY, Draw, Key
 from ..head.draws.greedy import Greedy
 from ..head.draws.noise import position_key
-from ..head.draws.rows import NO_KEY, Draw, Key
 from ..head.proposal import Proposal
 from .caches import Snapshot
 from .changes import Changes

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draws.rows import Draws
+from ..head.draws.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal

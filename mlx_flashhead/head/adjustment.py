@@ -196,8 +196,8 @@ def adjusted_logits(
     size = clustered.cluster_size
     tokens = _unpacked(adjustment, clustered.vocab_size)
     slots = _slots(tokens.ids, clustered)
-    places = mx.argmax(probes[:, None, :] == (slots // size)[..., None], axis=-1)
-    index = places * size + slots % size
+    is_its = probes[:, None, :] == (slots // size)[..., None]
+    index = mx.argmax(is_its, axis=-1) * size + slots % size
     nothing = mx.zeros((len(logits), 1), logits.dtype)
     flat = mx.concatenate([logits.flatten(1), nothing], axis=1)
     nowhere = flat.shape[1] - 1  # of places that hold no token

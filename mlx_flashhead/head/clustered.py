@@ -150,8 +150,8 @@ class ClusteredRows:
         """
         slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
         if self.by_column:
-            clusters, places = mx.divmod(slots, self.cluster_size)
-            return self.rows.map(lambda array: array[clusters, places])
+            clusters, numbers = mx.divmod(slots, self.cluster_size)
+            return self.rows.map(lambda array: array[clusters, numbers])
         return self.rows.map(
             lambda array: mx.take(array.reshape(-1, *array.shape[2:]), slots, axis=0)
         )
@@ -160,8 +160,10 @@ class ClusteredRows:
         """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
         if not self.by_column or self.rows.quantized:
             return self.token_rows(token_ids).dequantized()
-        clusters, places = mx.divmod(mx.take(self.slot_of, token_ids), self.cluster_size)
-        return self.rows.weight[clusters, places]  # at once: a step on a CPU does it each time
+        slots = mx.take(self.slot_of, token_ids)
+        clusters, numbers = mx.divmod(slots, self.cluster_size)
+        # at once: a step on a CPU does it each time
+        return self.rows.weight[clusters, numbers]
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

@@ -16,8 +16,8 @@ from .backend import METAL, PORTABLE, choose_backend, gpu_is_default, log
 from .chosen_steps import ChosenSteps
 from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
+from .draws.draw import Draws
 from .draws.greedy import best_draws
-from .draws.rows import Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Proposal, ProposalRow

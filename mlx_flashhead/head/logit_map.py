@@ -155,5 +155,6 @@ def _near(number: float) -> list[float]:
     """Numbers that ``number`` may be but for rounding: those of few digits first."""
     short = [float(f"{number:.{digits}g}") for digits in range(1, 8)]
     close = [rounded for rounded in short if abs(rounded / number - 1) < 1e-5]
-    steps = [float(np.float32(number * (1 + i * 2.0**-24))) for i in range(-8, 9)]
-    return list(dict.fromkeys([*close, *steps]))
+    spacing = 2.0**-24
+    around = [float(np.float32(number * (1 + i * spacing))) for i in range(-8, 9)]
+    return list(dict.fromkeys([*close, *around]))

@@ -8,8 +8,8 @@ import mlx.core as mx
 from .adjustment import Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import Version
+from .draws.draw import Draw, Draws
 from .draws.noise import Noise
-from .draws.rows import Draw, Draws
 from .kernel_inputs import (
     MIN_PROBES,
     SHORTEST,

@@ -29,8 +29,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .draws.draw import Draws
 from .draws.noise import Noise
-from .draws.rows import Draws
 from .flash_head import FlashHead
 from .kernel_inputs import SHORTEST
 from .metal_steps import MetalSteps

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from .adjustment import Adjustment
-from .draws.rows import Draw, Draws
+from .draws.draw import Draw, Draws
 from .logit_map import LogitMap
 from .steps import PortableSteps, Risk
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draws.bounds import LOWEST, Bounds, Interval, Scored
-from .draws.rows import Draws
+from .draws.draw import Draws
 from .logit_map import LogitMap
 from .proposal import Proposal, Screen, Tolerance
 
@@ -91,8 +91,9 @@ def _not_scored(
 
 def is_allowed(allowed: mx.array, token_ids: mx.array) -> mx.array:
     """The bits of tokens for each state: words (k, ⌈V/32⌉) uint32, ids (C, n) → bool (k, C, n)."""
-    places = mx.minimum(token_ids // 32, allowed.shape[1] - 1)  # of padded slots
-    words = mx.take(allowed, places, axis=1)
+    # a padded slot has any word
+    index = mx.minimum(token_ids // 32, allowed.shape[1] - 1)
+    words = mx.take(allowed, index, axis=1)
     return (words >> (token_ids % 32)) & 1 != 0
 
 

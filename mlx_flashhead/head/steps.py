@@ -19,7 +19,7 @@ import numpy as np
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_columns, in_token_order
 from .draws.bounds import log_mass
-from .draws.rows import Draw, Draws
+from .draws.draw import Draw, Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
@@ -225,12 +225,15 @@ class PortableSteps:
             nothing = mx.full((len(scores), 1), mx.finfo(mx.float32).min)
             probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), scores.shape)
             return Selection(probes, unscored=Unscored(nothing, nothing))
-        # in the place before the probes is the best of the others
+        # The last one before the probes is the best of the others.
         order = mx.argpartition(scores, kth=n_left - 1, axis=-1)
-        first = 0 if mass else n_left - 1
-        left = mx.take_along_axis(scores, order[:, first:n_left], axis=-1)
-        mass_left = mapped_mass(left, logit_map, self.clustered.cluster_size) if mass else None
-        return Selection(order[:, n_left:], unscored=Unscored(left[:, -1:], mass_left))
+        probes = order[:, n_left:]
+        if not mass:
+            best_left = mx.take_along_axis(scores, order[:, n_left - 1 : n_left], axis=-1)
+            return Selection(probes, unscored=Unscored(best_left, None))
+        left = mx.take_along_axis(scores, order[:, :n_left], axis=-1)
+        mass_left = mapped_mass(left, logit_map, self.clustered.cluster_size)
+        return Selection(probes, unscored=Unscored(left[:, -1:], mass_left))
 
     def score(
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
@@ -238,22 +241,7 @@ class PortableSteps:
         """Logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
         rows = self.clustered.rows
         probes = selection.probes
-        if self._on_cpu and rows.weight.dtype == hidden.dtype == mx.float32:
-            # the state of each product: one array that is there, for the usual single one
-            states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
-            stacked = hidden if len(hidden) == 1 else hidden[:, None]
-            logits = mx.gather_mm(stacked, self._columns, mx.array(states), probes).squeeze(-2)
-        elif rows.scales is not None:
-            stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
-            arrays = (rows.weight, rows.scales, rows.biases)
-            options = {"rhs_indices": probes, "transpose": True, **rows.quantization}
-            logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
-        elif rows.weight.dtype == hidden.dtype and not self._on_cpu:
-            stacked = mx.expand_dims(hidden, (1, 2))
-            logits = mx.gather_mm(stacked, self._columns, rhs_indices=probes).squeeze(-2)
-        else:  # for other floats the CPU build has no gather_mm
-            blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
-            logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
+        logits = self._products(hidden, probes)
         if rows.bias is not None:
             logits = logits + mx.take(rows.bias, probes, axis=0)
         logits = logit_map(logits)
@@ -261,6 +249,39 @@ class PortableSteps:
             padded = self.token_ids(probes) == self.clustered.vocab_size
             logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
         return Candidates(logits)
+
+    def _products(self, hidden: mx.array, probes: mx.array) -> mx.array:
+        """Products of states (R, D) with the rows of their clusters (R, p): (R, p, n)."""
+        rows = self.clustered.rows
+        if self._on_cpu and rows.weight.dtype == hidden.dtype == mx.float32:
+            return self._products_on_cpu(hidden, probes)
+        # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        stacked = mx.expand_dims(hidden, (1, 2))
+        if rows.scales is not None:
+            products = mx.gather_qmm(
+                stacked,
+                rows.weight,
+                rows.scales,
+                rows.biases,
+                rhs_indices=probes,
+                transpose=True,
+                **rows.quantization,
+            )
+            return products.squeeze(-2)
+        if rows.weight.dtype == hidden.dtype and not self._on_cpu:
+            return mx.gather_mm(stacked, self._columns, rhs_indices=probes).squeeze(-2)
+        # For other floats the CPU build has no gather_mm.
+        blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
+        return (blocks @ hidden[:, None, :, None]).squeeze(-1)
+
+    def _products_on_cpu(self, hidden: mx.array, probes: mx.array) -> mx.array:
+        """The same in float32: R states, each taken once for each of its clusters."""
+        n_states = len(hidden)
+        numbers = np.arange(n_states, dtype=np.uint32)[:, None]
+        states = mx.array(np.repeat(numbers, probes.shape[1], axis=1))
+        # one array that is there, for the usual single state
+        stacked = hidden if n_states == 1 else hidden[:, None]
+        return mx.gather_mm(stacked, self._columns, states, probes).squeeze(-2)
 
     def adjust(
         self,
@@ -284,8 +305,9 @@ class PortableSteps:
             logits = adjusted_logits(logits, probes, adjustment, self.clustered)
         if allowed is not None:
             ids = self.token_ids(probes)
-            places = mx.minimum(ids.flatten(1) // 32, allowed.shape[1] - 1)  # of padded slots
-            words = mx.take_along_axis(allowed, places, axis=1).reshape(ids.shape)
+            # a padded slot has any word
+            index = mx.minimum(ids.flatten(1) // 32, allowed.shape[1] - 1)
+            words = mx.take_along_axis(allowed, index, axis=1).reshape(ids.shape)
             may = (words >> (ids % 32)) & 1 != 0
             logits = mx.where(may, logits, mx.finfo(logits.dtype).min)
         return Candidates(logits)
@@ -358,7 +380,8 @@ class PortableSteps:
             return tokens, chance[:, 0]
 
         tokens, risks = draws.by_kind((logits, ids, unscored), choose_of)
-        if masked:  # where all is ruled out, a number may fall in the share of a padded slot
+        if masked:
+            # where all is ruled out, a number may fall in the share of a padded slot
             tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risks
 
@@ -366,12 +389,17 @@ class PortableSteps:
         self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow]
     ) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""
-        places = [(i, row) for i, each in enumerate(proposals) for row in range(len(each.hidden))]
-        parts = zip(*((each.hidden, each.probes, each.logits) for each in proposals), strict=True)
-        joined = tuple(mx.concatenate(list(arrays)) for arrays in parts)
-        if list(rows) == places:
+        joined = (
+            mx.concatenate([each.hidden for each in proposals]),
+            mx.concatenate([each.probes for each in proposals]),
+            mx.concatenate([each.logits for each in proposals]),
+        )
+        every_row = []
+        for number, proposal in enumerate(proposals):
+            every_row += [(number, row) for row in range(len(proposal.hidden))]
+        if list(rows) == every_row:
             return joined
-        order = mx.array([places.index(row) for row in rows], mx.uint32)
+        order = mx.array([every_row.index(row) for row in rows], mx.uint32)
         return tuple(array[order] for array in joined)
 
     def tolerances(

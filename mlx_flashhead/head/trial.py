@@ -12,9 +12,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
+from .draws.draw import Draws
 from .draws.greedy import Greedy
 from .draws.noise import Noise, position_key
-from .draws.rows import Draws
 from .logit_map import LogitMap
 from .metal_steps import MetalSteps, screen_inputs
 from .proposal import Candidates, Proposal, Selection, Tolerance

@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from .clustered import in_token_order
-from .draws.rows import Draws
+from .draws.draw import Draws
 from .logit_map import LogitMap
 from .proposal import Proposal
 from .rounding import Rounding, Stretch, stretched

@@ -28,7 +28,7 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
 from mlx_flashhead.decoding.guessing.draft_model import LATEST
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.head.draws import rows
+from mlx_flashhead.head.draws import draw
 from mlx_flashhead.head.draws.noise import position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import as_float32, to_mlx
@@ -218,9 +218,9 @@ class Draw:
         masks: (n, V) added to the logits, or 0.
     """
 
-    def __init__(self, settings: rows.Draw, seed: int, n_tokens: int, masks):
+    def __init__(self, settings: draw.Draw, seed: int, n_tokens: int, masks):
         keys = [(settings, position_key(seed, i)) for i in range(n_tokens)]
-        self._draws = rows.Draws.of(keys)
+        self._draws = draw.Draws.of(keys)
         self._masks = masks
         self.quick = settings.greedy
 

@@ -43,8 +43,8 @@ from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, percent, show
 from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.noise import position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.loading.drafts import load_draft
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.templates import prompt_of

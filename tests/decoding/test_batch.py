@@ -12,7 +12,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding import batch
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
-from mlx_flashhead.head.draws.rows import Draws
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.models.compat.mlx_lm import StopSequences
 from recorded_calls import recorded_calls
 

@@ -17,8 +17,8 @@ from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps

@@ -7,9 +7,9 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from kernel_cases import kernels, make_clustered, to_numpy
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps

@@ -9,9 +9,9 @@ import pytest
 
 from kernel_cases import kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.proposal import Tolerance

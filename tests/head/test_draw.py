@@ -9,10 +9,10 @@ from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head.draws import filters
 from mlx_flashhead.head.draws.bounds import log_mass
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES, UNSCORED
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
@@ -176,10 +176,10 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
         for n_probes, ties in ((1, False), (7, True), (8, False), (40, False), (40, True)):
             for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
                 drawing = with_keys(rng, SETTINGS[part])
-                case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
+                case = scored(rng, steps, len(drawing.settings), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, drawing)
                 assert tokens.tolist() == expected(steps, *case, drawing.inputs)
-            greedy = steps.choose(*case, best_draws(len(drawing.rows)))[0].tolist()
+            greedy = steps.choose(*case, best_draws(len(drawing.settings)))[0].tolist()
             zeros = mx.zeros_like(drawing.inputs[0])
             assert greedy == expected(steps, *case, (zeros, *drawing.inputs[1:]))
 

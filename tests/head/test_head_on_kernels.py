@@ -11,9 +11,9 @@ import pytest
 from kernel_cases import changed_kernels, kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.matrix import FORMATS, Matrix

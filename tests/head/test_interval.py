@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.draws.bounds import Interval, log_mass
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.filters import cuts, surely_kept, threshold
 from mlx_flashhead.head.draws.noise import Noise
-from mlx_flashhead.head.draws.rows import Draws
 
 SETTINGS = [
     Noise(1.0, top_p=0.9),

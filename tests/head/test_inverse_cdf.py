@@ -11,9 +11,9 @@ from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, unifo
 from mlx_flashhead.decoding.sampler import normalized
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.draws import inverse_cdf
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.proposal import Proposal, Tolerance
@@ -128,7 +128,7 @@ def test_rows_with_filters_and_without_are_as_alone():
             steps.screen(*case[:4], 1e-7).certain.item()
             for case in zip(slots, proposals, draws, tolerances, strict=True)
         ]
-        both = Draws.of([(d.rows[0], tuple(d.keys[0].tolist())) for d in draws])
+        both = Draws.of([(d.settings[0], tuple(d.keys[0].tolist())) for d in draws])
         fields = zip(*proposals, strict=True)
         proposal = Proposal(*map(mx.concatenate, fields))
         tolerance = Tolerance(*map(mx.concatenate, zip(*(t[:2] for t in tolerances), strict=True)))

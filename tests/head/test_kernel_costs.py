@@ -12,9 +12,9 @@ import pytest
 from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
 from mlx_flashhead.head import metal_steps
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.draws.noise import Noise
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps

@@ -11,8 +11,8 @@ import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from kernel_checks import all_steps, check_all, run, small_head
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.noise import Noise
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.metal_steps import MetalSteps
 
 F32 = mx.float32

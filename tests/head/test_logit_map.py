@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, make_clustered, plain_clusters, to_numpy
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap, all_values, fit_logit_map
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps

@@ -10,9 +10,9 @@ import pytest
 
 from kernel_cases import kernels
 from mlx_flashhead.head import dense_kernels
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.plan import METADATA_KEY, READER, export_plan
 from pages import CHECKOUT

@@ -7,9 +7,9 @@ import pytest
 from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import in_token_order
 from mlx_flashhead.head.draws import noise
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, noise_of_all, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.kernels import TALLIED
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
@@ -145,7 +145,7 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
     rng = np.random.default_rng(int(spread * 10))
     bits = None
     allowed = None
-    k = len(DRAWS.rows)
+    k = len(DRAWS.settings)
     with kernels():
         steps = steps_of(rng, path)
         n_tokens = steps.clustered.vocab_size
@@ -254,7 +254,7 @@ def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_siz
             certain = np.array(found.certain)
             operations = np.array(expected.certain)
             assert not (operations & ~certain).any()
-            exact = np.array([draws is None or not s.filters for s in DRAWS.rows[:k]])
+            exact = np.array([draws is None or not s.filters for s in DRAWS.settings[:k]])
             np.testing.assert_array_equal(certain[exact], operations[exact])
             assert certain.any()
 

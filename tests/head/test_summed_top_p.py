@@ -13,8 +13,8 @@ from kernel_cases import plain_clusters
 from mlx_flashhead.decoding.random_state import set_key, split, uniform_bits
 from mlx_flashhead.decoding.sampler import normalized
 from mlx_flashhead.head.draws import summed_top_p
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.draws.summed_top_p import SummedTopP
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.head.steps import PortableSteps

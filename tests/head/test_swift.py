@@ -9,9 +9,9 @@ import pytest
 
 from kernel_cases import kernels
 from mlx_flashhead.head import dense_kernels
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.plan import READER, export_plan
 from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states

@@ -5,9 +5,9 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.head import slot_product
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.draws.rows import Draws
 
 K = 6
 

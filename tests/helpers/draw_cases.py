@@ -5,7 +5,7 @@ import numpy as np
 
 from kernel_cases import to_numpy
 from mlx_flashhead.decoding.random_state import split, uniform_bits
-from mlx_flashhead.head.draws.rows import Draws
+from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 
 N_PROBES = 12

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..margins import MASS_MARGIN
 from .bounds import Interval
-from .rows import Draws
+from .draw import Draws
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
@@ -58,28 +58,35 @@ def _by_mass(
         return [_by_mass_in_halves(logits, limit, log_total) for log_total in log_totals]
     left = mx.sort(logits, axis=-1)
     first = log_totals[0]
-    masses = mx.softmax(left, axis=-1) if first is None else mx.exp(left - first)
-    above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     limits = [limit]
-    if first is not None:
+    if first is None:
+        masses = mx.softmax(left, axis=-1)
+    else:
+        masses = mx.exp(left - first)
         limits += [limit * mx.exp(more - first) for more in log_totals[1:] if more is not None]
+    above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     return [_lowest_within(left, above, each) for each in limits]
 
 
 def _by_mass_in_halves(logits: mx.array, limit: mx.array, log_total: mx.array | None) -> mx.array:
     n_halvings = ((logits.shape[-1] - 1) // SORTED).bit_length()
     left = logits
-    total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
-    if n_more := -logits.shape[-1] % 2**n_halvings:
+    total = log_total
+    if total is None:
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    n_more = -logits.shape[-1] % 2**n_halvings
+    if n_more:
         left = mx.pad(left, [(0, 0), (0, n_more)], constant_values=-mx.inf)
     for _ in range(n_halvings):
-        low, high = mx.split(mx.partition(left, left.shape[-1] // 2, axis=-1), 2, axis=-1)
+        halves = mx.partition(left, left.shape[-1] // 2, axis=-1)
+        low, high = mx.split(halves, 2, axis=-1)
         below_high = limit - mx.exp(high - total).sum(axis=-1, keepdims=True)
         in_low = below_high > 0
         left = mx.where(in_low, low, high)
         limit = mx.where(in_low, below_high, limit)
     left = mx.sort(left, axis=-1)
-    above = mx.cumsum(mx.exp(left - total), axis=-1, reverse=True, inclusive=False)
+    masses = mx.exp(left - total)
+    above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
     return _lowest_within(left, above, limit)
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..margins import IN_16_BITS, merging_distance
 from .bounds import Bounds
-from .rows import NO_KEY, Draw, Draws
+from .draw import NO_KEY, Draw, Draws
 
 NO_TOKEN = 0xFFFFFFFF  # above every id
 

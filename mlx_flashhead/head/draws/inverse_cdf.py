@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..margins import DRAW_SPACINGS, EXP_UNITS, IN_16_BITS, MASS_ROUNDING, SUM_ROUNDING
 from .bounds import Bounds, Interval, log_mass, nearest
+from .draw import Draw, Draws
 from .filters import cuts, surely_kept, surely_left_out, threshold
-from .rows import Draw, Draws
 
 NEAREST = 64  # clusters not scored that are looked at token by token if filters may keep some
 
@@ -37,16 +37,21 @@ class InverseCDF(Draw):
             token_ids = mx.broadcast_to(mx.arange(logits.shape[-1], dtype=mx.uint32), logits.shape)
         kept = logits
         if draws.filters:
-            total = None if others is None else mx.logaddexp(log_mass(logits), others)
-            kept = mx.where(logits >= threshold(logits, draws, total), logits, -mx.inf)
+            total = None
+            if others is not None:
+                total = mx.logaddexp(log_mass(logits), others)
+            cut = threshold(logits, draws, total)
+            kept = mx.where(logits >= cut, logits, -mx.inf)
         best = mx.max(logits, axis=-1, keepdims=True)
         weights = mx.exp((kept - best) * draws.inverse_temperature)
         order = mx.argsort(token_ids, axis=-1)
-        sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
+        in_order = mx.take_along_axis(weights, order, axis=-1)
+        sums = mx.cumsum(in_order, axis=-1)
         total = sums[:, -1:]
         below = (sums <= numbers_of(draws) * total) & (sums < total)
-        place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
-        return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
+        n_below = below.sum(axis=-1, keepdims=True)
+        drawn = mx.take_along_axis(order, n_below, axis=-1)
+        return mx.take_along_axis(token_ids, drawn, axis=-1)[:, 0]
 
     @staticmethod
     def certain(bounds: Bounds, draws: Draws) -> mx.array:

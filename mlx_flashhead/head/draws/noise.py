@@ -16,9 +16,9 @@ import mlx.core as mx
 from ..clustered import ClusteredRows, in_token_order
 from ..margins import MASS_MARGIN, noise_margin
 from .bounds import Bounds, Interval, Near, log_mass, nearest
+from .draw import Draw, Draws, Key
 from .filters import surely_left_out, threshold
 from .greedy import best_token
-from .rows import Draw, Draws, Key
 
 BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 

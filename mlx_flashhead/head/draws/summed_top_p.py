@@ -14,15 +14,15 @@ Source: ``apply_top_p`` in mlx_lm/sample_utils.py of 0.31.3.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from ..margins import FLOAT32, MASS_ROUNDING, SMALLEST_FLOAT16, SMALLEST_FLOAT32
 from .bounds import Bounds, Interval, nearest
+from .draw import Draws
 from .filters import cuts, surely_kept, surely_left_out
 from .inverse_cdf import NEAREST, InverseCDF, Sums, as_mlx_lm_draws, numbers_of
-from .rows import Draws
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class SummedTopP(InverseCDF):
         mass = mx.logaddexp(bounds.scored_mass, bounds.unscored_mass)
         near = nearest(bounds.clustered, bounds.unscored, NEAREST)
         values = scored.all.beside(near.logits)
-        in_float32 = bounds.dtype == mx.float32
-        kept_of = _kept_in_float32 if in_float32 else _kept_in_16_bits
-        top_p = kept_of(bounds, draws, values, near.best_other)
+        if bounds.dtype == mx.float32:
+            top_p = _kept_in_float32(bounds, draws, values, near.best_other)
+        else:
+            top_p = _kept_in_16_bits(bounds, draws, values, near.best_other)
         known = as_mlx_lm_draws(values, mass, bounds.epsilon)
 
         # the other filters see what top-p has left
-        others = Draws(tuple(replace(row, top_p=1.0) for row in draws.rows), draws.inputs)
+        others = _changed(draws, top_p=1.0)
         high_cut, low_cut = cuts(known, others, mass, mass)
         surely = top_p.surely & surely_kept(known.low, known.high, others, high_cut)
         maybe = known.high >= low_cut
@@ -53,8 +54,7 @@ class SummedTopP(InverseCDF):
         if draws.most_top_k:
             # If fewer of the best tokens surely remain, any others may be among the top-k.
             enough = (draws.top_k == 0) | (top_p.n_surely >= draws.top_k)
-            min_p = Draws(tuple(replace(row, top_k=0) for row in others.rows), draws.inputs)
-            _, lowest = cuts(known, min_p, mass, mass)
+            _, lowest = cuts(known, _changed(others, top_k=0), mass, mass)
             maybe = mx.where(enough, maybe, known.high >= lowest)
         maybe &= top_p.maybe
 
@@ -74,6 +74,12 @@ class SummedTopP(InverseCDF):
         if draws.most_top_k:
             by_others &= enough
         return certain & (top_p.drops_others | by_others)
+
+
+def _changed(draws: Draws, **changes: Any) -> Draws:
+    """The draws with some filters taken out, which are not looked at in the arrays then."""
+    settings = tuple(replace(each, **changes) for each in draws.settings)
+    return Draws(settings, draws.inputs)
 
 
 class _Kept(NamedTuple):
@@ -106,8 +112,7 @@ def _kept_in_float32(
         values: The logits of the K tokens that are looked at.
         best_other: (k, 1), the highest that the logit of any other token may be; None: no other is.
     """
-    rows = tuple(replace(row, min_p=0.0, top_k=0) for row in draws.rows)
-    alone = Draws(rows, draws.inputs)
+    alone = _changed(draws, min_p=0.0, top_k=0)
     error = FLOAT32 * bounds.clustered.vocab_size * (1 - draws.top_p) / draws.top_p
     margin = mx.where(error < 0.5, 2 * error, mx.inf)  # of a logarithm
     least, most = _masses(bounds)
@@ -145,15 +150,16 @@ def _kept_in_16_bits(
     low_terms = mx.maximum(mx.exp(low) * (1 - off) - smallest, 0.0).astype(dtype)
     high_terms = (mx.exp(high) * (1 + off) + smallest).astype(dtype)
     # rounded as MLX rounds a number of Python that it compares with
-    left = mx.array([[1 - row.top_p] for row in draws.rows], mx.float32).astype(dtype)
+    left_out = [[1 - each.top_p] for each in draws.settings]
+    left = mx.array(left_out, mx.float32).astype(dtype)
     surely = mx.cumsum(low_terms, axis=-1) > left
     not_kept = mx.cumsum(high_terms, axis=-1) <= left
 
     # Sums need not rise from one place to the next, as a GPU adds blocks: from the one place on all
     # are kept, before the other none. Of equal values each may stand at any of their places.
-    places = mx.arange(n_tokens)
-    n_unsure = mx.max(mx.where(surely, -1, places), axis=-1, keepdims=True) + 1
-    n_left_out = mx.min(mx.where(not_kept, n_tokens, places), axis=-1, keepdims=True)
+    ranks = mx.arange(n_tokens)
+    n_unsure = mx.max(mx.where(surely, -1, ranks), axis=-1, keepdims=True) + 1
+    n_left_out = mx.min(mx.where(not_kept, n_tokens, ranks), axis=-1, keepdims=True)
     last_unsure = mx.take_along_axis(high, mx.maximum(n_unsure - 1, 0), axis=-1)
     last_unsure = mx.where(n_unsure == 0, -mx.inf, last_unsure)
     first_kept = mx.take_along_axis(low, mx.minimum(n_left_out, n_tokens - 1), axis=-1)

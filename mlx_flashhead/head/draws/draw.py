@@ -95,13 +95,13 @@ class Draws:
     """The draws of R rows.
 
     Attributes:
-        rows: The settings of each.
+        settings: The settings of each.
         inputs: Settings and keys as kernels read them, n ≥ R rows, the last one repeated. First
             (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
             log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the keys.
     """
 
-    rows: tuple[Draw, ...]
+    settings: tuple[Draw, ...]
     inputs: tuple[mx.array, mx.array, mx.array]
 
     @classmethod
@@ -111,68 +111,70 @@ class Draws:
         if all(each.greedy for each in settings):
             return _greedy(settings)
         keys = [key for _, key in rows]
-        keys += [keys[-1]] * (SHORTEST - len(rows))
-        return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
+        missing = SHORTEST - len(rows)
+        keys += keys[-1:] * missing
+        inputs = (*_settings_arrays(settings), mx.array(keys, mx.uint32))
+        return cls(settings, inputs)
 
     @cached_property
     def all_greedy(self) -> bool:
         """Whether each row takes the best logit."""
-        return all(row.greedy for row in self.rows)
+        return all(row.greedy for row in self.settings)
 
     @cached_property
     def structure(self) -> tuple[Draw, ...]:
         """The :attr:`Draw.structure` of the rows."""
-        return tuple([row.structure for row in self.rows])
+        return tuple([row.structure for row in self.settings])
 
     @property
     def have_kernels(self) -> bool:
         """Whether kernels do what the kinds of all rows do."""
-        return all(row.kernels for row in self.rows)
+        return all(row.kernels for row in self.settings)
 
     @property
     def inverse_temperature(self) -> mx.array:
         """1 / temperature, (R, 1) float32; 0 takes the best logit."""
-        return self.inputs[0][: len(self.rows), :1]
+        return self.inputs[0][: len(self.settings), :1]
 
     @property
     def top_p(self) -> mx.array:
         """The share of the mass that the likeliest tokens must reach, (R, 1) float32."""
-        return self.inputs[0][: len(self.rows), 1:2]
+        return self.inputs[0][: len(self.settings), 1:2]
 
     @property
     def log_min_p(self) -> mx.array:
         """How far a kept logit may lie below the best one, (R, 1) float32, in nats below 0."""
-        return self.inputs[0][: len(self.rows), 2:]
+        return self.inputs[0][: len(self.settings), 2:]
 
     @property
     def top_k(self) -> mx.array:
         """The number of best tokens that are kept, (R, 1) uint32; 0 keeps all."""
-        return self.inputs[1][: len(self.rows), None]
+        return self.inputs[1][: len(self.settings), None]
 
     @property
     def keys(self) -> mx.array:
         """The keys of the rows, (R, 2) uint32."""
-        return self.inputs[2][: len(self.rows)]
+        return self.inputs[2][: len(self.settings)]
 
     @cached_property
     def filters(self) -> bool:
         """Whether a filter of a row leaves tokens out."""
-        return any(row.filters for row in self.rows)
+        return any(row.filters for row in self.settings)
 
     @cached_property
     def any_top_p(self) -> bool:
         """Whether a row has a top-p."""
-        return any(row.top_p < 1 for row in self.rows)
+        return any(row.top_p < 1 for row in self.settings)
 
     @cached_property
     def any_min_p(self) -> bool:
         """Whether a row has a min-p."""
-        return any(row.min_p > 0 for row in self.rows)
+        return any(row.min_p > 0 for row in self.settings)
 
     @cached_property
     def most_top_k(self) -> int:
         """The largest top-k of a row; 0 without any."""
-        return max(row.top_k for row in self.rows)
+        return max(row.top_k for row in self.settings)
 
     def choose(self, logits: mx.array) -> mx.array:
         """Draws from all tokens: their logits (R, V) → (R,) uint32. Lazy."""
@@ -193,46 +195,56 @@ class Draws:
         Returns:
             The same of all rows.
         """
-        places: dict[tuple[type[Draw], bool], list[int]] = {}
-        for i, row in enumerate(self.rows):
-            places.setdefault((type(row), row.filters), []).append(i)
-        if len(places) == 1:
-            return results_of(type(self.rows[0]), self, arrays)
+        alike: dict[tuple[type[Draw], bool], list[int]] = {}
+        for row, settings in enumerate(self.settings):
+            alike.setdefault((type(settings), settings.filters), []).append(row)
+        if len(alike) == 1:
+            return results_of(type(self.settings[0]), self, arrays)
         results = []
         order: list[int] = []
-        for (kind, _), some in places.items():
-            filled = mx.array(some + some[-1:] * (SHORTEST - len(some)), mx.uint32)
-            inputs = tree_map(partial(_rows_of, rows=filled), self.inputs)
-            draws = Draws(tuple(self.rows[i] for i in some), inputs)
-            taken = tree_map(partial(_rows_of, rows=mx.array(some, mx.uint32)), arrays)
-            results.append(results_of(kind, draws, taken))
-            order += some
-        back = mx.array([order.index(i) for i in range(len(order))], mx.uint32)
-        return cast(
-            Results,
-            tree_map(lambda *parts: mx.take(mx.concatenate(list(parts)), back, axis=0), *results),
-        )
+        for (kind, _), rows in alike.items():
+            taken = tree_map(partial(_rows_of, rows=mx.array(rows, mx.uint32)), arrays)
+            results.append(results_of(kind, self._of_rows(rows), taken))
+            order += rows
+        back = mx.array([order.index(row) for row in range(len(order))], mx.uint32)
+
+        def in_order(*parts: mx.array) -> mx.array:
+            return mx.take(mx.concatenate(list(parts)), back, axis=0)
+
+        return cast(Results, tree_map(in_order, *results))
+
+    def _of_rows(self, rows: list[int]) -> "Draws":
+        """The draws of some rows."""
+        settings = tuple(self.settings[row] for row in rows)
+        missing = SHORTEST - len(rows)
+        filled = mx.array(rows + rows[-1:] * missing, mx.uint32)
+        return Draws(settings, tree_map(partial(_rows_of, rows=filled), self.inputs))
 
 
 def _rows_of(array: Any, rows: mx.array) -> Any:
     """Some rows of an array, and anything else as it is."""
-    return mx.take(array, rows, axis=0) if isinstance(array, mx.array) else array
+    if not isinstance(array, mx.array):
+        return array
+    return mx.take(array, rows, axis=0)
 
 
 @lru_cache(maxsize=256)
-def _greedy(rows: tuple[Draw, ...]) -> Draws:
+def _greedy(settings: tuple[Draw, ...]) -> Draws:
     """The draws of greedy rows. They exist before the next token, so that none makes them."""
-    keys = mx.array([NO_KEY] * max(len(rows), SHORTEST), mx.uint32)
-    return Draws(rows, (*_settings_arrays(rows), keys))
+    n_keys = max(len(settings), SHORTEST)
+    keys = mx.array([NO_KEY] * n_keys, mx.uint32)
+    return Draws(settings, (*_settings_arrays(settings), keys))
 
 
 @lru_cache(maxsize=256)
-def _settings_arrays(rows: tuple[Draw, ...]) -> tuple[mx.array, mx.array]:
+def _settings_arrays(settings: tuple[Draw, ...]) -> tuple[mx.array, mx.array]:
     """Returns the first two arrays of :class:`Draws`. They stay the same for a text."""
-    filled = [*rows, *[rows[-1]] * (SHORTEST - len(rows))]
     floats = []
-    for row in filled:
-        inverse = 1 / row.temperature if row.temperature else 0.0
-        log_min_p = math.log(row.min_p) if row.min_p else NO_MIN_P
-        floats.append([inverse, row.top_p, log_min_p])
-    return mx.array(floats, mx.float32), mx.array([row.top_k for row in filled], mx.uint32)
+    counts = []
+    missing = SHORTEST - len(settings)
+    for each in [*settings, *settings[-1:] * missing]:
+        inverse = 1 / each.temperature if each.temperature else 0.0
+        log_min_p = math.log(each.min_p) if each.min_p else NO_MIN_P
+        floats.append([inverse, each.top_p, log_min_p])
+        counts.append(each.top_k)
+    return mx.array(floats, mx.float32), mx.array(counts, mx.uint32)
