@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .lark import LarkRules, any_of, literal_of, matching, one_of
-from .schemas import LIMITS, Document, is_text, kind_of
+from .schemas import LIMITS, Document, is_text, type_of
 
 _NULL = r"\s*(?i:null)\s*"
 _PARTS = ("array", "object")
@@ -139,7 +139,7 @@ class ListedFormat(CallFormat):
     Each is JSON, but strings may stand as they are, as between tags.
 
     Attributes:
-        opening: What stands before a value, with ``$key``, and ``$kind`` for its type.
+        opening: What stands before a value, with ``$key``, and ``$type`` for its type.
         closing: What stands after it.
         between: What stands between two arguments.
         keys: A regular expression of the names that an argument may have.
@@ -189,7 +189,7 @@ class ListedFormat(CallFormat):
             text = self.key(key)
             value = self.value(part, tool, rules) if text else ""
             if value:
-                words = {"key": text, "kind": self.kind(part, tool)}
+                words = {"key": text, "type": self.type_read(part, tool)}
                 opening = rules.template(self.opening, words)
                 written.append((rules.rule(f"{opening} {value}"), required))
             elif required:
@@ -206,7 +206,7 @@ class ListedFormat(CallFormat):
         """A name as it is written; empty if it cannot be."""
         return name if re.fullmatch(self.keys, name) else ""
 
-    def kind(self, schema: Any, tool: Tool) -> str:
+    def type_read(self, schema: Any, tool: Tool) -> str:
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
         if not self.plain:
             return "object"
@@ -216,12 +216,12 @@ class ListedFormat(CallFormat):
             return "object"
         if others and not self.null_is_none:
             return "object"
-        are_null = all(kind_of(part) == "null" for part in others)
+        are_null = all(type_of(part) == "null" for part in others)
         return "string" if are_null else "object"
 
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
-        if self.kind(schema, tool) != "string":
+        if self.type_read(schema, tool) != "string":
             return f"{rules.json(tool.by_itself(schema))} {rules.template(self.closing)}"
         found = []
         for part in tool.alternatives(schema) or ():
@@ -241,7 +241,7 @@ class ListedFormat(CallFormat):
         if not self.plain:
             return tool.given
         listed, _ = tool.members(tool.root)
-        types = {key: {"type": self.kind(part, tool)} for key, part, _ in listed}
+        types = {key: {"type": self.type_read(part, tool)} for key, part, _ in listed}
         return {"type": "object", "properties": types}
 
 
@@ -282,21 +282,21 @@ class Gemma(ListedFormat):
             raise ValueError("limits beside alternatives cannot be written in this model's format")
         found: list[str] = []
         for part in parts:
-            kind = kind_of(part)
-            if kind in _PARTS and not self.has_parts:
+            part_type = type_of(part)
+            if part_type in _PARTS and not self.has_parts:
                 continue
-            if kind == "any":
+            if part_type == "any":
                 types = [*_SCALARS, *_PARTS] if self.has_parts else list(_SCALARS)
                 found.append(self.value({"type": types}, tool, rules))
             elif is_text(part):
                 texts = plain_text(part, self.quote, rules, never=self.never)
                 found += [f"{rules.expression(self.quote)} {text}" for text in texts]
-            elif kind == "array":
+            elif part_type == "array":
                 found.append(self._array(part, tool, rules))
-            elif kind == "object":
+            elif part_type == "object":
                 found.append(f'"{{" {self.members(part, tool, rules)} "}}"')
             elif not any(isinstance(value, list | dict) for value in part.get("enum", ())):
-                scalar = part if "enum" in part else {"type": kind, **part}
+                scalar = part if "enum" in part else {"type": part_type, **part}
                 found.append(rules.json(scalar))
         return found
 

@@ -45,19 +45,19 @@ class LarkRules:
         rules = [f"{name}: {body}\n" for name, body in self._bodies.items()]
         return "".join([f"start: {start}\n", *rules, _TERMINALS])
 
-    def rule(self, body: str, kind: str = "r", attributes: str = "") -> str:
+    def rule(self, body: str, prefix: str = "r", attributes: str = "") -> str:
         """The name of a rule with this body.
 
         Args:
             body: A Lark expression.
-            kind: "T" for a terminal.
+            prefix: Of its name, "T" for a terminal.
             attributes: Such as "[lazy]": it ends as soon as it matches.
 
         Raises:
             ValueError: If the grammar has become too long.
         """
         if body not in self._names:
-            self._names[body] = f"{kind}{len(self._bodies)}"
+            self._names[body] = f"{prefix}{len(self._bodies)}"
             self._define(self._names[body] + attributes, body)
         return self._names[body]
 

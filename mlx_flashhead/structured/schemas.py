@@ -101,7 +101,7 @@ class Document:
             part = _as_object(left.pop())
             limits = part.keys() & LIMITS
             if isinstance(part.get("type"), list):
-                left += [{**part, "type": kind} for kind in reversed(part["type"])]
+                left += [{**part, "type": each} for each in reversed(part["type"])]
             elif limits == {"$ref"}:
                 left.append(_pointed(self.root, part["$ref"].removeprefix(_ROOT)))
             elif limits in ({"anyOf"}, {"oneOf"}):
@@ -333,17 +333,21 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def kind_of(schema: dict[str, Any]) -> str:
+def type_of(schema: dict[str, Any]) -> str:
     """The type of an alternative: its own, "enum", that of its limits, or "any" without limits."""
     if "enum" in schema:
         return "null" if schema["enum"] == [None] else "enum"
-    implied = [kind for kind, names in _LIMITS_OF.items() if schema.keys() & {*names}]
-    return schema.get("type") or next(iter(implied), "any")
+    if schema.get("type"):
+        return schema["type"]
+    for implied, names in _LIMITS_OF.items():
+        if schema.keys() & {*names}:
+            return implied
+    return "any"
 
 
 def is_text(schema: dict[str, Any]) -> bool:
     """Whether all values of an alternative are strings."""
-    return kind_of(schema) == "string" or isinstance(schema.get("enum", [None])[0], str)
+    return type_of(schema) == "string" or isinstance(schema.get("enum", [None])[0], str)
 
 
 def _enumerations(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -357,9 +361,10 @@ def _enumerations(schema: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f'"enum" with "{min(limits)}" is not supported in this format')
     values = schema.get("enum", [schema.get("const")])
     values = [value for value in values if schema.get("const", value) == value]
-    kind = schema.get("type")
-    kinds = {kind, "integer"} if kind == "number" else {kind}
-    values = [value for value in values if kind is None or _TYPES[type(value)] in kinds]
+    own_type = schema.get("type")
+    if own_type is not None:
+        types = {"number", "integer"} if own_type == "number" else {own_type}
+        values = [value for value in values if _TYPES[type(value)] in types]
     texts = [value for value in values if isinstance(value, str)]
     others = [value for value in values if not isinstance(value, str)]
     return [{"enum": group} for group in (texts, others) if group]

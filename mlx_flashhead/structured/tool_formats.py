@@ -78,7 +78,7 @@ FORMATS: dict[str, CallFormat] = {
         call='<|open|>call tool="$name" index="$number"<|sep|>$arguments<|close|>call<|sep|>',
         names=r"[^\s\"<>&|]+",
         several=True,
-        opening='<|open|>argument key="$key" type="$kind"<|sep|>',
+        opening='<|open|>argument key="$key" type="$type"<|sep|>',
         closing="<|close|>argument<|sep|>",
         keys=r"[^\s\"<>&|]+",
         never=("<|open|>", "<|close|>", "<|sep|>"),
