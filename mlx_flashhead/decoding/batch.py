@@ -5,7 +5,8 @@ padding, and with them the rounding, are mlx-lm's. What stands in the place of i
 ``GenerationBatch`` has the names that 0.31 and 0.32 call there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,9 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
+from ..models.trained_drafter import TrainedDrafter
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
 from .guessing.guesses import check_lookup, guesses_of
+from .guessing.trained import TrainedDrafts
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
@@ -45,6 +48,7 @@ class _Text:
     sequence: Sequence
     prompt: list[int]
     matcher: Any  # finds what ends it
+    drafts: TrainedDrafts | None = None  # which have heard its prompt but for the last token
     decoded_alone: bool = False
 
     @property
@@ -77,6 +81,8 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         sampler: The sampler of texts that give none; None takes the likeliest token.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
         announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
+        drafter: Guesses the tokens of a text that decodes alone.
+        num_draft_tokens: Tokens that it guesses at a time, at most.
         **options: The other keywords are mlx-lm's.
     """
 
@@ -90,6 +96,8 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         sampler: Any = None,
         logprobs: bool = True,
         announce: Callable[[str], Any] | None = None,
+        drafter: TrainedDrafter | None = None,
+        num_draft_tokens: int = 3,
         **options: Any,
     ):
         super().__init__(model, **options)
@@ -97,7 +105,12 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self.logprobs = logprobs
         self._proposer = Proposer(model) if proposer is None else proposer
         self._texts: dict[int, _Text] = {}
+        self._drafter = drafter
+        self._n_drafts = num_draft_tokens
         self._prompt_batch = _Prompts.empty(model, sampler, self.prefill_step_size)
+        if drafter is not None:
+            self._proposer.hear_states()
+            self._prompt_batch.reading = self._hearing
         self._generation_batch = _Texts(self._proposer, self._texts, announce)
 
     def uids(self) -> list[int]:
@@ -178,7 +191,31 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
         if not are_known(cache):
             sequence.end_verified(UNKNOWN_CACHE)
-        return _Text(sequence, prompt, compat.as_stop_sequences(stops).matcher())
+        text = _Text(sequence, prompt, compat.as_stop_sequences(stops).matcher())
+        if self._drafter is not None:
+            text.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
+            if held:
+                text.drafts.hear(held, None)
+        return text
+
+    def take_drafts(self, uid: int, drafts: TrainedDrafts) -> None:
+        """Has a text guessed by drafts that have heard the tokens that its cache holds."""
+        self._texts[uid].drafts = drafts
+
+    @contextmanager
+    def _hearing(self, uids: list[int], tokens: list[list[int]]) -> Iterator[None]:
+        """A block in which parts of prompts are read, one alone or several together.
+
+        Of several the states are not heard, since they are padded.
+        """
+        states: list[mx.array] = []
+        with self._proposer.reading(states):
+            yield
+        whole = mx.concatenate(states, axis=1)[0] if len(uids) == 1 and states else None
+        for uid, own in zip(uids, tokens, strict=True):
+            drafts = self._texts[uid].drafts
+            if drafts is not None and own:
+                drafts.hear(own, whole)
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         """Takes a step, and returns responses of prompts and of texts.
@@ -212,6 +249,19 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
 
 class _Prompts(compat.PromptProcessingBatch):
     """Prompts that are being read, and those of which only the last token is left."""
+
+    # a block in which parts of the prompts with these numbers are read
+    reading: Callable[[list[int], list[list[int]]], AbstractContextManager[None]] | None = None
+
+    def prompt(self, tokens: list[list[int]]) -> None:
+        """Reads the next tokens of each prompt."""
+        with nullcontext() if self.reading is None else self.reading(self.uids, tokens):
+            super().prompt(tokens)
+
+    def _copy(self) -> "_Prompts":
+        copied = cast(_Prompts, cast(Any, super())._copy())
+        copied.reading = self.reading
+        return copied
 
     def generate(self, tokens: list[list[int]]) -> "_Prompts":
         """Has texts begin with the last tokens of their prompts."""
@@ -261,8 +311,14 @@ class _Texts:
 
     def extend(self, prompts: _Prompts) -> None:
         """Adds texts whose prompts have been read."""
-        sequences = [self._texts[uid].sequence for uid in prompts.uids]
-        logits = self._feed(prompts.last, prompts.prompt_cache)[:, -1, :]
+        texts = [self._texts[uid] for uid in prompts.uids]
+        sequences = [text.sequence for text in texts]
+        states: list[mx.array] = []
+        with self._proposer.reading(states):
+            logits = self._feed(prompts.last, prompts.prompt_cache)[:, -1, :]
+        for row, text in enumerate(texts):
+            if text.drafts is not None:
+                self._begin_drafts(text, states[-1][row] if states else None)
         self._decoder.start(sequences, prompts.prompt_cache, logits)
 
     def next(self) -> list[Response]:
@@ -293,11 +349,21 @@ class _Texts:
         for sequence in changed:
             sequence.end_verified()
 
+    def _begin_drafts(self, text: _Text, state: mx.array | None) -> None:
+        """Lets a text be guessed, whose last token has left a state (1, D)."""
+        drafts = cast(TrainedDrafts, text.drafts)
+        drafts.caches = lambda: self._decoder.caches.layers
+        *before, last = text.prompt
+        guesses = guesses_of(self._proposer, before, drafts, has_heard=True)
+        text.sequence.guesses = guesses
+        if guesses is not None:
+            guesses.hear([last], state)
+
     def _guess_for_one_alone(self) -> None:
         """Gives a text that decodes alone what guesses its tokens, once."""
         sequence = self._decoder.sequences[0]
         text = self._texts[sequence.uid]
-        if len(self) == 1 and not text.decoded_alone:
+        if len(self) == 1 and not text.decoded_alone and sequence.guesses is None:
             text.decoded_alone = True
             layers = self._decoder.caches.layers if sequence.n_yielded == 0 else None
             read = [*text.prompt, *sequence.fed]

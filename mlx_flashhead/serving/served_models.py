@@ -25,6 +25,7 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.loading import context_of, load_dense
 from ..models.templates import template_variables
+from ..models.trained_drafter import TrainedDrafter
 from .control_tokens import control_tokens
 from .fill_in_the_middle import END_TOKENS, middle_format
 
@@ -46,6 +47,7 @@ class ServedModel:
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     settings: DecodingSettings = field(default_factory=DecodingSettings)  # of requests
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
+    drafter: TrainedDrafter | None = None  # guesses the tokens of an answer that is decoded alone
 
     def __post_init__(self):
         self.name = self.names[0]
@@ -150,12 +152,13 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
             tokenizer_config=tokenizer_config,
             trust_remote_code=trusted,
         )
-    draft_model = drafting.load(model, folder, choices, trust_remote_code=trusted)
+    drafts = drafting.load(model, folder, choices, trust_remote_code=trusted)
+    drafter = drafts if isinstance(drafts, TrainedDrafter) else None
+    draft_model = drafts if drafter is None else None
     context = args.context_size or context_of(settings, tokenizer)
     if args.kv_bits is not None and args.quantized_kv_start < context:
-        for each in (model, draft_model):
-            if isinstance(each, nn.Module):  # a trained drafter's caches stay as they are
-                check_quantized_cache(each, args.kv_bits, args.kv_group_size)
+        for each in filter(None, (model, draft_model)):
+            check_quantized_cache(each, args.kv_bits, args.kv_group_size)
     later = choices.missing == LATER
     build = background_build(model, tokenizer, folder, choices, BackgroundBuild) if later else None
     return ServedModel(
@@ -172,6 +175,7 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
             lookup=args.lookup,
         ),
         build=build,
+        drafter=drafter,
     )
 
 

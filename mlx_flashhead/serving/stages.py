@@ -6,12 +6,13 @@ with others. What no batch takes, as with a draft model or a quantized cache, is
 
 from argparse import Namespace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
+from ..decoding.guessing.trained import TrainedDrafts
 from ..decoding.loop import verified_steps, with_guesses
 from ..decoding.proposer import Proposer
 from ..models.compat.mlx_lm import (
@@ -55,8 +56,22 @@ class Reading:
             if served.draft_model is not None:
                 cache += make_prompt_cache(served.draft_model)
         self.cache: list[Any] = cache  # of a model's layers, and of its draft model's
+        self.drafts = self._new_drafts()
         if not job.tokens:  # else it has begun before
             job.cached = self.done
+
+    def _new_drafts(self) -> TrainedDrafts | None:
+        """What a trained drafter guesses in the answer; it hears the prompt."""
+        served = self.job.served
+        if served.drafter is None:
+            return None
+        self._proposer = Proposer(served.model, self.job.settings)
+        self._proposer.hear_states()
+        n_drafts = self.job.request.fields.num_draft_tokens
+        drafts = TrainedDrafts(served.drafter, served.model, n_drafts, list)
+        if self.done:
+            drafts.hear(self._all_tokens[: self.done], None)
+        return drafts
 
     @property
     def left(self) -> int:
@@ -102,9 +117,15 @@ class Reading:
         """Runs the models over tokens (1, n), without computing their logits."""
         served = self.job.served
         n_caches = len(make_prompt_cache(served.model))
-        served.model(tokens, cache=self.cache[:n_caches])
-        if served.draft_model is not None:
-            served.draft_model(tokens, cache=self.cache[n_caches:])
+        if self.drafts is not None:
+            states: list[mx.array] = []
+            with self._proposer.reading(states):
+                served.model(tokens, cache=self.cache)
+            self.drafts.hear(cast(list[int], tokens[0].tolist()), states[-1][0] if states else None)
+        else:
+            served.model(tokens, cache=self.cache[:n_caches])
+            if served.draft_model is not None:
+                served.draft_model(tokens, cache=self.cache[n_caches:])
         mx.eval([layer.state for layer in self.cache])
 
 
@@ -135,6 +156,8 @@ class Batch:
             samplers=[job.sampler],
             logits_processors=[job.processors],
         )
+        if reading.drafts is not None:
+            self._generator.take_drafts(uid, reading.drafts)
         self._jobs[uid] = job
 
     @property
@@ -169,7 +192,7 @@ class Single:
         self._tokens = job.all_tokens
         self._n_cached = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
         model = job.served.model
-        draft_model = job.served.draft_model
+        draft_model = job.served.draft_model or job.served.drafter
         proposer = Proposer(model, job.settings)
         loop: Any = partial(
             verified_steps,

@@ -121,7 +121,7 @@ class Guesses:
             tokens: n of them.
             states: (n, D), with what the head was called after each; None if they are not known.
         """
-        for guesser in self._guessers if tokens else ():
+        for guesser in self._guessers:
             guesser.hear(tokens, states if guesser.wants_states else None)
 
     def take_back(self, n: int) -> None:
@@ -216,6 +216,8 @@ def guesses_of(
     guesser: Guesser | None = None,
     quantized_from: int | None = None,
     layers: list[Any] | None = None,
+    *,
+    has_heard: bool = False,
 ) -> Guesses | None:
     """The guesses of a text.
 
@@ -226,6 +228,7 @@ def guesses_of(
         quantized_from: As of :class:`Guesses`.
         layers: Caches as the text has them at its first token. Wide steps are tried with them if
             nobody has: that takes seconds. None: the text has begun, and only what is known counts.
+        has_heard: Whether the guesser has heard these tokens already.
 
     Returns:
         None where steps are single ones throughout.
@@ -251,5 +254,7 @@ def guesses_of(
         always=lookup == "on" or always,
         quantized_from=quantized_from,
     )
-    guesses.hear(read)
+    for each in guessers:
+        if read and not (has_heard and each is guesser):
+            each.hear(read, None)
     return guesses

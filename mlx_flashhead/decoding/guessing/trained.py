@@ -40,7 +40,7 @@ class TrainedDrafts(Guesser):
         drafter: The drafter.
         model: Its target.
         n_drafts: Tokens that it guesses at a time, at most.
-        caches: Gives the target's caches, for a drafter that reads them.
+        caches: Gives the target's caches, for a drafter that reads them. They may be others later.
         layers: The caches of the drafter's layers, from which it goes on; None: new ones.
     """
 
@@ -56,7 +56,7 @@ class TrainedDrafts(Guesser):
     ):
         self.name = drafter.name
         self._n_drafts = min(n_drafts, MAX_WIDTH - 1)
-        self._caches = caches
+        self.caches = caches
         self._drafter = drafter
         self.known = known_of(drafter, model)
         self._shares = Shares(self.known)
@@ -190,7 +190,7 @@ class TrainedDrafts(Guesser):
             self._waiting = []
             self._next = self._n_heard
         drafts = self._in_text.draft(
-            latest.array, self._history[-1], n, place, self._caches(), greedy=text.greedy
+            latest.array, self._history[-1], n, place, self.caches(), greedy=text.greedy
         )
         self._text = None
         return drafts
