@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
+from ..wide.trial import established_costs
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
 from .guessing.guesses import check_lookup, guesses_of
@@ -316,9 +317,10 @@ class _Texts:
         states: list[mx.array] = []
         with self._proposer.reading(states):
             logits = self._feed(prompts.last, prompts.prompt_cache)[:, -1, :]
+        alone = prompts.prompt_cache if len(texts) == 1 and not len(self) else None
         for row, text in enumerate(texts):
             if text.drafts is not None:
-                self._begin_drafts(text, states[-1][row] if states else None)
+                self._begin_drafts(text, states[-1][row] if states else None, alone)
         self._decoder.start(sequences, prompts.prompt_cache, logits)
 
     def next(self) -> list[Response]:
@@ -349,15 +351,24 @@ class _Texts:
         for sequence in changed:
             sequence.end_verified()
 
-    def _begin_drafts(self, text: _Text, state: mx.array | None) -> None:
-        """Lets a text be guessed, whose last token has left a state (1, D)."""
+    def _begin_drafts(self, text: _Text, state: mx.array | None, layers: list[Any] | None) -> None:
+        """Lets a text be guessed at its first token.
+
+        Args:
+            text: The text.
+            state: (1, D), what its prompt's last token has left.
+            layers: Its caches, if it is alone.
+        """
         drafts = cast(TrainedDrafts, text.drafts)
         drafts.caches = lambda: self._decoder.caches.layers
         *before, last = text.prompt
-        guesses = guesses_of(self._proposer, before, drafts, has_heard=True)
+        guesses = guesses_of(self._proposer, before, drafts, layers=layers, has_heard=True)
         text.sequence.guesses = guesses
         if guesses is not None:
             guesses.hear([last], state)
+            if layers is not None:  # which are of another kind once a text was taken back
+                taken_back = [layer.extract(0) for layer in layers]
+                established_costs(guesses.wide, self._decoder.caches.merged([taken_back]))
 
     def _guess_for_one_alone(self) -> None:
         """Gives a text that decodes alone what guesses its tokens, once."""
