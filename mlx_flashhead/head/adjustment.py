@@ -200,7 +200,8 @@ def adjusted_logits(
     index = mx.argmax(is_its, axis=-1) * size + slots % size
     nothing = mx.zeros((len(logits), 1), logits.dtype)
     flat = mx.concatenate([logits.flatten(1), nothing], axis=1)
-    nowhere = flat.shape[1] - 1  # of places that hold no token
+    # Places that hold no token go there.
+    nowhere = flat.shape[1] - 1
     index = mx.where(tokens.ids < clustered.vocab_size, index, nowhere)
     changed = _changed(mx.take_along_axis(flat, index, axis=1), tokens, adjustment.most_occurrences)
     flat = mx.put_along_axis(flat, index, changed, axis=1)
@@ -219,4 +220,5 @@ def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.arr
     for i in range(most_occurrences):
         logits = mx.where(counts >= OCCURS * (i + 1), logits - frequency, logits)
     finite = mx.finfo(dtype)
-    return mx.clip(logits, finite.min, finite.max)  # a bias may be infinite
+    # A bias may be infinite.
+    return mx.clip(logits, finite.min, finite.max)

@@ -48,8 +48,10 @@ class ChosenSteps:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.steps, reason = make_steps(self._clustered, self._requested)
-        mx.eval(self.steps.arrays())  # another thread could not
-        if self.steps.name != PORTABLE:  # else the reason may be a kernel that has failed
+        # Another thread could not evaluate them.
+        mx.eval(self.steps.arrays())
+        # Otherwise the reason may be a kernel that has failed.
+        if self.steps.name != PORTABLE:
             self.reason = reason
 
     def copy(self) -> "ChosenSteps":
@@ -125,7 +127,8 @@ class ChosenSteps:
             found = self.steps.mapped(values, logit_map).astype(mx.float32)
             off = mx.abs(found - expected) > logit_map.slack(dtype) / 4 * mx.abs(expected)
             return not off.any().item()
-        except RuntimeError:  # the kernel does not run on this device
+        # The kernel does not run on this device.
+        except RuntimeError:
             return False
 
 

@@ -99,7 +99,8 @@ class ClusteredRows:
         vocab_size = rows.n_rows
         n_clusters, cluster_size = token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
-        order = np.argsort(flat, kind="stable")  # padded slots come last
+        # Padded slots come last.
+        order = np.argsort(flat, kind="stable")
         expected = np.minimum(np.arange(max(flat.size, vocab_size)), vocab_size)
         is_permutation = np.array_equal(flat[order], expected)
         if not (is_permutation and centroids.fits(n_clusters, rows.hidden_size)):
@@ -175,8 +176,10 @@ def in_columns(weight: mx.array, order: mx.array) -> mx.array:
     """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D)."""
     n_clusters, cluster_size = order.shape
     columns = mx.zeros((n_clusters, weight.shape[1], cluster_size), dtype=weight.dtype)
-    size = -(-n_clusters // PIECES)  # written piece by piece, without a second copy of all rows
+    # Pieces are written one after the other, without a second copy of all rows.
+    size = -(-n_clusters // PIECES)
     for start in range(0, n_clusters, size):
         part = slice(start, start + size)
         columns[part] = mx.take(weight, order[part], axis=0).swapaxes(-1, -2)
-    return mx.contiguous(columns).swapaxes(-1, -2)  # one piece alone would be a view
+    # One piece alone would be a view.
+    return mx.contiguous(columns).swapaxes(-1, -2)

@@ -41,7 +41,8 @@ class _OfThread(threading.local):
     """What each thread has of its own: who makes the logits of calls."""
 
     def __init__(self) -> None:
-        self.project: Projection | None = None  # within a block of `intercepted`
+        # Who makes them within a block of `intercepted`.
+        self.project: Projection | None = None
 
 
 class FlashHead:
@@ -94,11 +95,13 @@ class FlashHead:
         self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
-        self._verified = True  # whether a plain call is the dense head's
+        # Whether a plain call is the dense head's.
+        self._verified = True
         self._draw_temperature: float | None = None
         self._of_thread = _OfThread()
         self._traced = TracedFunctions()
-        self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}  # of these steps, measured
+        # The bounds that were measured of these steps, by dtype and by number of states.
+        self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
         self.gathers_rows = mx.metal.is_available() and (

@@ -140,7 +140,8 @@ class Matrix:
     def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""
         values = self.weight if self.scales is None else self.scales
-        if values.dtype == mx.uint8:  # scales that are powers of two
+        # Such scales are powers of two.
+        if values.dtype == mx.uint8:
             return hidden_dtype
         return mx.result_type(hidden_dtype, values.dtype)
 
@@ -155,7 +156,8 @@ class Matrix:
             columns = self.weight.swapaxes(-1, -2)
             if self.bias is None:
                 return hidden @ columns
-            return mx.addmm(self.bias, hidden, columns)  # as nn.Linear: a CPU rounds it once
+            # That is what nn.Linear does: a CPU rounds it once.
+            return mx.addmm(self.bias, hidden, columns)
         stored = self.weight, self.scales, self.biases
         logits = mx.quantized_matmul(hidden, *stored, transpose=True, **self.quantization)
         return logits if self.bias is None else logits + self.bias

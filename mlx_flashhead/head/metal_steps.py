@@ -69,7 +69,8 @@ class MetalSteps(PortableSteps):
         super().__init__(clustered)
         self.row_threads = row_threads
         self.metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
-        self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
+        # Where kernels do not read the rows, `score` stays plain.
+        self.reads_rows = clustered.rows.format.metal is not None
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._stored_centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._stored_rows = (
@@ -127,7 +128,8 @@ class MetalSteps(PortableSteps):
         """
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
-            depth = NO_DEPTH  # MLX's operations would read the repeated probes
+            # MLX's operations would read the repeated probes.
+            depth = NO_DEPTH
         name = "select"
         more: list[mx.array] = []
         probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
@@ -313,7 +315,8 @@ class MetalSteps(PortableSteps):
         n_states = len(slots)
         n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
         slot_of = self.clustered.slot_of
-        mask = slot_of if allowed is None else long_enough(allowed)  # any array, which is not read
+        # Without a mask it is any array, which is not read.
+        mask = slot_of if allowed is None else long_enough(allowed)
         return self._kernels["screen"](
             [
                 *(slots, proposal.probes, self.clustered.token_ids, slot_of, proposal.logits),

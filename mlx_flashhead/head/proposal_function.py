@@ -88,7 +88,8 @@ class TracedFunctions:
     def of(self, function: ProposalFunction) -> Traced:
         """The traced function of these operations."""
         of_thread = self._of_thread
-        if function == of_thread.latest:  # which takes a fraction of the time that its hash takes
+        # Comparing takes a fraction of the time that its hash takes.
+        if function == of_thread.latest:
             return cast(Traced, of_thread.latest_traced)
         known = of_thread.traced
         if function not in known:
@@ -106,5 +107,6 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.traced: dict[ProposalFunction, Traced] = {}
-        self.latest: ProposalFunction | None = None  # that was used last
+        # The function that was used last.
+        self.latest: ProposalFunction | None = None
         self.latest_traced: Traced | None = None

@@ -114,7 +114,8 @@ def stretched(
     if not any(roundings):
         return scored
     factors = [stretch.factor for stretch in stretches]
-    real = logits > mx.finfo(logits.dtype).min  # neither padded nor ruled out
+    # These are neither padded nor ruled out.
+    real = logits > mx.finfo(logits.dtype).min
     largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
     after = scored * mx.array(factors) + epsilon * mx.array(roundings) * largest
     return mx.where(scored > 0, after, 0.0)
@@ -156,7 +157,8 @@ def measure_rounding(
     sums = None
     if kernel is not None and kernel.added > 1 and product_dtype != mx.float32:
         sums = RoundedSums(product_dtype, kernel.added, rows.group_size, longest_offsets)
-    allowed = mx.zeros((N_STATES, 1))  # known roundings
+    # Known roundings allow so much.
+    allowed = mx.zeros((N_STATES, 1))
     if epsilon > IN_16_BITS:
         allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32)
     if sums is not None:

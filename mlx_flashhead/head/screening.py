@@ -41,7 +41,8 @@ def screen(
     )
     certain = draws.by_kind(bounds, lambda kind, some, bounds: kind.certain(bounds, some)[:, 0])
     largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
-    certain &= largest < mx.inf  # float16 may overflow
+    # Float16 may overflow.
+    certain &= largest < mx.inf
     return Screen(certain, largest, best[:, 0], bounds.unscored_mass[:, 0])
 
 
@@ -125,6 +126,7 @@ def _mapped(others: mx.array, tolerance: Tolerance, logit_map: LogitMap) -> Inte
     mapped = mx.where(others == -mx.inf, LOWEST, mapped)
     share = logit_map.rounding(others.dtype) + logit_map.slack(others.dtype)
     sizes = mx.abs(mapped)
-    if not tolerance.relative:  # the same for all logits of a state
+    # All logits of a state are equally far off then.
+    if not tolerance.relative:
         sizes = mx.max(mx.where(others == -mx.inf, 0.0, sizes), axis=(1, 2), keepdims=True)
     return Interval(mapped, logit_map.slope * off + share * sizes)

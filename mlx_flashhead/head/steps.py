@@ -140,7 +140,8 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
-        self._columns = clustered.rows.weight.swapaxes(-1, -2)  # a view, made once
+        # This view is made once.
+        self._columns = clustered.rows.weight.swapaxes(-1, -2)
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
@@ -324,7 +325,8 @@ class PortableSteps:
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
         tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
         if logits.dtype == mx.float16:
-            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite in float16 too
+            # The tail is finite in float16 too.
+            tail = mx.maximum(tail, mx.finfo(mx.float16).min)
         blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
         blocks = blocks.astype(logits.dtype)
         blocks = mx.put_along_axis(blocks, selection.probes[..., None], logits, axis=1)

@@ -94,7 +94,8 @@ class _Trial:
         self._map = logit_map
         shape = 1, steps.clustered.rows.hidden_size
         self._hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
-        self._in_float32 = self._hidden.astype(mx.float32)  # all sums are, whatever the dtype
+        # All sums are in float32, whatever the dtype.
+        self._in_float32 = self._hidden.astype(mx.float32)
         self._rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
     def kernels(self) -> list[tuple[str, Callable[[], Iterable[Pair]]]]:
@@ -197,7 +198,8 @@ class _Trial:
         once = Selection(probes, unscored=self._selection.unscored)
         found = Candidates(candidates.logits[:, : self._n_probes])
         self._once = once, found
-        lowest = mx.finfo(found.logits.dtype).min  # of padded slots
+        # Padded slots have it.
+        lowest = mx.finfo(found.logits.dtype).min
         if self._kernels.reads_rows:
             # in the dtype that the model's own operations see
             raw = self._plain.score(self._in_float32, once).logits
@@ -233,7 +235,8 @@ class _Trial:
                     mx.zeros(1),
                 )
             n_other += token != expected
-        yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
+        # Rounding may move one token over a limit.
+        yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
 
     def _join(self) -> Iterable[Pair]:
         rows = [(1, 0), (0, 0)]
@@ -274,7 +277,8 @@ class _Trial:
         largest, best = (tallies[..., i].max(axis=1) for i in range(2))
         yield largest, expected.largest, self._rounding
         yield best, expected.best_unscored, self._rounding
-        mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]  # relative to the token's
+        # The mass is relative to the token's.
+        mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]
         yield mass, expected.unscored_mass, self._rounding
 
     def _certain(self) -> Iterable[Pair]:

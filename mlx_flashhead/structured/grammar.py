@@ -172,7 +172,8 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
     given = args.json_schema if is_schema else args.grammar
     if given is None:
         return None
-    is_text = is_schema and given.lstrip().startswith("{")  # else the name of a file
+    # Otherwise it is the name of a file.
+    is_text = is_schema and given.lstrip().startswith("{")
     where = "--json-schema" if is_text else given
     try:
         text = given if is_text else Path(given).expanduser().read_text(encoding="utf-8")

@@ -20,7 +20,8 @@ def work(request: dict[str, Any]) -> list[Any] | None:
     limits = LLParserLimits(**request["limits"])
     for number, grammar in enumerate(request["grammars"]):
         matcher = LLMatcher(TOKENS, grammar, log_level=0, limits=limits)
-        matcher.compute_bitmask()  # parts of it are compiled when the first token's mask needs them
+        # Parts of it are compiled when the first token's mask needs them.
+        matcher.compute_bitmask()
         if matcher.is_error():
             return [number, matcher.get_error()]
         if len(matcher.compute_ff_bytes()) > request["forced"]:

@@ -36,7 +36,8 @@ class LarkRules:
         # Without any it matches nowhere.
         any_name = "|".join(map(re.escape, names)) or "(?!)"
         self._parts = re.compile(f"({any_name})")
-        self._names: dict[Hashable, str] = {}  # of rules, by their bodies or keys
+        # Names of rules, by their bodies or keys.
+        self._names: dict[Hashable, str] = {}
         self._bodies: dict[str, str] = {}
         self._n_characters = 0
 

@@ -109,7 +109,8 @@ class GrammarProcessor(Mask):
     ):
         self.grammar = grammar
         self._vocabulary = vocabulary_of(tokenizer)
-        self._time = MaskTime(seconds_per_mask)  # of the processors for other sequences, too
+        # It counts the processors for other sequences, too.
+        self._time = MaskTime(seconds_per_mask)
         text = text_grammar(self._vocabulary, grammar, calls, required=required, thought=thought)
         kind = "form of calls" if grammar is None else grammar.kind
         self._fresh = checked_matcher(self._vocabulary, text, kind)
@@ -120,7 +121,8 @@ class GrammarProcessor(Mask):
         self.problem: str | None = None
         self._n_prompt: int | None = None
         self._matcher = self._fresh.deep_copy()
-        self._followed: list[int] = []  # the tokens that the matcher has taken
+        # The tokens that the matcher has taken.
+        self._followed: list[int] = []
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence, which shares the time of masks."""
@@ -188,7 +190,8 @@ class GrammarProcessor(Mask):
         text: Any = tokens[self._n_prompt :]
         text = text.tolist() if isinstance(text, mx.array) else list(text)
         if self._matcher.is_error() and text[: len(self._followed)] != self._followed:
-            self._matcher = self._fresh.deep_copy()  # a guess has led it into the error
+            # A guess has led it into the error.
+            self._matcher = self._fresh.deep_copy()
             self._followed = []
         if (problem := self._error()) is not None:
             return problem

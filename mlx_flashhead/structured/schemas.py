@@ -73,9 +73,12 @@ class Document:
         self.given = schema
         self._n_steps = 0
         self.n_characters = 0
-        self._lengths: dict[int, int] = {}  # of values as JSON, by their ids
-        self._divisor = 1  # the least common multiple of all divisors
-        self._within: list[str] = []  # references whose schemas are being put in their places
+        # Lengths of values as JSON, by their ids.
+        self._lengths: dict[int, int] = {}
+        # The least common multiple of all divisors.
+        self._divisor = 1
+        # References whose schemas are being put in their places.
+        self._within: list[str] = []
         self.root: dict[str, Any] = self._prepared(schema)
         self._check_end()
 
@@ -224,11 +227,14 @@ class Document:
         A reference is taken for endless until what it points at is seen to end without it.
         """
         self._n_steps = 0
-        met: list[str] = []  # references, which is longer by those that one of them meets
-        ending: dict[str, bool] = {}  # whether that is known of a reference
+        # References. It becomes longer by those that one of them meets.
+        met: list[str] = []
+        # Whether that is known of a reference.
+        ending: dict[str, bool] = {}
         while not self._ends(self.root, met, ending):
             known = len(met), sum(ending.values())
-            for reference in met:  # forth, to all that they meet
+            # Forth, to all that they meet.
+            for reference in met:
                 ending[reference] = self._ends(self._at(reference), met, ending)
             for reference in reversed(met):
                 ending[reference] = self._ends(self._at(reference), met, ending)
@@ -322,7 +328,8 @@ def _mend(made: dict[str, Any]) -> None:
     required = made.get("required")
     fewest = made.get("minProperties")
     n_known = len(required) if isinstance(required, list) else 0
-    if isinstance(fewest, int) and fewest > n_known + 1:  # llguidance lets a name come twice
+    # llguidance lets a name come twice.
+    if isinstance(fewest, int) and fewest > n_known + 1:
         raise ValueError('"minProperties" of several that are not required is not supported')
 
 

@@ -62,7 +62,8 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
             "fewer, or simplify them."
         )
     _check(read, [json.dumps({"json_schema": tool.schema}) for tool in read])
-    rules = LarkRules(vocabulary.special)  # what is no schema is not taken apart
+    # What is no schema is not taken apart.
+    rules = LarkRules(vocabulary.special)
     section = call_format.section_of(read, rules, several=several)
     whole = _without_tokens(call_format, read, several=several)
     if first_problem(whole) is not None:
@@ -177,7 +178,8 @@ def _text_in_form(
 def _free_text(vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]) -> str:
     """A Lark expression of free text without some marks, in whatever tokens they are written."""
     any_text = rules.rule("/(?s:.*)/", "T")
-    rests: dict[int, list[str]] = {}  # of the marks that begin with a special token
+    # The rests of the marks that begin with a special token.
+    rests: dict[int, list[str]] = {}
     for mark in marks:
         first, *rest = rules.parts(mark)
         if first in rules.special:
@@ -186,7 +188,8 @@ def _free_text(vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]) -
     others = [token for token in vocabulary.other_than_text if token not in marking]
     parts = [f"<[{','.join(map(str, others))}]> {any_text}?"] if others else []
     for token, texts in rests.items():
-        if all(texts):  # such a token may come, if the rest of the mark does not
+        # Such a token may come, if the rest of the mark does not.
+        if all(texts):
             unlike = rules.rule(f"{any_text} & ~/{any_of(texts)}/", "T")
             parts.append(f"<[{token}]> {unlike}?")
     return f"{any_text}? ({one_of(parts)})*" if parts else f"{any_text}?"

@@ -81,7 +81,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
     """
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # within mlx-lm's
+    # It is within mlx-lm's.
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
     ends = {tokenizer.eos_token_id} if inner is tokenizer else tokenizer.eos_token_ids
     return _vocabulary(inner, tuple(sorted(ends)))
 

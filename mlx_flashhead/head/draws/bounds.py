@@ -17,7 +17,8 @@ def log_mass(logits: mx.array) -> mx.array:
     if logits.shape[-1] < MANY_LOGITS or mx.default_device().type != mx.cpu:
         return mx.logsumexp(logits, axis=-1, keepdims=True)
     best = mx.maximum(mx.max(logits, axis=-1, keepdims=True), LOWEST)
-    powers = mx.power(2.0, (logits - best) * math.log2(math.e))  # exp takes three times as long
+    # An exponential takes three times as long.
+    powers = mx.power(2.0, (logits - best) * math.log2(math.e))
     return best + mx.log(powers.sum(axis=-1, keepdims=True))
 
 

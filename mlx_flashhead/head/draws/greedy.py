@@ -41,7 +41,8 @@ class Greedy(Draw):
         best_other = bounds.best_unscored
         if epsilon > IN_16_BITS:
             _, others = bounds.unscored.masses(bounds.unscored_mass)
-        else:  # without a pass over all logits
+        else:
+            # This needs no pass over all logits.
             others = best_other + math.log(bounds.clustered.vocab_size)
         most = mx.logaddexp(bounds.scored_mass, others)
         above_scored = scored.own.low - scored.second.high > merging_distance(
@@ -66,5 +67,6 @@ def best_token(values: mx.array, token_ids: mx.array | None = None) -> mx.array:
     if token_ids is None:
         return mx.argmax(values, axis=-1)
     best = mx.max(values, axis=-1, keepdims=True)
-    highest = (values == best) | mx.isnan(values)  # where one is NaN, no value equals the best
+    # Where one is NaN, no value equals the best.
+    highest = (values == best) | mx.isnan(values)
     return mx.min(mx.where(highest, token_ids, mx.array(NO_TOKEN, mx.uint32)), axis=-1)

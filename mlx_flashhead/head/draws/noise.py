@@ -135,7 +135,8 @@ def _noises(
     if near_ids is None:
         vocab_size = bounds.clustered.vocab_size
         of_near = noise_of_all(draws.keys, vocab_size)
-        known = mx.minimum(known, vocab_size - 1)  # that of a padded slot does not matter
+        # The noise of a padded slot does not matter.
+        known = mx.minimum(known, vocab_size - 1)
         of_known = mx.take_along_axis(of_near, known, axis=-1)
     else:
         every = noise(draws.keys, mx.concatenate([known, near_ids], axis=-1))
@@ -175,7 +176,8 @@ def _random_words(keys: mx.array, pairs: mx.array) -> mx.array:
     The numbers of the pairs (R, K) are added to the first words of the keys (R, 2).
     """
     keys = keys.view(mx.uint64)
-    first = keys.astype(mx.uint32) + pairs  # without a carry
+    # The addition has no carry.
+    first = keys.astype(mx.uint32) + pairs
     of_pairs = keys >> 32 << 32 | first.astype(mx.uint64)
     words = _two_words(of_pairs.view(mx.uint32).reshape(-1, 2))
     return words.reshape(len(keys), -1).view(mx.uint64)
@@ -187,4 +189,5 @@ _two_words = mx.vmap(lambda key: mx.random.split(key, 1))
 def _gumbel(words: mx.array) -> mx.array:
     """Gumbel noise by random words, of the uniform numbers that ``mx.random.uniform`` makes."""
     uniform = mx.minimum(words.astype(mx.float32) * 2.0**-32, BELOW_ONE)
-    return -mx.log(-mx.log(uniform))  # -inf at 0
+    # A uniform number of 0 gives minus infinity.
+    return -mx.log(-mx.log(uniform))

@@ -13,14 +13,15 @@ itself takes one.
 Source: ``apply_top_p`` in mlx_lm/sample_utils.py of 0.31.3.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from ..margins import FLOAT32, MASS_ROUNDING, SMALLEST_FLOAT16, SMALLEST_FLOAT32
 from .bounds import Bounds, Interval, nearest
-from .draw import Draws
+from .draw import Draw, Draws
 from .filters import cuts, surely_kept, surely_left_out
 from .inverse_cdf import NEAREST, InverseCDF, Sums, as_mlx_lm_draws, numbers_of
 
@@ -46,7 +47,7 @@ class SummedTopP(InverseCDF):
         known = as_mlx_lm_draws(values, mass, bounds.epsilon)
 
         # the other filters see what top-p has left
-        others = _changed(draws, top_p=1.0)
+        others = _changed(draws, lambda each: replace(each, top_p=1.0))
         high_cut, low_cut = cuts(known, others, mass, mass)
         surely = top_p.surely & surely_kept(known.low, known.high, others, high_cut)
         maybe = known.high >= low_cut
@@ -54,7 +55,8 @@ class SummedTopP(InverseCDF):
         if draws.most_top_k:
             # If fewer of the best tokens surely remain, any others may be among the top-k.
             enough = (draws.top_k == 0) | (top_p.n_surely >= draws.top_k)
-            _, lowest = cuts(known, _changed(others, top_k=0), mass, mass)
+            min_p = _changed(others, lambda each: replace(each, top_k=0))
+            _, lowest = cuts(known, min_p, mass, mass)
             maybe = mx.where(enough, maybe, known.high >= lowest)
         maybe &= top_p.maybe
 
@@ -76,9 +78,9 @@ class SummedTopP(InverseCDF):
         return certain & (top_p.drops_others | by_others)
 
 
-def _changed(draws: Draws, **changes: Any) -> Draws:
+def _changed(draws: Draws, change: Callable[[Draw], Draw]) -> Draws:
     """The draws with some filters taken out, which are not looked at in the arrays then."""
-    settings = tuple(replace(each, **changes) for each in draws.settings)
+    settings = tuple(change(each) for each in draws.settings)
     return Draws(settings, draws.inputs)
 
 
@@ -112,9 +114,10 @@ def _kept_in_float32(
         values: The logits of the K tokens that are looked at.
         best_other: (k, 1), the highest that the logit of any other token may be; None: no other is.
     """
-    alone = _changed(draws, min_p=0.0, top_k=0)
+    alone = _changed(draws, lambda each: replace(each, min_p=0.0, top_k=0))
     error = FLOAT32 * bounds.clustered.vocab_size * (1 - draws.top_p) / draws.top_p
-    margin = mx.where(error < 0.5, 2 * error, mx.inf)  # of a logarithm
+    # The margin is one of a logarithm.
+    margin = mx.where(error < 0.5, 2 * error, mx.inf)
     least, most = _masses(bounds)
     high_cut, low_cut = cuts(values, alone, least - margin, most + margin)
     surely = surely_kept(values.low, values.high, alone, high_cut)
