@@ -20,6 +20,7 @@ class Progress(NamedTuple):
     added: int
     total: int
     unit: str
+    kept: bool = False  # whether an earlier build has done them
 
 
 Task = Generator[Progress, None, Result]
@@ -39,7 +40,7 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
     shown = ""
     try:
         while True:
-            stage, added, total, unit = next(task)
+            stage, added, total, unit, _ = next(task)
             if stage != shown:
                 bar.total = bar.n  # a stage may end before its total, by its time limit
                 bar.close()

@@ -14,9 +14,11 @@ from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
-from .calibration import builtin_states, read_text, text_states
+from .calibration import READING, builtin_states, read_text, text_states
 from .centroids import fit_centroids, logit_metric
+from .checkpoint import NOT_KEPT, Checkpoint, checksum
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
+from .clusters import STAGE as CLUSTERING
 from .measures import measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import (
@@ -35,7 +37,7 @@ UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement 
 # Passes over all centroids for each dense pass of the clustering, and over all rows for each
 # position, that take as long as clustering, fitting and measuring.
 CLUSTER_PASSES = 0.5
-POSITION_PASSES = 6
+POSITION_PASSES = {"Fitting": 3.6, "Rounding": 0.9, "Measuring": 1.5}
 SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
 
 
@@ -47,6 +49,7 @@ def model_index(
     *,
     original: Matrix | None = None,
     step_seconds: float = math.inf,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[FlashHeadIndex]:
     """Makes the index of a dense model.
 
@@ -59,6 +62,7 @@ def model_index(
         options: How the index is made, and what it is calibrated on.
         original: The rows before they were quantized.
         step_seconds: About how long the model works at once.
+        checkpoint: Keeps what is computed until the index is there.
 
     Returns:
         The index.
@@ -79,6 +83,7 @@ def model_index(
             positions=options.positions,
             seconds=options.calibration_seconds,
             step_seconds=step_seconds,
+            checkpoint=checkpoint,
         )
         if cut_short:
             about["cut_short"] = True
@@ -101,6 +106,7 @@ def model_index(
             calibration=about,
             original=original,
             body_bytes=_body_bytes(model, location),
+            checkpoint=checkpoint,
         )
     )
 
@@ -125,6 +131,7 @@ def build_index(
     calibration: dict[str, Any] | None = None,
     original: Matrix | None = None,
     body_bytes: int = 0,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[FlashHeadIndex]:
     """Builds the index of a head from its rows.
 
@@ -138,6 +145,7 @@ def build_index(
         calibration: What is stored of the calibration.
         original: The rows before they were quantized, with which the report compares them.
         body_bytes: The bytes that a token reads of all other layers.
+        checkpoint: Keeps what is computed until the index is there.
 
     Returns:
         The index.
@@ -155,8 +163,11 @@ def build_index(
         seed=options.seed,
         metric=None if fitted_on is None else logit_metric(fitted_on),
         passes=QUICK_PASSES if options.quick else PASSES,
+        checkpoint=checkpoint,
     )
-    centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=bias)
+    centroids = yield from fit_centroids(
+        weight, token_ids, fitted_on, head_bias=bias, checkpoint=checkpoint
+    )
     n_clusters = len(token_ids)
     n_probes = options.n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     unverified_probes = n_probes
@@ -180,6 +191,8 @@ def build_index(
             as_float32(centroids.tail_offset),
             measured_probes(n_clusters, nbytes, options.n_probes),
             ids_left,
+            checkpoint=checkpoint,
+            source=checksum(token_ids),
         )
         if options.n_probes is None:
             n_probes = choose_verified(measured, nbytes)
@@ -232,20 +245,25 @@ def index_nbytes(rows: Matrix) -> int:
     return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
 
 
-def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
+def expected_seconds(rows: Matrix, options: IndexOptions) -> dict[str, float]:
     """The approximate greatest time of an index: the time limit of the text, and the products.
 
     Args:
         rows: The head's rows (V, D).
         options: How the index is made.
+
+    Returns:
+        The time of each stage, by its name, in their order.
     """
     matrix = np.ones((SPEED_SAMPLE, SPEED_SAMPLE), dtype=np.float32)
     seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     n_clusters = -(-rows.n_rows // options.cluster_size)
-    passes = CLUSTER_PASSES * (QUICK_PASSES if options.quick else PASSES) * n_clusters
-    reading = 0.0
-    if options.source != NO_CALIBRATION:
-        passes += POSITION_PASSES * options.positions
-        reading = options.calibration_seconds
-    products = rows.n_rows * rows.hidden_size * passes / SPEED_SAMPLE**3
-    return reading + products * seconds_of_sample
+    seconds_of_pass = rows.n_rows * rows.hidden_size / SPEED_SAMPLE**3 * seconds_of_sample
+    n_passes = QUICK_PASSES if options.quick else PASSES
+    clustering = CLUSTER_PASSES * n_passes * n_clusters * seconds_of_pass
+    if options.source == NO_CALIBRATION:
+        return {CLUSTERING: clustering}
+    seconds = {READING: options.calibration_seconds, CLUSTERING: clustering}
+    for stage, passes in POSITION_PASSES.items():
+        seconds[stage] = passes * options.positions * seconds_of_pass
+    return seconds

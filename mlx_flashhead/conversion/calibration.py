@@ -4,7 +4,9 @@ They are states of built-in text, or of a user's text.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,7 +21,9 @@ from ..models.locate import HeadLocation, recorded_hidden
 from ..models.vlm import forward, is_vlm
 from . import Progress, Task
 from .builtin_text import CONTEXT, beginning_of_text, builtin_windows, windows_of
+from .checkpoint import NOT_KEPT, Checkpoint
 
+READING = "Reading built-in text"
 TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 MIN_STEP = 16  # tokens, however long they take
@@ -72,6 +76,7 @@ def builtin_states(
     positions: int,
     seconds: float = math.inf,
     step_seconds: float = math.inf,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[tuple[np.ndarray, np.ndarray, bool]]:
     """Reads hidden states of built-in text of many kinds.
 
@@ -82,6 +87,7 @@ def builtin_states(
         positions: The most states to read.
         seconds: The time limit of the model's work.
         step_seconds: About how long the model works at once.
+        checkpoint: Keeps the states.
 
     Returns:
         Hidden states (N, D) float32, the tokens after them (N,) int64, and whether the time limit
@@ -93,9 +99,10 @@ def builtin_states(
         model,
         location,
         [beginning + window for window in windows],
-        "Reading built-in text",
+        READING,
         seconds=seconds,
         step_seconds=step_seconds,
+        checkpoint=checkpoint,
     )
     kept = [pair for pair in zip(read, windows, strict=True) if len(pair[0])]
     states = [window_states[len(beginning) + CONTEXT :] for window_states, _ in kept]
@@ -111,6 +118,7 @@ def read_windows(
     *,
     seconds: float = math.inf,
     step_seconds: float = math.inf,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[list[np.ndarray]]:
     """Reads the hidden states of windows, several windows at once.
 
@@ -122,6 +130,7 @@ def read_windows(
         seconds: The time of the model's work after which no more windows are read.
         step_seconds: About how long the model works at once: less than a window if need be, but
             for models of mlx-vlm.
+        checkpoint: Keeps the states.
 
     Returns:
         For each window its states (n - 1, D) float32, or (0, 0) if it was not read.
@@ -129,10 +138,19 @@ def read_windows(
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
     total = sum(len(tokens) for tokens in inputs)
-    spent = 0.0
+    waiting = list(range(len(windows)))
+    text = zlib.crc32(repr(inputs).encode())
+    kept = checkpoint.read("states", text)
+    spent = float(kept.get("spent", 0.0))
+    n_kept = len(kept.get("states", ()))
+    if n_kept:
+        starts = np.cumsum([0, *map(len, inputs)])
+        waiting = [i for i in waiting if starts[i + 1] > n_kept]
+        for i in range(len(windows) - len(waiting)):
+            states[i] = kept["states"][starts[i] : starts[i + 1]]
+        yield Progress(stage, n_kept, total, "token", kept=True)
     n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
     longest = max(map(len, inputs), default=1)
-    waiting = list(range(len(windows)))
     while waiting and (not spent or spent < seconds):
         n_windows = max(1, int(n_together // longest))
         batch = waiting[:n_windows]
@@ -158,7 +176,14 @@ def read_windows(
             yield Progress(stage, sum(len(inputs[i][part]) for i in batch), total, "token")
         for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = window_states[: len(inputs[i])]
+        n_read = len(windows) - len(waiting)
+        checkpoint.offer("states", text, partial(_kept_states, states[:n_read], spent))
     return states
+
+
+def _kept_states(states: list[np.ndarray], spent: float) -> dict[str, np.ndarray]:
+    """What is kept of the windows that were read, and the time that they took."""
+    return {"states": np.concatenate(states), "spent": np.array(spent)}
 
 
 def read_text(path: str | Path) -> str:

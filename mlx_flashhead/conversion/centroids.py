@@ -8,12 +8,15 @@ variance s2_c over the states, gives the bias:
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
 """
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 
 from ..head.clustered import Centroids
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
 from . import Progress, Task
+from .checkpoint import NOT_KEPT, Checkpoint, checksum
 
 # at once, which bounds memory
 BLOCK_CLUSTERS = 64
@@ -70,6 +73,7 @@ def fit_centroids(
     *,
     head_bias: Array | mx.array | None = None,
     group_size: int = DEFAULT_GROUP,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[Centroids]:
     """Fits the centroids of clusters, rounded to 4 bits with float16 scales.
 
@@ -84,6 +88,7 @@ def fit_centroids(
         head_bias: The head's bias (V,), if it has one.
         group_size: Columns that share a scale, else 32. If neither divides D the centroids stay
             floats.
+        checkpoint: Keeps the residuals.
 
     Returns:
         The centroids, their bias and their tail offset.
@@ -99,7 +104,7 @@ def fit_centroids(
 
     state_mean, state_variance = covariance(states)
     residual_mean, residual_variance, cross = yield from _fit_residuals(
-        rows, token_ids, means, states, state_mean, head_bias
+        rows, token_ids, means, states, state_mean, head_bias, checkpoint
     )
     # max: equal states have no variance, and the means stay
     penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
@@ -139,6 +144,7 @@ def _fit_residuals(
     states: Array,
     state_mean: Array,
     head_bias: Array,
+    checkpoint: Checkpoint,
 ) -> Task[tuple[Array, Array, Array]]:
     """The residuals r_c = logsumexp_c - h · mean_c of the means (C, D) over the states h (N, D).
 
@@ -153,7 +159,15 @@ def _fit_residuals(
     squares = np.zeros(n_clusters)
     cross = np.zeros((n_clusters, hidden_size))
     slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
-    for start in range(0, n_clusters, BLOCK_CLUSTERS):
+    source = checksum(token_ids, states)
+    kept = checkpoint.read("residuals", source)
+    n_kept = len(kept.get("total", ()))
+    if n_kept:
+        total[:n_kept] = kept["total"]
+        squares[:n_kept] = kept["squares"]
+        cross[:n_kept] = kept["cross"]
+        yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
+    for start in range(n_kept, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
         slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
         columns = rows[np.minimum(slots, vocab_size - 1)].reshape(-1, hidden_size).T
@@ -166,6 +180,9 @@ def _fit_residuals(
             squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
             cross[part] += residuals.T @ centred_block
             yield Progress("Fitting", 0, n_clusters, "cluster")
+        done = slice(min(start + BLOCK_CLUSTERS, n_clusters))
+        arrays = {"total": total[done], "squares": squares[done], "cross": cross[done]}
+        checkpoint.offer("residuals", source, partial(dict, arrays))
         yield Progress("Fitting", slots.shape[1], n_clusters, "cluster")
     mean = total / len(states)
     variance = squares / len(states) - np.square(mean)

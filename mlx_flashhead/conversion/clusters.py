@@ -5,12 +5,14 @@ and a fill with hard capacities places every row.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from . import Progress, Task
+from .checkpoint import NOT_KEPT, Arrays, Checkpoint, checksum
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
@@ -40,6 +42,7 @@ def cluster_rows(
     seed: int = 0,
     metric: Array | None = None,
     passes: int = PASSES,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> Task[Array]:
     """Groups the rows of a head into clusters of equal size.
 
@@ -55,6 +58,7 @@ def cluster_rows(
         metric: A matrix (D, d) float32 that multiplies the rows first; None: only their directions
             count.
         passes: Dense passes over all rows.
+        checkpoint: Keeps the passes.
 
     Returns:
         Token ids (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 once,
@@ -78,7 +82,11 @@ def cluster_rows(
             points[block] = points[others[block]]
         capacity = np.full(n_clusters, len(others) // n_clusters)
         capacity[: len(others) % n_clusters] += 1
-        members = yield from _balanced_kmeans(points[: len(others)], capacity, passes, rng, total)
+        source = 0 if metric is None else checksum(metric)
+        kept = _KeptPasses(checkpoint, source)
+        members = yield from _balanced_kmeans(
+            points[: len(others)], capacity, passes, rng, total, kept
+        )
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
@@ -144,8 +152,34 @@ def _near(points: Array, centres: Array) -> Array:
     return points @ centres.T >= 0.5 * (norms[:, None] + (1 - DUPLICATE_DISTANCE) * centre_norms)
 
 
+@dataclass
+class _KeptPasses:
+    """What is kept of the passes: how the latest whole one ended, and the shortlists of the next."""
+
+    checkpoint: Checkpoint
+    source: int
+
+    def __post_init__(self) -> None:
+        self.before = self.checkpoint.read("clusters", self.source)
+        self.ended: Arrays = {}
+
+    def offer(self, iteration: int, ids: Array, scores: Array, n_listed: int) -> None:
+        """Keeps shortlists (R, L) of the first rows of a pass."""
+
+        def arrays() -> Arrays:
+            lists = {"ids": ids[:n_listed].astype(np.int32), "scores": scores[:n_listed]}
+            return {"iteration": np.array(iteration), **self.ended, **lists}
+
+        self.checkpoint.offer("clusters", self.source, arrays)
+
+
 def _balanced_kmeans(
-    points: Array, capacity: Array, passes: int, rng: np.random.Generator, total: int
+    points: Array,
+    capacity: Array,
+    passes: int,
+    rng: np.random.Generator,
+    total: int,
+    kept: _KeptPasses,
 ) -> Task[list[Array]]:
     """Fills clusters of the ``capacity`` (C,), which descends.
 
@@ -157,9 +191,15 @@ def _balanced_kmeans(
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     every = np.arange(n_points)
-    for iteration in range(passes):
+    first_pass = int(kept.before.get("iteration", 0))
+    if first_pass:
+        members = _members(kept.before["order"], capacity)
+        prices = kept.before["prices"]
+        kept.ended = {"order": kept.before["order"], "prices": prices.copy()}
+        yield Progress(STAGE, first_pass * n_points, total, "row", kept=True)
+    for iteration in range(first_pass, passes):
         centroids = _centroids(points, members)
-        ids, scores = yield from _shortlists(points, every, centroids, total)
+        ids, scores = yield from _shortlists(points, every, centroids, total, kept, iteration)
         # prices move until demand for each centroid meets its capacity
         step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
         for _ in range(LATER_PRICE_STEPS if iteration else FIRST_PRICE_STEPS):
@@ -180,9 +220,16 @@ def _balanced_kmeans(
                 listed, scores = yield from _shortlists(points, waiting, centroids[opened], total)
                 ids = opened[listed]
         order = np.argsort(assigned, kind="stable")
-        first = np.cumsum(capacity) - capacity
-        members = [order[first[capacity > j] + j] for j in range(capacity[0])]
+        members = _members(order, capacity)
+        kept.ended = {"order": order, "prices": prices.copy()}
+        kept.offer(iteration + 1, ids[:0], scores[:0], 0)
     return members
+
+
+def _members(order: Array, capacity: Array) -> list[Array]:
+    """The j-th members of the clusters, for each j, of points in the order of their clusters."""
+    first = np.cumsum(capacity) - capacity
+    return [order[first[capacity > j] + j] for j in range(capacity[0])]
 
 
 def _centroids(points: Array, members: list[Array]) -> Array:
@@ -196,12 +243,17 @@ def _centroids(points: Array, members: list[Array]) -> Array:
 
 
 def _shortlists(
-    points: Array, rows: Array, centroids: Array, total: int
+    points: Array,
+    rows: Array,
+    centroids: Array,
+    total: int,
+    kept: _KeptPasses | None = None,
+    iteration: int = 0,
 ) -> Task[tuple[Array, Array]]:
     """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
     They are the best ones of buckets, found in rounds of pairs, which take less time than the
-    product with all centroids.
+    product with all centroids. With ``kept`` those of a pass are kept, and taken up again.
     """
     library: Any = mx if mx.default_device().type == mx.gpu else np  # a GPU is faster
     n_clusters = len(centroids)
@@ -215,7 +267,15 @@ def _shortlists(
     ids = np.empty((len(rows), length), dtype=np.int64)
     scores = np.empty((len(rows), length), dtype=np.float32)
     size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
+    n_kept = 0
+    if kept is not None and kept.before.get("iteration") == iteration:
+        n_kept = len(kept.before["ids"])
+        ids[:n_kept] = kept.before["ids"]
+        scores[:n_kept] = kept.before["scores"]
+        yield Progress(STAGE, n_kept, total, "row", kept=True)
     for block in _slices(len(rows), size):
+        if block.stop <= n_kept:
+            continue
         best = library.array(points[rows[block]]) @ columns
         if padding:
             best[:, n_clusters:] = -np.inf
@@ -231,6 +291,8 @@ def _shortlists(
             winners = winners + lost * (products.shape[1] // 2)
         ids[block] = np.asarray(winners)
         scores[block] = np.asarray(best)
+        if kept is not None:
+            kept.offer(iteration, ids, scores, block.stop)
         yield Progress(STAGE, len(best), total, "row")
     return ids, scores
 

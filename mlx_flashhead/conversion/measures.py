@@ -11,12 +11,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..head.steps import MARGIN_SHARE
 from . import Progress, Task
+from .checkpoint import NOT_KEPT, Checkpoint, checksum
 
 # at once, which bounds memory and the time of a part
 CHUNK_STATES = 32
@@ -66,6 +68,9 @@ def measure_positions(
     tail_offset: Array,
     probe_counts: Sequence[int],
     next_ids: Array,
+    *,
+    checkpoint: Checkpoint = NOT_KEPT,
+    source: int = 0,
 ) -> Task[PositionMeasures]:
     """Measures a way to choose clusters, for several numbers of probes, at each state.
 
@@ -77,6 +82,8 @@ def measure_positions(
         tail_offset: Makes a cluster's score the logit of one of its tokens (C,).
         probe_counts: Numbers of probes, each 1 … C.
         next_ids: The true next tokens (N,).
+        checkpoint: Keeps the measures.
+        source: A checksum of the choice that is measured.
 
     Returns:
         The measures at each state.
@@ -88,7 +95,14 @@ def measure_positions(
     probes = np.array(probe_counts)
     values = np.empty((len(probes), 7, len(states)), np.float32)
     dense_nll = np.empty(len(states))
-    for start in range(0, len(states), size):
+    source = checksum(np.array(source), probes, states)
+    kept = checkpoint.read("measures", source)
+    n_kept = len(kept.get("nll", ()))
+    if n_kept:
+        values[:, :, :n_kept] = kept["values"]
+        dense_nll[:n_kept] = kept["nll"]
+        yield Progress("Measuring", n_kept, len(states), "position", kept=True)
+    for start in range(n_kept, len(states), size):
         part = slice(start, start + size)
         logits = dense_logits(states[part])
         scores = cluster_scores(states[part])
@@ -96,6 +110,8 @@ def measure_positions(
             logits, scores, next_ids[part], token_ids, cluster_of, tail_offset, probes
         )
         values[:, :, part] = measured.transpose(2, 0, 1)
+        arrays = {"values": values[:, :, : part.stop], "nll": dense_nll[: part.stop]}
+        checkpoint.offer("measures", source, partial(dict, arrays))
         yield Progress("Measuring", len(logits), len(states), "position")
     return PositionMeasures(probe_counts, values, float(np.exp(dense_nll.mean())))
 
