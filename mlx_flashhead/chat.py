@@ -1,6 +1,7 @@
 """Chats with a model and its FlashHead: the flags of ``mlx_lm.chat`` and some more."""
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from .common import flags
@@ -52,7 +53,7 @@ def main() -> None:
     from .chatting.conversation import FILES, Conversation, last_conversation
     from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
-    from .loading.background import IdleBuild, background_build
+    from .loading.background import build_beside
     from .loading.drafts import DraftOptions
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
@@ -64,6 +65,9 @@ def main() -> None:
     drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
     drafting.check(args.model)
     folder = resolve(args.model)
+    terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
+    if terminal.interactive:
+        terminal.say(f"Loading {args.model} …")
     model, tokenizer, _ = load_with_head(
         folder,
         choices,
@@ -84,15 +88,17 @@ def main() -> None:
     )
     if resumed:
         conversation.replace(resumed)
-    terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
-    later = choices.missing == LATER
-    idle = background_build(model, tokenizer, folder, choices, IdleBuild) if later else None
+    lines: list[str] = []
+    build = None
+    if choices.missing == LATER:
+        build = build_beside(model, tokenizer, folder, replace(choices, tell=lines.append))
     try:
         with ctrl_c_raises():
-            ChatSession(conversation, terminal, args, _answer_options(args, tokenizer), idle).run()
+            options = _answer_options(args, tokenizer)
+            ChatSession(conversation, terminal, args, options, build, lines).run()
     finally:
-        if idle:
-            idle.close()
+        if build is not None:
+            build.leave()  # which keeps what it has computed
 
 
 def _answer_options(args: Namespace, tokenizer: Any) -> dict[str, Any]:

@@ -413,18 +413,18 @@ def _answer(
 
 def _build(loaded: _Loaded, options: Any) -> None:
     """Builds the FlashHead for next time."""
-    from .loading.background import build_now
+    from .loading.background import LEFT, PREPARING, build_now
     from .models.errors import UnsupportedHeadError
 
     sys.stdout.flush()
-    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+    options.say(PREPARING)
     try:
         with ctrl_c_raises():
             build_now(loaded.model, loaded.tokenizer, loaded.folder, options)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
     except KeyboardInterrupt:
-        options.say("Skipped. The next answer tries again.")
+        options.say(LEFT)
 
 
 if __name__ == "__main__":

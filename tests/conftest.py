@@ -40,7 +40,7 @@ from filelock import FileLock
 import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub
-from mlx_flashhead.loading import background
+from mlx_flashhead.loading import building
 from model_folders import write_model
 
 
@@ -136,8 +136,8 @@ def flash_head_home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def quick(monkeypatch):
     """The build of a FlashHead takes a second."""
-    options = partial(background.IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(background, "IndexOptions", options)
+    options = partial(building.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(building, "IndexOptions", options)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A conversation at the terminal: the user types messages and commands."""
 
 from argparse import ArgumentTypeError, Namespace
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import mlx.core as mx
 from ..common.arguments import whole_number
 from ..common.command import sentence
 from ..common.tables import count
-from ..common.terminal import QUOTES, Terminal, stop_key
+from ..common.terminal import QUOTES, Terminal, bar_of, stop_key
 from ..decoding.policy import decoding_mode, policy_of
-from ..loading.background import IdleBuild
+from ..loading.background import LEFT, Build, time_left
 from ..loading.tuned import speed_text
 from ..models.install import get_flash_head
 from .conversation import (
@@ -58,17 +59,23 @@ class ChatSession:
     terminal: Terminal
     args: Namespace
     options: dict[str, Any]  # keywords of each answer
-    idle: IdleBuild | None = None  # a FlashHead that is built while the user types and reads
+    build: Build | None = None  # of a FlashHead, while the user types and reads
+    lines: list[str] = field(default_factory=list)  # which the build says, before the next text
 
     def __post_init__(self):
         self.stores = self.args.resume or self.terminal.interactive
         self.head = get_flash_head(self.conversation.model)
         self.dense = self.args.dense
+        self._works = False  # for a text, which has the machine to itself
+        if self.build is not None:
+            self.build.gate = lambda: not self._works
+        self.terminal.status = self._status
 
     def run(self) -> None:
         """Until the end of the input or /exit."""
         say = self.terminal.say
         interactive = self.terminal.interactive
+        self._say_lines()
         if interactive:
             say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
         if self.args.resume:
@@ -84,16 +91,15 @@ class ChatSession:
                 if not interactive:
                     raise
                 say("\n/exit or Ctrl-D leaves.")
+        if self.build is not None and self.build.stored is None and self.build.under_way:
+            say(LEFT)
 
     def _take_turn(self) -> bool:
         """Reads a text and answers it, or runs the command in it; False at /exit."""
         command, rest = _command(self.terminal.read())
         if command == "/exit":
             return False
-        model = self.conversation.model
-        with self.idle.paused(model) if self.idle else nullcontext():  # the machine to itself
-            if self.head is None:
-                self._welcome_head()
+        with self._working():
             try:
                 if command:
                     self.terminal.say(self._run(command, rest))
@@ -105,10 +111,41 @@ class ChatSession:
                 self.terminal.say(sentence(error))
         return True
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """A block that has the machine to itself, and begins with what was built meanwhile."""
+        self._works = True
+        try:
+            if self.build is not None:
+                self.build.take_over(self.conversation.model)
+            self._say_lines()
+            if self.head is None:
+                self._welcome_head()
+            yield
+        finally:
+            self._works = False
+
+    def _say_lines(self) -> None:
+        while self.lines:
+            self.terminal.say(self.lines.pop(0))
+
+    def _status(self) -> str:
+        """What stands below the line that is typed: how far the build is."""
+        build = self.build
+        if build is None or build.has_ended:
+            return ""
+        if build.stored is not None:
+            return "FlashHead is ready. Its speed on this machine is being measured."
+        forecast = build.forecast
+        if forecast is None:
+            return "FlashHead is being built."
+        bar = bar_of(forecast.share)
+        return f"FlashHead is being built: {bar} {forecast.share:.0%}, {time_left(forecast)}"
+
     @property
     def _is_building(self) -> bool:
         """Whether a FlashHead, or the measurement of its speed, is under way."""
-        return self.idle is not None and self.idle.is_building
+        return self.build is not None and self.build.under_way
 
     def _answer(self, text: str) -> None:
         conversation = self.conversation

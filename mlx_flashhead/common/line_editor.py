@@ -11,24 +11,26 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from .terminal import modes_kept
+from .typed_lines import is_open, modes_kept
+
+REFRESH_SECONDS = 0.5  # of what stands at the bottom
 
 
 def line_editor(
     prompt: str,
-    is_open: Callable[[str], bool],
     commands: Sequence[str],
     with_files: Sequence[str],
     history: Path,
+    status: Callable[[], str] = str,
 ) -> Callable[[], str]:
     """Makes a function that lets a user type a text and returns it.
 
     Args:
         prompt: What stands before the text.
-        is_open: Whether a text goes on in the next line.
         commands: They complete the beginning of a line.
         with_files: The commands that the name of a file follows.
         history: The file that stores earlier texts, if it can be written.
+        status: What stands at the bottom of the screen meanwhile; nothing if it is empty.
     """
     keys = KeyBindings()
 
@@ -54,7 +56,9 @@ def line_editor(
 
     def read_line() -> str:
         with modes_kept():
-            return session.prompt(prompt)
+            # a toolbar that is empty would take a line
+            toolbar = status if status() else None
+            return session.prompt(prompt, bottom_toolbar=toolbar, refresh_interval=REFRESH_SECONDS)
 
     return read_line
 

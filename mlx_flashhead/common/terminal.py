@@ -13,10 +13,9 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from .command import printable
-from .interrupts import cleanup
+from .typed_lines import QUOTES, is_open, modes_kept
 
 PROMPT = "> "
-QUOTES = '"""'  # around several lines
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -32,12 +31,6 @@ def printable_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout.write = write  # type: ignore[method-assign]
-
-
-def is_open(text: str) -> bool:
-    """Whether a text begins with three quotes and the closing three are missing."""
-    text = text.strip()
-    return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
 
 
 class Terminal:
@@ -58,12 +51,15 @@ class Terminal:
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
         self._wrap = WordWrap(_columns) if shown else None
+        self.status: Callable[[], str] = str  # what stands below the line that is typed
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
                 from .line_editor import line_editor
 
-                self._read_line = line_editor(PROMPT, is_open, commands, with_files, history)
+                self._read_line = line_editor(
+                    PROMPT, commands, with_files, history, lambda: self.status()
+                )
             except ModuleNotFoundError:
                 self._read_line = lambda: input(PROMPT)
                 self.say("A history, and pasting lines, need pip install 'mlx_flashhead[chat]'.")
@@ -109,17 +105,6 @@ def _columns() -> int:
 
 
 @contextmanager
-def modes_kept() -> Iterator[None]:
-    """A block after which a terminal's modes are as before, also if a signal ends the process."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    modes = termios.tcgetattr(sys.stdin)
-    with cleanup(lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)):
-        yield
-
-
-@contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
     """A block in which Ctrl-C asks to stop, and a second one interrupts.
 
@@ -144,6 +129,12 @@ def stop_key() -> Iterator[Callable[[], bool]]:
             yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def bar_of(share: float, width: int = 20) -> str:
+    """A bar of characters, of which a share is full."""
+    n_full = round(share * width)
+    return "█" * n_full + "░" * (width - n_full)
 
 
 class WordWrap:

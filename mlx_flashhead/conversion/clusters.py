@@ -154,7 +154,7 @@ def _near(points: Array, centres: Array) -> Array:
 
 @dataclass
 class _KeptPasses:
-    """What is kept of the passes: how the latest whole one ended, and the shortlists of the next."""
+    """What is kept: how the latest whole pass ended, and the shortlists of the next one."""
 
     checkpoint: Checkpoint
     source: int

@@ -32,6 +32,7 @@ class Pace:
         self._stage = ""
         self._spent = 0.0  # seconds of the stage at hand, in this build
         self._n_done = 0  # units of the stage at hand
+        self._most = 0.0  # the share that was said: a bar does not go back
         self._n_kept = 0  # of these, units of an earlier build
 
     def note(self, progress: Progress, seconds: float) -> None:
@@ -69,4 +70,5 @@ class Pace:
         """What is left now."""
         total = sum(self._seconds.values())
         left = sum(seconds * (1 - self._shares[name]) for name, seconds in self._seconds.items())
-        return Forecast(1 - left / max(total, 1e-9), left)
+        self._most = max(self._most, 1 - left / max(total, 1e-9))
+        return Forecast(self._most, left)

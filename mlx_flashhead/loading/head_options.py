@@ -82,9 +82,9 @@ class HeadOptions:
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
+        text = printable(with_flags(text) if self.flags else text)
         if self.tell is not None and self.progress:
             self.tell(text)
         elif self.progress:
-            text = printable(with_flags(text) if self.flags else text)
             tqdm.write(text, file=sys.stderr)  # above a bar that is shown
             sys.stderr.flush()

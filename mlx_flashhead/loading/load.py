@@ -18,7 +18,7 @@ from ..models.loading import load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
 from . import sources
-from .background import build_steps, finish
+from .background import Build
 from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored
@@ -273,8 +273,7 @@ def attach_head(
         )
     check_plain_product(location)
     if stored is None:
-        steps = build_steps(model, tokenizer, location, source=source, options=options)
-        stored = finish(steps, options)
+        stored = Build(model, tokenizer, source, options).wait()
     return install_stored(model, stored, options, location)
 
 

@@ -1,5 +1,6 @@
 """A FlashHead under the loads of mlx-lm and mlx-vlm, for programs that do not know it."""
 
+import atexit
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from ..models.install import detach, get_flash_head
 from ..models.origin import local_origin
 from ..models.trust import is_recognised
 from ..models.vlm import is_vlm
-from .background import BuildBeside
+from .background import LEFT, PREPARING, Build
 from .batches import batch_class
 from .head_options import BUILD, LATER, VARIABLE, HeadOptions
 from .load import attach_head
@@ -84,6 +85,45 @@ def process_generates() -> bool:
     return running != "mlx_lm.convert" and not WITHOUT_TEXT & {running, *sys.modules}
 
 
+class _FirstUse:
+    """A program's use of a model whose FlashHead is built while the program writes nothing.
+
+    When the process ends, what is left of the build is done at a terminal. A program that ends by
+    an error, or by Ctrl-C, leaves it for the next use.
+
+    Args:
+        use: Says what there is to say, and knows when the program has used the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, folder: Path, options: HeadOptions, use: Use):
+        self.use = use
+        telling = replace(options, tell=use.say)
+        self.build = Build(model, tokenizer, folder, telling, lambda: use.is_quiet)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if self.build.has_ended or self.build.closed:
+            return
+        at_terminal = sys.stderr.isatty()
+        if self.build.stored is None and at_terminal and not hasattr(sys, "last_type"):
+            self.use.say(PREPARING, at_once=True)
+            try:
+                self.build.wait()
+            except KeyboardInterrupt:
+                self.use.say(LEFT, at_once=True)
+            except Exception as error:  # the model goes on with its normal head next time
+                self.use.say(f"Without FlashHead: {sentence(error)}", at_once=True)
+        self.build.leave()
+        if self.build.stored is not None:
+            self.use.say("FlashHead is ready for next time.", at_once=True)
+        elif not at_terminal:  # a script waits for its end
+            self.use.say(
+                "FlashHead is not built yet, and goes on next time: --build-first builds it before "
+                "the first text, and `mlx_flashhead.cache --build MODEL` now.",
+                at_once=True,
+            )
+
+
 class _Patches:
     """What takes the places of the libraries' functions.
 
@@ -109,7 +149,7 @@ class _Patches:
         }
         self._options = options
         self._warned = False
-        self._builds: dict[int, BuildBeside] = {}  # by the id of a model without a FlashHead
+        self._builds: dict[int, _FirstUse] = {}  # by the id of a model without a FlashHead
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -129,7 +169,7 @@ class _Patches:
             head = attach_head(model, tokenizer, stored, folder, options)
             use = Use(local_origin(folder).known_as, options)
             if head is None:
-                self._builds[id(model)] = BuildBeside(model, tokenizer, folder, options, use)
+                self._builds[id(model)] = _FirstUse(model, tokenizer, folder, options, use)
                 finalize(model, self._end_build, id(model)).atexit = False
             else:
                 use.take(head)
@@ -144,7 +184,7 @@ class _Patches:
     def _end_build(self, key: int) -> None:
         build = self._builds.pop(key, None)
         if build is not None:
-            build.close()
+            build.build.close()
 
     def _say_without(self, error: Exception) -> None:
         if not self._warned:
@@ -161,17 +201,17 @@ class _Patches:
 
     def _use_of(self, model: Any) -> Use | None:
         """What is said of a text that begins; None for a model that is not recognised."""
-        build = self._builds.get(id(model))
-        if build is not None:
-            built = build.take_over(model)
-            if not build.is_building:
-                self._end_build(id(model))
+        first_use = self._builds.get(id(model))
+        if first_use is not None:
+            built = first_use.build.take_over(model)
             if built is not None:
-                build.use.take(built)
+                first_use.use.take(built)
+            if not first_use.build.under_way:
+                self._end_build(id(model))
         head = get_flash_head(model) if self._options.verify else None
         use = None if head is None else getattr(head.projection, "__self__", None)
-        if build is not None and build.is_building:
-            use = build.use
+        if first_use is not None and first_use.build.under_way:
+            use = first_use.use
         if not isinstance(use, Use):
             return None
         use.begin()

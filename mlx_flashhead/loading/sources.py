@@ -8,6 +8,7 @@ another name is touched.
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,9 +31,11 @@ from .head_options import HeadOptions
 RECIPE = 1  # a new version builds all FlashHeads again
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
 INDEX_FOLDER = "flash_heads"
+UNFINISHED = "unfinished"  # the folder of what builds have computed that were left
 INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
+    UNFINISHED: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
     DRAFTERS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
     SPEEDS: re.compile(r"[0-9a-f]{24}\.json"),
@@ -134,13 +137,15 @@ def entries() -> list[Entry]:
 
 
 def remove_rest() -> list[Path]:
-    """Deletes speeds.
+    """Deletes speeds, and what unfinished builds have computed.
 
     Returns:
         The files in the cache's folders that are not its own.
     """
     for file in _cached(SPEEDS):
         file.unlink(missing_ok=True)
+    for path in _cached(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
     others = []
     for folder, pattern in _NAMES.items():
         others += [path for path in (home() / folder).glob("*") if not pattern.fullmatch(path.name)]
@@ -156,6 +161,11 @@ def _cached(folder: str) -> list[Path]:
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
     return home() / INDEX_FOLDER / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
+
+
+def unfinished_of(place: Path) -> Path:
+    """The folder with what an unfinished build of this place has computed."""
+    return home() / UNFINISHED / place.name
 
 
 def speeds_of(config: FlashHeadConfig) -> Path:

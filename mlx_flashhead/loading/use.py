@@ -23,6 +23,7 @@ from ..head.flash_head import FlashHead
 from ..models.install import get_flash_head
 from .head_options import HeadOptions
 
+QUIET_SECONDS = 0.5  # for which a program must have written nothing
 OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
 DENSE_LOOP = (
     "dense: this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
@@ -59,6 +60,11 @@ class Use:
             atexit.register(self.say_the_rest)
         else:  # a child of multiprocessing, which ends without that
             Finalize(None, self.say_the_rest, exitpriority=0)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the program has written nothing for a while."""
+        return time.monotonic() - self.used_at > QUIET_SECONDS
 
     def mode_of(self, model: nn.Module) -> str:
         """What decodes the model's text, in words: "verified", or "dense: " and why."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
@@ -41,6 +42,7 @@ class Engine:
         self._ended = Event()
         self._waiting: list[Job] = []
         self._stages: list[Stage] = []  # the oldest first
+        self._building: list[ServedModel] = []  # whose FlashHeads are built, one after the other
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
         self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
         self._n_chunks = 0  # of all prompts
@@ -73,7 +75,9 @@ class Engine:
             models = load()
             maybe_set_recommended_wired_limit()
             self._stream = mx.default_stream(mx.default_device())
-            self._builds = [(each, each.build) for each in models if each.build is not None]
+            self._building = [each for each in models if each.build is not None]
+            for each in self._building:
+                each.gate_build(partial(self._may_build, each))
             self.models.set_result(models)
         except BaseException as error:
             self.models.set_exception(error)
@@ -90,6 +94,8 @@ class Engine:
                 while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
                     self._fail(self._waiting.pop(0), error)
                 turn_failed = True
+        for each in self._building:
+            each.leave_build()
         # arrays and streams of MLX must go before their thread ends
         del self._caches, self._stages
         gc.collect()
@@ -110,7 +116,7 @@ class Engine:
             while self._decode() and time.perf_counter() < until and self._arrived.empty():
                 pass
             self._overtime = min(max(0.0, time.perf_counter() - until), CHUNK_SECONDS)
-        self._build()
+        self._take_built()
 
     @property
     def _begun(self) -> list[Job]:
@@ -142,26 +148,31 @@ class Engine:
             if stage is not None:
                 self._break_up(stage)
 
-    def _build(self) -> None:
-        """Advances a build, in idle time."""
-        if self._busy or not self._builds:
+    def _may_build(self, served: ServedModel) -> bool:
+        """Whether the build of a model may go on now: one after the other, while nobody waits."""
+        return not self._busy and self._building[0] is served
+
+    def _take_built(self) -> None:
+        """Takes over what a build has ended with, while no text is in progress."""
+        if self._busy or not self._building:
             return
-        served, build = self._builds[0]
+        served = self._building[0]
+        build = served.build
+        if build is not None and not build.has_ended:
+            return
         try:
-            more = build.advance()
-            if not more and served.head is not None and not policy_of(served.head).dense:
+            if build is not None:
+                build.take_over(served.model)
+            if served.head is not None and not policy_of(served.head).dense:
                 speed = speed_text(policy_of(served.head).tuning)
                 logger.info("%s is served with its FlashHead (speed: %s)", served.name, speed)
         except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)
-            more = False
-        if not more:
-            build.drop()
-            served.build = None
-            del self._builds[0]
+        served.build = None
+        del self._building[0]
 
     def _receive(self) -> None:
-        if not self._busy and not self._builds:
+        if not self._busy:
             with suppress(Empty):
                 self._waiting += self._arrived.get(timeout=0.1)
         while not self._arrived.empty():

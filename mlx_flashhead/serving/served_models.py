@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..decoding.policy import decoding_mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..head.flash_head import FlashHead
-from ..loading.background import BackgroundBuild, background_build
+from ..loading.background import Build, build_beside
 from ..loading.drafts import DraftOptions
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_with_head
@@ -46,7 +47,7 @@ class ServedModel:
     context: int  # tokens of a prompt and its answer together
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     settings: DecodingSettings = field(default_factory=DecodingSettings)  # of requests
-    build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
+    build: Build | None = None  # of its FlashHead, if it has none yet
     drafter: TrainedDrafter | None = None  # guesses the tokens of an answer that is decoded alone
 
     def __post_init__(self):
@@ -80,6 +81,16 @@ class ServedModel:
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"
         return decoding_mode(self.model, verify=verify, dense=dense)
+
+    def gate_build(self, gate: Callable[[], bool]) -> None:
+        """From now on the build of its FlashHead goes on while ``gate`` says so."""
+        if self.build is not None:
+            self.build.gate = gate
+
+    def leave_build(self) -> None:
+        """Ends the build of its FlashHead, which the next server goes on with."""
+        if self.build is not None:
+            self.build.leave()
 
     @property
     def head(self) -> FlashHead | None:
@@ -160,7 +171,7 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
         for each in filter(None, (model, draft_model)):
             check_quantized_cache(each, args.kv_bits, args.kv_group_size)
     later = choices.missing == LATER
-    build = background_build(model, tokenizer, folder, choices, BackgroundBuild) if later else None
+    build = build_beside(model, tokenizer, folder, choices) if later else None
     return ServedModel(
         names,
         model,

@@ -1,7 +1,6 @@
 """The session: what it says of a FlashHead's speed, and of one that was built meanwhile."""
 
 from argparse import Namespace
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +53,7 @@ def test_a_head_that_was_built_meanwhile(loaded, session, is_building, stays_den
     model, _ = loaded
     detach(model)
     session.head = None
-    session.idle = SimpleNamespace(paused=nullcontext, is_building=is_building)
+    session.build = SimpleNamespace(take_over=lambda model: None, under_way=is_building)
     policy_of(install_index(model, tiny_index(model))).dense = stays_dense
     session.terminal.read = lambda: "Hello"
     session._take_turn()
@@ -78,7 +77,7 @@ def test_while_there_is_no_head_commands_say_whether_one_is_built(
 ):
     detach(loaded[0])
     session.head = None
-    session.idle = SimpleNamespace(paused=nullcontext, is_building=is_building)
+    session.build = SimpleNamespace(take_over=lambda model: None, under_way=is_building)
     for command in ("/dense", "/probes", "/probes 3"):
         session.terminal.read = lambda command=command: command
         session._take_turn()

@@ -50,7 +50,7 @@ def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home, monkeyp
         assert output.split(RULE)[1] == text and "Traceback" not in errors
         skipped = number == signal.SIGINT
         assert ended.returncode == (0 if skipped else -number), errors
-        assert ("Skipped. The next answer tries again." in errors) == skipped
+        assert ("Its build goes on next time." in errors) == skipped
         assert cache.entries() == []
     code, output, errors = run("generate", *words)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors

@@ -290,10 +290,10 @@ from functools import partial
 
 import mlx_lm
 
-from mlx_flashhead.loading import background
+from mlx_flashhead.loading import building
 
 if sys.argv[1:]:
-    background.IndexOptions = partial(background.IndexOptions, calibration_positions=100)
+    building.IndexOptions = partial(building.IndexOptions, calibration_positions=100)
 model, tokenizer = mlx_lm.load("model")
 print("answer:", end=" ", flush=True)
 for response in mlx_lm.stream_generate(model, tokenizer, "One day", max_tokens=20):
@@ -323,7 +323,7 @@ def test_a_first_use_answers_and_is_prepared_for_the_next_one(place):
     assert first[1] == prefix + "dense: its FlashHead is being built."
     assert first[2].endswith(" end") and len(first[2].split()) == 21
     assert first[3:] == [
-        "Preparing FlashHead for next time. Ctrl-C skips it.",
+        "Preparing FlashHead for next time. Ctrl-C leaves, and it goes on next time.",
         "FlashHead is ready for next time.",
     ]
     assert second[0].startswith("With FlashHead: model, ")
@@ -343,12 +343,12 @@ def test_a_first_use_in_a_script_ends_and_says_how_to_build(place, flash_head_ho
 
 def test_ctrl_c_skips_what_is_prepared(place, flash_head_home):
     child = at_a_terminal(place)
-    child.expect_exact("Ctrl-C skips it.")
+    child.expect_exact("Ctrl-C leaves, and it goes on next time.")
     child.sendintr()
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    assert "Skipped. The next use tries again." in child.before
+    assert "Its build goes on next time." in child.before
     assert "Traceback" not in child.before and "ready" not in child.before
     assert not list(flash_head_home.glob("**/*.safetensors"))
 

@@ -6,7 +6,6 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from mlx_flashhead.common.line_editor import line_editor
-from mlx_flashhead.common.terminal import is_open
 
 
 def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
@@ -19,7 +18,7 @@ def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
         (file, "one\nquestion of two lines"),
     ):
         with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
-            read = line_editor("> ", is_open, [], [], place)
+            read = line_editor("> ", [], [], place)
             typed.send_text(answer.replace("\n", "\x1b\r") + "\r")
             assert read() == answer
     assert list(FileHistory(file).load_history_strings()) == [answer, "a question"]

@@ -1,7 +1,9 @@
 """A FlashHead that is built beside the use of its model."""
 
+import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx_lm
@@ -9,14 +11,9 @@ import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.decoding.policy import Tuning, policy_of
-from mlx_flashhead.loading import background, tuned
+from mlx_flashhead.loading import background, building, tuned
 from mlx_flashhead.loading import sources as cache
-from mlx_flashhead.loading.background import (
-    BackgroundBuild,
-    IdleBuild,
-    background_build,
-    build_now,
-)
+from mlx_flashhead.loading.background import build_beside, build_now
 from mlx_flashhead.loading.head_options import HeadOptions
 from model_folders import write_model
 
@@ -33,8 +30,43 @@ def loaded(folder, quick):
     return mlx_lm.load(str(folder))
 
 
-def build_of(model, tokenizer, kind=BackgroundBuild):
-    return background_build(model, tokenizer, Path("model"), OPTIONS, kind)
+class Gate:
+    """Lets the parts of a build through one by one, from the test's thread."""
+
+    def __init__(self):
+        self.n_let = 0
+        self.build = None
+
+    def __call__(self):
+        if not self.n_let:
+            return False
+        self.n_let -= 1
+        return True
+
+    def let(self, n=1):
+        """Lets n parts through; whether the build goes on after them."""
+        self.n_let = n
+        while self.n_let and not self.build.has_ended:
+            time.sleep(0.001)
+        return not self.build.has_ended
+
+
+@pytest.fixture
+def build_of():
+    """A function: model, tokenizer, options → a build, whose gate lets parts through by and by."""
+    builds = []
+
+    def build_of(model, tokenizer, options=OPTIONS, gate=None):
+        gate = gate or Gate()
+        build = build_beside(model, tokenizer, Path("model"), options, gate)
+        if build is not None:
+            gate.build = build
+            builds.append(build)
+        return build
+
+    yield build_of
+    for build in builds:
+        build.leave()
 
 
 def tokens(model, tokenizer, prompt="One day", n=8):
@@ -42,17 +74,18 @@ def tokens(model, tokenizer, prompt="One day", n=8):
     return [response.token for response in stream]
 
 
-def test_text_before_between_and_after_is_the_dense_models(loaded):
+def test_text_before_between_and_after_is_the_dense_models(loaded, build_of):
     model, tokenizer = loaded
     dense = tokens(model, tokenizer)
     build = build_of(model, tokenizer)
-    n_steps = 1
-    while build.advance():
-        n_steps += 1
-        if n_steps % 7 == 0:
+    n_parts = 1
+    while build.gate.let():
+        n_parts += 1
+        if n_parts % 7 == 0:
+            assert build.take_over(model) is None
             assert tokens(model, tokenizer) == dense
-    assert n_steps > 10
-    assert get_flash_head(model) is not None
+    assert n_parts > 10 and get_flash_head(model) is None
+    assert build.take_over(model) is get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
     assert len(cache.entries()) == 1 and build_of(model, tokenizer) is None
 
@@ -77,51 +110,96 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
 def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
-    monkeypatch.setattr(background, "expected_seconds", lambda rows, options: seconds)
+    monkeypatch.setattr(building, "expected_seconds", lambda rows, options: {"all": seconds})
     build_now(*loaded, Path("model"), OPTIONS)
     head = get_flash_head(loaded[0])
     assert head.clustered.cluster_size == size
 
 
-def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
-    for n_steps in (0, 1, 5, 20):
-        build = build_of(*loaded)
-        for _ in range(n_steps):
-            build.advance()
-        build.drop()
-        assert not build.advance() and get_flash_head(loaded[0]) is None
-        assert not cache.entries()
-    build_now(*loaded, Path("model"), OPTIONS)  # nothing is locked any more
-    assert get_flash_head(loaded[0]) is not None
+def test_a_build_goes_on_from_where_it_was_left(loaded, build_of, monkeypatch, flash_head_home):
+    """Wherever it is left, what is done again is less, and the FlashHead is the same."""
+    model, tokenizer = loaded
+    whole = build_of(model, tokenizer)
+    n_parts = 1
+    while whole.gate.let():
+        n_parts += 1
+    expected = whole.stored.index
+    (entry,) = cache.entries()
+    entry.remove()
+    said = []
+    n_again = 0
+    left = True
+    while left:
+        build = build_of(model, tokenizer, replace(OPTIONS, progress=True, tell=said.append))
+        left = build.gate.let(n_parts * 2 // 3) and n_again < 20
+        n_again += 1
+        build.leave()
+        assert bool(cache.entries()) == (build.stored is not None)
+        assert build.stored is not None or len([*flash_head_home.glob("unfinished/*")]) == 1
+    assert 2 <= n_again < 20
+    assert said[0].startswith("Building the FlashHead") and said[-1].startswith("Going on with")
+    index = build.stored.index
+    assert not [*flash_head_home.glob("unfinished/*")]
+    assert (index.token_ids == expected.token_ids).all()
+    assert index.config.n_probes == expected.config.n_probes
+
+
+def test_what_is_kept_and_damaged_is_computed_again(loaded, build_of, flash_head_home):
+    model, tokenizer = loaded
+    for content in (b"", b"PK\x03\x04", None):
+        build = build_of(model, tokenizer)
+        for _ in range(1000):
+            if not build.gate.let() or [*flash_head_home.glob("unfinished/*/clusters.npz")]:
+                break
+        build.leave()
+        for file in flash_head_home.glob("unfinished/*/*"):
+            file.write_bytes(file.read_bytes()[:100] if content is None else content)
+    build_now(model, tokenizer, Path("model"), OPTIONS)
+    assert get_flash_head(model) is not None
+
+
+def test_what_unfinished_builds_keep_is_bounded(tmp_path):
+    places = [tmp_path / "unfinished" / f"{i}" for i in range(9)]
+    for i, place in enumerate(places):
+        building._begin(place, building.IndexOptions())
+        os.utime(place, (i, i))
+    kept = {path.name for path in (tmp_path / "unfinished").iterdir()}
+    assert kept == {"6", "7", "8"}
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_another_process_builds(loaded, dies):
+def test_another_process_builds(loaded, build_of, dies):
     """The second one takes what the first has built, or builds itself where that one has died: the
     lock of a file knows no process."""
     model, tokenizer = loaded
     other, _ = mlx_lm.load(str(tokenizer.name_or_path))
     first = build_of(model, tokenizer)
     second = build_of(other, tokenizer)
-    assert first.advance()
-    assert all(second.advance() for _ in range(5)) and get_flash_head(other) is None
+    assert first.gate.let()
+    assert second.gate.let(5) and second.stored is None
     if dies:
-        first.drop()
-    while not dies and first.advance():
+        first.leave()
+    while not dies and first.gate.let():
         pass
-    steps = sum(1 for _ in iter(second.advance, False))
-    assert get_flash_head(other) is not None
-    assert (steps > 10) == dies and len(cache.entries()) == 1
+    n_parts = 0
+    while second.gate.let():
+        n_parts += 1
+    assert second.take_over(other) is not None
+    assert (n_parts > 10) == dies and len(cache.entries()) == 1
 
 
-def test_a_thread_builds_while_nothing_is_written(loaded):
+def test_a_thread_builds_while_nothing_is_written(loaded, build_of):
     model, tokenizer = loaded
     dense = tokens(model, tokenizer)
-    idle = build_of(model, tokenizer, IdleBuild)
+    build = build_of(model, tokenizer)
+    writes = False
+    build.gate = lambda: not writes
     seen = []
-    while idle.is_building and len(seen) < 1000:
-        with idle.paused(model):
-            seen.append(tokens(model, tokenizer))
+    while build.under_way and len(seen) < 1000:
+        writes = True
+        build.take_over(model)
+        seen.append(tokens(model, tokenizer))
+        writes = False
         time.sleep(0.01)
     assert get_flash_head(model) is not None
     assert all(found == dense for found in seen)
@@ -129,16 +207,31 @@ def test_a_thread_builds_while_nothing_is_written(loaded):
     assert "build" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_thread_that_is_closed_leaves_a_dense_model(loaded):
-    idle = build_of(*loaded, IdleBuild)
-    idle.close()
-    idle._thread.join()
-    assert not idle.is_building
-    with idle.paused(loaded[0]):
-        assert get_flash_head(loaded[0]) is None
+def test_a_build_that_is_left_leaves_a_dense_model(loaded, build_of):
+    build = build_of(*loaded)
+    build.leave()
+    assert not build.under_way and build.take_over(loaded[0]) is None
+    assert get_flash_head(loaded[0]) is None
 
 
-def test_what_was_measured_on_the_copy_counts_for_the_model(loaded, monkeypatch):
+def test_one_sees_how_far_a_build_is(loaded, build_of):
+    """What is done grows, and what is left ends; a build that goes on begins where it was."""
+    model, tokenizer = loaded
+    build = build_of(model, tokenizer)
+    shares = []
+    while build.gate.let() and build.forecast is not None:
+        shares.append(build.forecast.share)
+        if len(shares) == 40:
+            break
+    assert shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 1
+    assert "left" in background.time_left(build.forecast)
+    build.leave()
+    again = build_of(model, tokenizer)
+    again.gate.let(3)
+    assert again.forecast.share > shares[0]
+
+
+def test_what_was_measured_on_the_copy_counts_for_the_model(loaded, monkeypatch, build_of):
     model, tokenizer = loaded
 
     def tune(*_):
@@ -148,8 +241,8 @@ def test_what_was_measured_on_the_copy_counts_for_the_model(loaded, monkeypatch)
     monkeypatch.setattr(tuned, "tune", tune)
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     options = HeadOptions(progress=False)
-    idle = background_build(model, tokenizer, Path("model"), options, IdleBuild)
-    idle._thread.join()
+    build = build_of(model, tokenizer, options)
+    while build.gate.let():
+        pass
     monkeypatch.setattr(tuned, "tune", lambda *_: pytest.fail("measured again"))
-    with idle.paused(model):
-        assert policy_of(get_flash_head(model)).dense
+    assert policy_of(build.take_over(model)).dense
