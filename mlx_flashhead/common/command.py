@@ -40,7 +40,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """The error's message for a user of a command, on one line, with flags for parameters."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

@@ -7,7 +7,6 @@ depend on it.
 import atexit
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -37,7 +36,7 @@ from .tuned import apply_tuning, install_stored, tune_head
 POLL_SECONDS = 0.05  # how often it is asked whether the gate is open
 SHOWN_SECONDS = 0.2  # between two looks at a bar
 PREPARING = "Preparing FlashHead for next time. Ctrl-C leaves, and it goes on next time."
-LEFT = "FlashHead is not ready yet. Its build goes on next time."
+LEFT = "FlashHead is not built yet. Its build goes on next time."
 
 Gate = Callable[[], bool]
 
@@ -68,7 +67,7 @@ class Build:
 
     stored: StoredHead | None = None  # once it is built
     tuning: Tuning | None = None  # once it is measured
-    error: Exception | None = None  # which has ended it
+    error: BaseException | None = None  # which has ended it
 
     def __init__(
         self,
@@ -80,6 +79,7 @@ class Build:
         *,
         anew: bool = False,
     ):
+        mx.eval(model.parameters())  # another thread has no part of their computation
         copied = copy.deepcopy(model)
         location = find_head(copied)
         check_plain_product(location)
@@ -139,7 +139,7 @@ class Build:
                         self._more = self._advance()
                     else:
                         time.sleep(POLL_SECONDS)
-        except Exception as error:  # whatever it is, the model goes on with its normal head
+        except BaseException as error:  # whatever it is, the model goes on with its normal head
             self.error = error
             if self._measures:
                 self._options.say(f"Without FlashHead: {sentence(error)}")
@@ -185,7 +185,7 @@ class Build:
         self._thread.join()
 
     def wait(self) -> StoredHead:
-        """Waits for the end of the build, with a bar at a terminal.
+        """Waits for the end of the build, with a bar.
 
         Returns:
             The FlashHead.
@@ -196,15 +196,19 @@ class Build:
         """
         self.gate = always
         self._measures = False
-        shown = self._options.progress and sys.stderr.isatty()
-        form = "{percentage:3.0f}%|{bar:40}| {desc}"
+        form = "FlashHead: {percentage:3.0f}%|{bar:40}| {desc}"
+        hidden = not self._options.progress
         try:
-            with tqdm(total=1.0, bar_format=form, disable=not shown, leave=False) as bar:
+            with tqdm(total=1.0, bar_format=form, disable=hidden) as bar:
                 while self._thread.is_alive():
                     self._thread.join(SHOWN_SECONDS)
-                    if self.forecast is not None:
-                        bar.n = self.forecast.share
-                        bar.set_description_str(time_left(self.forecast))
+                    if (forecast := self.forecast) is not None:
+                        bar.n = forecast.share
+                        bar.set_description_str(time_left(forecast))
+                bar.set_description_str("")
+                if self.stored is not None:
+                    bar.n = 1.0
+                bar.refresh()
         except BaseException:
             self.leave()
             raise

@@ -89,7 +89,7 @@ def test_commands_after_a_build_use_its_head(loaded, session):
     model, _ = loaded
     detach(model)
     session.head = None
-    session.idle = SimpleNamespace(paused=nullcontext, is_building=False)
+    session.build = SimpleNamespace(take_over=lambda model: None, under_way=False)
     install_index(model, tiny_index(model))
     session.terminal.read = lambda: "/probes 2"
     session._take_turn()

@@ -15,7 +15,7 @@ RULE = "==========\n"
 STOPPED = """
 import os, sys
 from functools import partial
-from mlx_flashhead.loading import background
+from mlx_flashhead.loading import building
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
 place, write = os.environ["MLX_FLASHHEAD_HOME"] + "/flash_heads/", sys.stderr.write
 
@@ -24,17 +24,14 @@ def stop_if(reached):
         os.kill(os.getpid(), number)
 
 sys.stdout.isatty = lambda: True  # a script's answer builds nothing
-background.IndexOptions = partial(background.IndexOptions, calibration_positions=100)
+building.IndexOptions = partial(building.IndexOptions, calibration_positions=100)
 sys.stderr.write = lambda text: stop_if(moment in text) or write(text)
 sys.addaudithook(lambda event, values: stop_if(event == moment and place in str(values[0])))
 from mlx_flashhead.generate import main
 main()
 """
-MOMENTS = {
-    "Clustering": signal.SIGKILL,
-    "tempfile.mkdtemp": signal.SIGINT,
-    "os.rename": signal.SIGKILL,
-}
+BAR = "FlashHead:   0%"
+MOMENTS = [(BAR, signal.SIGKILL), (BAR, signal.SIGINT), ("os.rename", signal.SIGKILL)]
 
 
 def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home, monkeypatch):
@@ -42,7 +39,7 @@ def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home, monkeyp
     model = write_model(tmp_path / "model")
     words = ("--model", model, "--prompt", "One day", "--max-tokens", 8)
     text = run("generate", *words, "--dense")[1].split(RULE)[1]
-    for moment, number in MOMENTS.items():
+    for moment, number in MOMENTS:
         command = [sys.executable, "-c", STOPPED, moment, int(number), *words]
         ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
         output = ended.stdout

@@ -25,7 +25,7 @@ from engines import (
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.loading.background import BackgroundBuild, background_build
+from mlx_flashhead.loading.background import build_beside
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
 from mlx_flashhead.serving.answer_text import PromptProgress, Token
@@ -223,7 +223,7 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick)
     expected = generated((model, tokenizer), SHORT, 30)
     options = HeadOptions(progress=False)
     served = ServedModel(("tiny",), model, tokenizer, None, 512)
-    served.build = background_build(model, tokenizer, Path("tiny"), options, BackgroundBuild)
+    served.build = build_beside(model, tokenizer, Path("tiny"), options)
     engine = Engine(lambda: [served], flags())
     seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
@@ -244,18 +244,18 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
     tuning = Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.1, busy=True)
     for name, value in (("tuning", tuning), ("dense", stays_dense)):
         monkeypatch.setattr(policy, name, value)
-    more = [True, False]
-    build = SimpleNamespace(advance=lambda: more.pop(0), drop=lambda: None)
+    build = SimpleNamespace(has_ended=False, take_over=lambda model: None)
     engine = Engine.__new__(Engine)
     engine._waiting = engine._stages = []
-    served = SimpleNamespace(name="tiny", head=tiny.head, build=build)
-    engine._builds = [(served, build)]
+    served = SimpleNamespace(name="tiny", model=tiny.model, head=tiny.head, build=build)
+    engine._building = [served]
     with caplog.at_level("INFO"):
-        engine._build()
+        engine._take_built()
         assert caplog.text == ""
-        engine._build()
+        build.has_ended = True
+        engine._take_built()
     said = "tiny is served with its FlashHead (speed: 1.50 x (measured on a busy machine))"
-    assert (said in caplog.text) == (not stays_dense) and engine._builds == []
+    assert (said in caplog.text) == (not stays_dense) and engine._building == []
 
 
 def test_what_is_said_is_what_decodes(tiny, monkeypatch):
