@@ -114,7 +114,7 @@ def repeating(pair):
 
 
 @pytest.mark.parametrize("gpu", CHIPS, indirect=True)
-def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch):
+def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch, caplog):
     """By FlashHead's own kernel, beside MLX's for one state, and the text is plain mlx-lm's."""
     monkeypatch.setattr(trial, "LONG", (30, 60))
     model = pair.flash[0]
@@ -124,6 +124,7 @@ def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch
     assert set(costs) == {2, 3, 4, 8}
     ran = kernels()
     assert ran is None or "row_products" in ran
+    assert "it is not used" not in caplog.text  # which is said of a kernel with other bits
     prompt = repeating(pair)
     expected = tokens(mlx_lm, pair.plain, prompt, 16)
     found, widths = guessed({"lookup": "on"}, pair, prompt, monkeypatch)

@@ -1,0 +1,32 @@
+"""What a head is measured for on each generation of Apple GPUs."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_flashhead import get_flash_head
+from mlx_flashhead.decoding.policy import least_gain
+from mlx_flashhead.head.slot_product import product_size
+from mlx_flashhead.models.install import hidden_dtype
+from pretended_gpu import CHIPS
+
+pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+SIZES = [1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("gpu", CHIPS, indirect=True)
+def test_products_have_sizes_whose_rounding_is_measured(gpu, pair):
+    """A scored logit is the dense one, and only an M5 has ten bits of a float32 state."""
+    model = pair.flash[0]
+    dtype = hidden_dtype(model)
+    bounds = get_flash_head(model).measure_rounding(dtype)
+    assert [*bounds] == SIZES
+    assert {each.scored for each in bounds.values()} == {0.0}
+    filled = [product_size(k) for k in (1, 2, 3, 5, 9, 32, 33)]
+    assert filled == [1, 2, 4, 8, 16, 32, 64]
+    if gpu.emulator is not None and dtype == mx.float32:
+        assert all(2**-10 < bounds[size].product < 2**-8 for size in SIZES[1:])
+        assert bounds[1].product < 2**-12
+
+
+def test_a_gpu_needs_less_gain_than_a_cpu(gpu):
+    assert least_gain() == 1.03
