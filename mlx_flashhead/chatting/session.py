@@ -253,7 +253,7 @@ class ChatSession:
             )
         verify = self.options.get("verify", True)
         mode = decoding_mode(self.conversation.model, verify=verify, dense=self.dense)
-        if mode.startswith("dense"):
+        if mode.is_dense:
             return mode
         n_probes = self.head.n_probes if verify else self.head.unverified_probes
         return f"{mode}, {n_probes:,} of {self.head.n_clusters:,} clusters scored per token"

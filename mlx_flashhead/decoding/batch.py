@@ -16,12 +16,13 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
 from ..wide.trial import established_costs
-from .caches import UNKNOWN_CACHE, BatchCaches, are_known
+from .caches import BatchCaches, are_known
 from .decoder import Decoder
 from .guessing.guesses import check_lookup, guesses_of
 from .guessing.trained import TrainedDrafts
+from .phase import CHANGED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
-from .sequence import Sequence, own_processors
+from .sequence import Sequence, mode_of, own_processors
 
 BatchGenerator: Any = compat.BatchGenerator
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
@@ -96,7 +97,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         proposer: Proposer | None = None,
         sampler: Any = None,
         logprobs: bool = True,
-        announce: Callable[[str], Any] | None = None,
+        announce: Callable[[Mode], Any] | None = None,
         drafter: TrainedDrafter | None = None,
         num_draft_tokens: int = 3,
         **options: Any,
@@ -191,7 +192,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         )
         sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
         if not are_known(cache):
-            sequence.end_verified(UNKNOWN_CACHE)
+            sequence.enter(Phase.DENSE, why=UNKNOWN_CACHE)
         text = _Text(sequence, prompt, compat.as_stop_sequences(stops).matcher())
         if self._drafter is not None:
             text.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
@@ -277,7 +278,7 @@ class _Texts:
         self,
         proposer: Proposer,
         texts: dict[int, _Text],
-        announce: Callable[[str], Any] | None,
+        announce: Callable[[Mode], Any] | None,
     ):
         self._proposer = proposer
         self._texts = texts  # those whose prompts are being read, too
@@ -349,7 +350,7 @@ class _Texts:
         if settled:
             decoder.settle(settled)
         for sequence in changed:
-            sequence.end_verified()
+            sequence.enter(Phase.DENSE, why=CHANGED)
 
     def _begin_drafts(self, text: _Text, state: mx.array | None, layers: list[Any] | None) -> None:
         """Lets a text be guessed at its first token.
@@ -399,7 +400,7 @@ class _Texts:
         pending = self._decoder.hand_out(sequence)
         token = cast(int, pending.token)
         if self._announce is not None:
-            self._announce(self._proposer.mode_of(sequence, sequence.n_yielded))
+            self._announce(mode_of(sequence, sequence.n_yielded))
         reason = "length" if sequence.n_yielded >= sequence.limit else None
         if text.matcher.advance(token):
             reason = "stop"

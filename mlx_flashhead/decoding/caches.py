@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from ..models.compat.recognised import are_librarys_caches
 
-UNKNOWN_CACHE = "dense: its caches are not mlx-lm's own"
 AHEAD = 160  # the most tokens by which a cache is ahead of the caller
 # The attributes that trimming changes, for the classes in which it changes no array. mlx-vlm's
 # classes have the same names.

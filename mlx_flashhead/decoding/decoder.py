@@ -25,13 +25,13 @@ from .caches import BatchCaches, OwnCaches, Snapshot, rollback
 from .dense_choice import choose_densely
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
+from .phase import Phase
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
 from .sequence import PendingToken, Sequence
 
 log = logging.getLogger("mlx_flashhead")
-SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 
 # Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
 Feed = Callable[[mx.array, list[Any]], mx.array]
@@ -85,7 +85,7 @@ class Decoder:
         """
         pace = self._proposer.pace_of(self.sequences)
         for sequence in self.sequences:
-            self._change_state(sequence, pays=pace is None or not pace.dense)
+            self._change_phase(sequence, pays=pace is None or not pace.dense)
         if pace is None:
             self._advance()
             return
@@ -105,7 +105,7 @@ class Decoder:
         elif not any(sequence.ahead for sequence in self.sequences):
             pace.note_dense(seconds)
 
-    def _change_state(self, sequence: Sequence, *, pays: bool) -> None:
+    def _change_phase(self, sequence: Sequence, *, pays: bool) -> None:
         """Decides at the beginning of a round how a sequence's next tokens are chosen.
 
         They are proposed if they can be verified and proposals pay. Otherwise the normal (dense)
@@ -116,22 +116,19 @@ class Decoder:
             sequence: One of the decoder's.
             pays: Whether texts like it gain by proposals at the time.
         """
-        proposer = self._proposer
-        n_texts = len(self.sequences)
-        if self.several_draw and proposer.can_verify(sequence):
-            sequence.why_dense = SEVERAL_DRAW
-        sequence.proposing = (
-            pays
-            and (n_texts == 1 or n_texts <= proposer.max_batch)
-            and not self.several_draw
-            and not sequence.guessed_instead
-            and proposer.pays(sequence, n_texts)
-            and proposer.can_verify(sequence)
+        sequence.mode = self._proposer.mode_for(
+            sequence, len(self.sequences), pays=pays, several_draw=self.several_draw
         )
-        if sequence.proposing and not sequence.ahead:
-            sequence.begin_ahead(self.snapshot(sequence))
-        elif sequence.ahead and sequence.level and not sequence.proposing:
-            sequence.end_ahead()
+        if sequence.mode.is_verified:
+            self._go_ahead(sequence, Phase.AHEAD)
+        elif sequence.ahead:
+            sequence.enter(Phase.LEVEL if sequence.level else Phase.DRAINING)
+
+    def _go_ahead(self, sequence: Sequence, phase: Phase) -> None:
+        if sequence.ahead:
+            sequence.enter(phase)
+        else:
+            sequence.enter(phase, self.snapshot(sequence))
 
     def _advance(self) -> bool:
         """Launches the next step, reads the token before it, and accepts what is decided.
@@ -163,14 +160,14 @@ class Decoder:
             return None
         sequence = self.sequences[0]
         guesses = sequence.guesses
-        if guesses is None or self.several_draw:
+        if guesses is None or self.several_draw or sequence.phase is Phase.DENSE:
             return None
         known = LatestToken(latest, self._latest_token)
         taken = guesses.best(sequence, known, self.caches.layers)
         if taken is None:
             return None
         if not sequence.ahead:  # drafts are drawn as its tokens are
-            sequence.begin_ahead(self.snapshot(sequence))
+            self._go_ahead(sequence, Phase.DRAINING)
         offer, n = taken
         return Guess(offer.guesser, offer.make(n))
 
@@ -266,7 +263,7 @@ class Decoder:
                 sequence.snapshots = deque([self.snapshot(sequence)])  # earlier ones are of no use
         layers = self._take_out(sequences)
         for sequence in sequences:
-            sequence.end_ahead()
+            sequence.enter(Phase.LEVEL)
         set_key(state)
         self._feed_last(sequences, layers)
         # a verification that was waited for may have rejected tokens of others, too

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
+from ..models.training import may_drop_out
 from .caches import are_known, length_of
 from .changes import Changes
 from .guessing.draft_model import DraftModel
@@ -22,13 +23,10 @@ from .guessing.guesser import Guesser
 from .guessing.guesses import has_wide_steps
 from .guessing.trained import trained_drafts
 from .loop import GuessedTokens, verified_steps, with_guesses
+from .phase import MAY_DIFFER, Mode
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
 
-MAY_DIFFER = (
-    "dense: a draft model proposes, in mlx-lm's own loop, which computes several tokens at once: "
-    "rounding may change the text"
-)
 log = logging.getLogger("mlx_flashhead")
 
 
@@ -44,7 +42,7 @@ def drafted_steps(
     logits_processors: Iterable[Processor] | None = None,
     prompt_cache: list[Any] | None = None,
     context: Iterable[int] = (),
-    announce: Callable[[str], Any] | None = None,
+    announce: Callable[[Mode], Any] | None = None,
     **options: Any,
 ) -> GuessedTokens:
     """Does what mlx-lm's ``speculative_generate_step`` does, with the text of no draft model.
@@ -74,7 +72,7 @@ def drafted_steps(
     layers = caches[: len(compat.make_prompt_cache(model))]
     functions = list(logits_processors or ())
     verifiable = draw_of(sampler) is not None and Changes.of(functions) is not None
-    known = verifiable and are_known(layers)
+    known = verifiable and are_known(layers) and not may_drop_out(model)
     drafts = known and has_wide_steps(model, layers)
     trained = isinstance(draft_model, TrainedDrafter)
     if known and not drafts and not trained:

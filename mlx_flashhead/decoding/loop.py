@@ -10,15 +10,16 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.recognised import mlx_lm_is_as_imported
-from .caches import UNKNOWN_CACHE, OwnCaches, are_known
+from ..models.training import may_drop_out
+from .caches import OwnCaches, are_known
 from .decoder import Decoder
 from .guessing.guesser import Guesser
 from .guessing.guesses import Guesses, check_lookup, guesses_of
+from .phase import CHANGED, REPLACED, TRAINED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
-from .sequence import PendingToken, Sequence
+from .sequence import PendingToken, Sequence, mode_of
 
-REPLACED = "dense: functions of mlx-lm were replaced"
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 
 
@@ -48,7 +49,7 @@ def verified_steps(
     n_begun: int = 0,
     prefill: Callable[..., Iterable[Any]] | None = None,
     guesser: Guesser | None = None,
-    announce: Callable[[str], Any] | None = None,
+    announce: Callable[[Mode], Any] | None = None,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
@@ -67,14 +68,32 @@ def verified_steps(
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Another loop that reads the prompt, with mlx-lm's keywords.
         guesser: Guesses the next tokens in the place of a lookup, such as a draft model.
-        announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
-            FIRST for the first one of a text that is verified from its second on.
+        announce: Called for each token with how it was decoded.
 
     The other arguments are those of ``generate_step``.
 
     Raises:
         ValueError: As mlx-lm, or if a lookup is asked for that this model cannot have.
     """
+    if may_drop_out(model):
+        yield from _trained_steps(
+            prompt,
+            model,
+            stream,
+            announce,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            max_kv_size=max_kv_size,
+            prompt_cache=prompt_cache,
+            prefill_step_size=prefill_step_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            prompt_progress_callback=prompt_progress_callback,
+            input_embeddings=input_embeddings,
+        )
+        return
     shared = prompt_cache is not None
     cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     _take_from_earlier(cache)
@@ -90,9 +109,7 @@ def verified_steps(
     context = list(context)
     known = [*context, *cast(list[int], prompt.tolist())]
     before = known[: len(known) - n_begun]
-    seen = prompt if compat.PROCESSORS_SEE_PROMPT else prompt[-1:]
-    if context:
-        seen = mx.array(before, prompt.dtype)
+    seen = mx.array(before, prompt.dtype) if context else _seen(prompt)
     sequence = Sequence(
         sampler,
         logits_processors,
@@ -103,7 +120,7 @@ def verified_steps(
     )
     cache_is_known = are_known(cache)
     if not (cache_is_known and mlx_lm_is_as_imported()):
-        sequence.end_verified(REPLACED if cache_is_known else UNKNOWN_CACHE)
+        sequence.enter(Phase.DENSE, why=REPLACED if cache_is_known else UNKNOWN_CACHE)
     check_lookup(proposer, cache)
     quantized_from = None if kv_bits is None else quantized_kv_start
     layers = _at_first_token(cache, len(known), quantization)
@@ -137,7 +154,7 @@ def verified_steps(
             if n_given == 1:
                 progress(n_prompt, n_prompt)
             if announce is not None:
-                announce(proposer.mode_of(sequence, n_given))
+                announce(mode_of(sequence, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
             text.show()
             yield cast(int, pending.token), pending.logprobs
@@ -157,6 +174,30 @@ def _at_first_token(
     if bits is not None and n_known > start:
         compat.maybe_quantize_kv_cache(layers, 0, group_size, bits)
     return layers
+
+
+def _seen(prompt: mx.array) -> mx.array:
+    """The tokens of a prompt that mlx-lm's loop hands to processors."""
+    return prompt if compat.PROCESSORS_SEE_PROMPT else prompt[-1:]
+
+
+def _trained_steps(
+    prompt: mx.array,
+    model: nn.Module,
+    stream: Any,
+    announce: Callable[[Mode], Any] | None,
+    **options: Any,
+) -> Generator[tuple[int, mx.array | None], None, None]:
+    """The text of a model that is being trained: mlx-lm's own loop draws its numbers in turn."""
+    progress = options.pop("prompt_progress_callback") or (lambda n_read, n_prompt: None)
+    steps: Any = compat.module.generate_step(
+        prompt, model, stream=stream, prompt_progress_callback=progress, **options
+    )
+    with closing(steps):
+        for step in steps:
+            if announce is not None:
+                announce(TRAINED)
+            yield step
 
 
 def _read_prompt(
@@ -324,7 +365,7 @@ class _Text:
         if sequence.ahead and not (as_shown and sequence.undisturbed):
             with mx.stream(self._stream):
                 self._decoder.settle([sequence], caches_changed=not as_shown)
-            sequence.end_verified()
+            sequence.enter(Phase.DENSE, why=CHANGED)
         self._shown = False
 
     def end(self) -> None:

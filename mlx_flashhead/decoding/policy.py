@@ -13,6 +13,15 @@ from ..head.steps import NO_DEPTH
 from ..models.install import get_flash_head
 from ..models.trust import is_recognised
 from .pace import Pace
+from .phase import (
+    CHANGED_MODEL,
+    NO_FASTER,
+    NO_HEAD,
+    REQUESTED,
+    UNVERIFIED,
+    VERIFIED,
+    Mode,
+)
 
 DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
@@ -84,20 +93,20 @@ def policy_of(head: FlashHead) -> DecodingPolicy:
 
 def decoding_mode(
     model: nn.Module, *, verify: bool = True, dense: bool = False, n_probes: int | None = None
-) -> str:
-    """What decodes this model's text, in words: "verified", "unverified", or "dense: " and why.
+) -> Mode:
+    """What decodes this model's text.
 
     With ``n_probes`` that a caller has chosen it is verified whatever it gains.
     """
     head = get_flash_head(model)
     if dense:
-        return "dense: as requested"
+        return REQUESTED
     if head is None:
-        return "dense: the model has no FlashHead"
+        return NO_HEAD
     if not verify:
-        return "unverified"
+        return UNVERIFIED
     if not is_recognised(model):
-        return "dense: the model is wrapped or changed, so nothing is known of its text"
+        return CHANGED_MODEL
     if policy_of(head).dense and n_probes is None:
-        return "dense: FlashHead is no faster on this machine"
-    return "verified"
+        return NO_FASTER
+    return VERIFIED

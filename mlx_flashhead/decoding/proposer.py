@@ -19,16 +19,21 @@ from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed
 from .dense_states import DenseStates
 from .pace import Pace
+from .phase import (
+    DRAFTED,
+    PAUSED,
+    SAMPLED_DENSE,
+    SEVERAL_DRAW,
+    UNKNOWN_FUNCTION,
+    VERIFIED,
+    Mode,
+    Phase,
+)
 from .policy import DecodingPolicy, decoding_mode, policy_of
 from .sequence import PendingToken, Sequence
 from .settings import DecodingSettings
 
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
-FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
-DRAFTED = "dense: a draft model guesses, and the target chooses every token"
-PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
-SAMPLED_DENSE = "dense: FlashHead is no faster for sampled text on this machine"
-UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
 class Proposer:
@@ -49,20 +54,19 @@ class Proposer:
         self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.head: FlashHead | None = get_flash_head(model)
         self._dense_states: DenseStates | None = None
-        self.policy = DecodingPolicy()
-        # from the head's logits to the model's; None where no map describes it
-        self.logit_map: LogitMap | None = IDENTITY
-        if self.head is not None:
-            self.policy = policy_of(self.head)
-            self.logit_map = logit_map_of(model)
+        self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
         self._mode = decoding_mode(
             model,
             verify=self.settings.verifies,
             dense=self.settings.decodes_densely,
             n_probes=self.settings.n_probes,
         )
-        self.verifies = self._mode == "verified" and self.logit_map is not None
-        self.unverified = self._mode == "unverified"
+        # from the head's logits to the model's; None where no map describes it
+        self.logit_map: LogitMap | None = IDENTITY
+        if self._mode.is_verified:  # else nobody asks the model, which might draw
+            self.logit_map = logit_map_of(model)
+        self.verifies = self._mode.is_verified and self.logit_map is not None
+        self.unverified = self._mode.is_unverified
 
     @property
     def n_traced(self) -> int:
@@ -93,23 +97,31 @@ class Proposer:
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)
 
-    def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
-        """Returns in words how the latest token of a text was decoded.
+    def mode_for(self, text: Sequence, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
+        """How a text's next tokens are decoded: verified if they may be proposed now, or why not.
 
-        The words are "verified", "unverified", FIRST, PAUSED, or "dense: " and why.
-        ``n_handed_out`` counts the tokens since its prompt was read.
+        Args:
+            text: One of some that decode together.
+            n_texts: How many these are.
+            pays: Whether texts like it gain by proposals at the time.
+            several_draw: Whether several texts draw from MLX's random state.
         """
-        if sequence.guessed_instead:
+        if text.guessed_instead:
             return DRAFTED
-        if sequence.proposing:
-            return FIRST if n_handed_out == 1 else "verified"
-        if sequence.why_dense:
-            return sequence.why_dense
-        if self._mode != "verified":
+        if text.why_dense is not None:
+            return text.why_dense
+        if not self._mode.is_verified:
             return self._mode
-        if sequence.recognised and not self.pays(sequence):
+        if text.phase is Phase.DENSE:
+            return UNKNOWN_FUNCTION
+        if not self.can_verify(text):
+            return UNKNOWN_FUNCTION if self.pays(text) else SAMPLED_DENSE
+        if several_draw:
+            return SEVERAL_DRAW
+        if not self.pays(text, n_texts):
             return SAMPLED_DENSE
-        return PAUSED if self.can_verify(sequence) else UNKNOWN_FUNCTION
+        fits = n_texts == 1 or n_texts <= self.max_batch
+        return VERIFIED if pays and fits else PAUSED
 
     def pace_of(self, sequences: list[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
@@ -142,7 +154,7 @@ class Proposer:
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified."""
-        if self.head is None or not (self.verifies and sequence.recognised):
+        if self.head is None or not self.verifies or sequence.phase is Phase.DENSE:
             return False
         if not self.pays(sequence, n_texts=2):
             return False

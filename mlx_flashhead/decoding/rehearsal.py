@@ -20,6 +20,7 @@ from ..head.slot_product import CLASSES
 from ..models.compat.mlx_lm import sample_utils
 from ..models.install import hidden_dtype, installed_head
 from .caches import Snapshot
+from .phase import Phase
 from .policy import MAX_PENDING
 from .proposer import Proposer, step_arrays
 from .random_state import random_key
@@ -102,8 +103,7 @@ def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: i
     if not proposer.can_verify(text):
         return
     before_all = Snapshot(0, [], [], [])
-    text.begin_ahead(before_all)
-    text.proposing = True
+    text.enter(Phase.AHEAD, before_all)
     schedule = VerifySchedule(proposer, lambda texts: [before_all])
     latest = mx.array([0], mx.uint32)
     for _ in range(n_tokens):

@@ -17,13 +17,12 @@ from ..head.draws.noise import position_key
 from ..head.proposal import Proposal
 from .caches import Snapshot
 from .changes import Changes
+from .phase import AHEAD_OF_CALLER, FIRST, VERIFIED, Mode, Phase
 from .random_state import DrawChain, set_key
 from .sampler import Processor, Sampler, SamplerFunction, draw_of, normalized
 
 if TYPE_CHECKING:
     from .guessing.guesses import Guesses
-
-CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
 
 
 @dataclass(eq=False)
@@ -90,13 +89,16 @@ class Sequence:
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
-        self.proposing = False  # whether the FlashHead proposes its next tokens
         # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
-        self.why_dense = ""  # said of its tokens while none are proposed; "": not known yet
+        self.mode: Mode = VERIFIED  # how its next tokens are decoded, since the latest round
+        self.why_dense: Mode | None = (
+            None  # where it is dense for another reason than its functions
+        )
         self.settings = draw_of(sampler)  # None where only the sampler itself knows
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
-        self.recognised = self.settings is not None and self.changes is not None
+        known = self.settings is not None and self.changes is not None
+        self.phase = Phase.LEVEL if known else Phase.DENSE
         draws_by_seed = type(sampler) is Sampler and not self.greedy
         self.seed = cast(Sampler, sampler).new_seed() if draws_by_seed else 0
         self.guesses: Guesses | None = None  # of its tokens, for the time that it decodes alone
@@ -190,16 +192,17 @@ class Sequence:
             return 1 + len(guessed)
         return 1 + mask.n_allowed(context, guessed, self.vocab_size)
 
-    # Whether it is ahead of what is handed out: its states, and how they change.
+    # Whether it is ahead of what is handed out.
 
     @property
     def ahead(self) -> bool:
-        """Whether its tokens may be ahead of those handed out.
+        """Whether its tokens may be ahead of those handed out."""
+        return self.phase in AHEAD_OF_CALLER
 
-        Otherwise all is as in mlx-lm's loop: the caches, MLX's random state, the calls of its
-        sampler and processors.
-        """
-        return bool(self.snapshots)
+    @property
+    def proposing(self) -> bool:
+        """Whether the FlashHead proposes its next tokens."""
+        return self.phase is Phase.AHEAD
 
     @property
     def undisturbed(self) -> bool:
@@ -217,35 +220,31 @@ class Sequence:
         """Whether nothing is ahead but the step that mlx-lm's loop would have launched, too."""
         return self.n_yielded == len(self.tokens) and [p.proposal for p in self.pending] == [None]
 
-    def begin_ahead(self, snapshot: Snapshot) -> None:
-        """Lets its tokens be computed ahead, from ``snapshot`` of its caches as they are."""
-        self.snapshots.append(snapshot)
-        self.why_dense = ""
-        if self.draws_from_mlx:
-            self._chain = DrawChain(self.n_chosen)
+    def enter(
+        self, phase: Phase, snapshot: Snapshot | None = None, why: Mode | None = None
+    ) -> None:
+        """Changes its phase.
 
-    def end_ahead(self) -> None:
-        """Has nothing computed ahead any more; MLX's random state is what mlx-lm's loop has left.
+        To be level again it must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
+        MLX's random state is what that loop has left then.
 
-        The text must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
+        Args:
+            phase: The next one.
+            snapshot: Of its caches as they are, where it begins to be ahead.
+            why: Why it is dense from now on.
         """
-        if self._chain is not None:
+        before = self.phase
+        self.phase = phase
+        if self.ahead:
+            if before not in AHEAD_OF_CALLER:
+                self.snapshots.append(cast(Snapshot, snapshot))
+                self._chain = DrawChain(self.n_chosen) if self.draws_from_mlx else None
+            return
+        if phase is Phase.LEVEL and self._chain is not None:
             set_key(self._chain.state(self.n_chosen))
-        self._forget_ahead()
-
-    def end_verified(self, why: str = CHANGED) -> None:
-        """Has the normal (dense) head choose its tokens from now on, each function called once.
-
-        ``why`` is the reason that callers are told.
-        """
-        self.why_dense = why
-        self.recognised = False
-        self._forget_ahead()
-
-    def _forget_ahead(self) -> None:
         self.snapshots.clear()
         self._chain = None
-        self.proposing = False
+        self.why_dense = why
 
     # Its tokens.
 
@@ -384,6 +383,11 @@ class Sequence:
         token, logprobs = self.choose(logits, self.n_chosen)
         self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
         return token
+
+
+def mode_of(sequence: Sequence, n_handed_out: int) -> Mode:
+    """How the latest of the tokens that were handed out since a text's prompt was decoded."""
+    return FIRST if n_handed_out == 1 and sequence.mode.is_verified else sequence.mode
 
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:

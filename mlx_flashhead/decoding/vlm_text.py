@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
 from .loop import verified_steps
+from .phase import Mode
 from .proposer import Proposer
 
 
@@ -19,7 +20,7 @@ def vlm_steps(
     pixel_values: Any,
     mask: Any,
     options: dict[str, Any],
-    announce: Callable[[str], Any] | None = None,
+    announce: Callable[[Mode], Any] | None = None,
 ) -> Iterator[Any] | None:
     """mlx-vlm's ``generate_step`` for greedy text, verified.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.phase import NO_HEAD, VERIFIED, Mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..models.compat import mlx_lm as compat
@@ -22,7 +23,7 @@ FUNCTIONS = [
     for name, value in vars(compat.BatchGenerator).items()
     if callable(value) or isinstance(value, property)
 ]
-CHANGED = "dense: this program changes mlx-lm's batches"
+CHANGED = Mode.dense("this program changes mlx-lm's batches")
 
 
 class _Texts:
@@ -52,7 +53,7 @@ class _BatchGenerator(compat.BatchGenerator):
 
     _use_of: Callable[[Any], Use | None]
     _use: Use | None = None  # what is said of the texts; None for a model that is not recognised
-    _mode = ""  # how mlx-lm's own decodes its texts
+    _mode: Mode = NO_HEAD  # how mlx-lm's own decodes its texts
     _verified: VerifiedBatchGenerator | None = None  # decodes in its place
     _options: dict[str, Any]  # of ``_verified``
 
@@ -70,20 +71,20 @@ class _BatchGenerator(compat.BatchGenerator):
             return verified
         options = self._given | {name: getattr(self, name) for name in NUMBERS}
         use = self._use = self._use_of(self.model)
-        self._mode = "" if use is None else use.mode_of(self.model)
-        if self._mode == "verified" and not self._is_mlx_lms():
+        self._mode = NO_HEAD if use is None else use.mode_of(self.model)
+        if self._mode == VERIFIED and not self._is_mlx_lms():
             self._mode = CHANGED
-        if verified is not None and (self._mode != "verified" or options != self._options):
+        if verified is not None and (self._mode != VERIFIED or options != self._options):
             verified.close()
             verified = None
-        if self._mode == "verified" and verified is None and use is not None:
+        if self._mode == VERIFIED and verified is None and use is not None:
             try:
                 proposer = Proposer(self.model, DecodingSettings(lookup=use.lookup))
                 verified = VerifiedBatchGenerator(
                     self.model, proposer=proposer, announce=use.announce, **options
                 )
             except Exception as error:  # mlx-lm's own would have decoded
-                self._mode = f"dense: {sentence(error)}".removesuffix(".")
+                self._mode = Mode.dense(sentence(error).removesuffix("."))
         self._verified = verified
         self._options = options
         self._generation_batch = self._own_batch if verified is None else _Texts(verified)

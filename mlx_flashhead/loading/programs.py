@@ -17,7 +17,8 @@ from weakref import finalize
 from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
-from ..decoding.loop import REPLACED, verified_steps
+from ..decoding.loop import verified_steps
+from ..decoding.phase import REPLACED, Mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
@@ -45,7 +46,7 @@ WITHOUT_TEXT = {
     "mlx_lm.cache_prompt", "mlx_lm.fuse", "mlx_lm.lora", "mlx_lm.quant.awq", "mlx_lm.quant.dwq",
     "mlx_lm.quant.dynamic_quant", "mlx_lm.quant.gptq", "mlx_vlm.lora", "mlx_vlm.train",
 }  # fmt: skip
-ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
+ONLY_GREEDY = Mode.dense("with mlx-vlm only greedy text is verified")
 
 
 def patch_library(library: str) -> None:
@@ -269,7 +270,7 @@ class _Patches:
         if not mlx_lm_is_as_imported():
             mode = REPLACED
         looks_up = self._options.lookup != "off"
-        if mode in (REPLACED, BUILDING) or not (mode == "verified" or looks_up):
+        if mode in (REPLACED, BUILDING) or not (mode.is_verified or looks_up):
             return use.follow(original(**options), mode)
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         return verified_steps(**options, proposer=proposer, announce=use.announce)
@@ -283,11 +284,11 @@ class _Patches:
         if draft is None or options.get("logits_processors"):
             return None
         use = self._use_of(model) or draft
-        waits = get_flash_head(draft_model) is None
-        if waits or not mlx_lm_is_as_imported():
-            mode = BUILDING if waits else REPLACED
-            return draft.follow(use.follow(original(**options), mode))
-        if not is_recognised(draft_model):
+        if not mlx_lm_is_as_imported():
+            return draft.follow(use.follow(original(**options), REPLACED))
+        # while the draft's FlashHead is being built its drafts are dense, and the text is the same
+        is_built = get_flash_head(draft_model) is not None
+        if is_built and not is_recognised(draft_model):
             return None
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         steps = drafted_steps(**options, proposer=proposer, announce=use.announce)
@@ -305,7 +306,7 @@ class _Patches:
             return None
         mode = use.mode_of(model)
         loop = None
-        if mode == "verified":
+        if mode.is_verified:
             mode = ONLY_GREEDY
             ids, _, pixel_values, mask = call.args
             loop = vlm_steps(original, ids, model, pixel_values, mask, call.kwargs, use.announce)

@@ -17,18 +17,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..decoding.phase import FIRST, PAUSED, UNVERIFIED, VERIFIED, Mode
 from ..decoding.policy import decoding_mode, policy_of
-from ..decoding.proposer import FIRST, PAUSED
 from ..head.flash_head import FlashHead
 from ..models.install import get_flash_head
 from .head_options import HeadOptions
 
 QUIET_SECONDS = 0.5  # for which a program must have written nothing
 OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
-DENSE_LOOP = (
-    "dense: this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
+DENSE_LOOP = Mode.dense(
+    "this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
 )
-BUILDING = "dense: its FlashHead is being built"
+BUILDING = Mode.dense("its FlashHead is being built")
 
 _all: list["Use"] = []  # of this process
 
@@ -54,7 +54,7 @@ class Use:
         self._begun = False  # whether an answer may be on the screen
         self._said = {PAUSED}
         self._later: list[str] = []  # to be said before the next text
-        self._n_tokens: Counter[str] = Counter()
+        self._n_tokens: Counter[Mode] = Counter()
         _all.append(self)
         if parent_process() is None:
             atexit.register(self.say_the_rest)
@@ -66,8 +66,8 @@ class Use:
         """Whether the program has written nothing for a while."""
         return time.monotonic() - self.used_at > QUIET_SECONDS
 
-    def mode_of(self, model: nn.Module) -> str:
-        """What decodes the model's text, in words: "verified", or "dense: " and why."""
+    def mode_of(self, model: nn.Module) -> Mode:
+        """What decodes the model's text."""
         return BUILDING if get_flash_head(model) is None else decoding_mode(model)
 
     def take(self, head: FlashHead) -> None:
@@ -77,7 +77,7 @@ class Use:
             self._options.say(f"With FlashHead: {self.name}, {clusters} scored per token.")
         head.projection = self.project
         if not self._options.verify:
-            self._tell("unverified")
+            self._tell(UNVERIFIED)
 
     def begin(self) -> None:
         """A text begins in this thread: what is said with its first token stands before it."""
@@ -85,12 +85,12 @@ class Use:
         self._begun = True
         self._say_later()
 
-    def announce(self, mode: str) -> None:
+    def announce(self, mode: Mode) -> None:
         """Counts a token, and says how it was decoded, if it was not said yet."""
         self._n_tokens[mode] += 1
         begins = getattr(self._local, "begins", False)
         self._local.begins = False
-        mode = "verified" if mode == FIRST else mode
+        mode = VERIFIED if mode == FIRST else mode
         if mode not in self._said:
             self._tell(mode, begins=begins)
 
@@ -106,7 +106,7 @@ class Use:
             self.used_at = time.monotonic()
 
     def follow(
-        self, steps: Generator[Any, None, None], mode: str = ""
+        self, steps: Generator[Any, None, None], mode: Mode | None = None
     ) -> Generator[Any, None, None]:
         """The tokens of a loop, decoded in the way ``mode``, or announced by the loop itself."""
         with closing(steps):
@@ -115,7 +115,7 @@ class Use:
                     step = next(steps, None)
                 if step is None:
                     return
-                if mode:
+                if mode is not None:
                     self.announce(mode)
                 yield step
 
@@ -127,7 +127,7 @@ class Use:
             return head.dense_logits(hidden)
         n_rows = hidden.size // hidden.shape[-1]
         if not self._options.verify:
-            self._n_tokens["unverified"] += n_rows
+            self._n_tokens[UNVERIFIED] += n_rows
             return head.unverified_logits(hidden)
         if not getattr(self._local, "announced", False):
             self._n_steps += 1
@@ -143,7 +143,7 @@ class Use:
         else:
             self._later.append(line)
 
-    def _tell(self, mode: str, *, begins: bool = True) -> None:
+    def _tell(self, mode: Mode, *, begins: bool = True) -> None:
         self._said.add(mode)
         self.say(f"Text of {self.name}: {mode}.", at_once=begins)
 
@@ -163,10 +163,10 @@ class Use:
         n_all = counts.total()
         if not n_all:
             return f"Checked {self.name}: no tokens."
-        parts = [f"{counts['verified']:,} verified ({counts['verified'] / n_all:.0%})"]
+        parts = [f"{counts[VERIFIED]:,} verified ({counts[VERIFIED] / n_all:.0%})"]
         if counts[FIRST]:
             parts.append(f"{counts[FIRST]:,} the first of their texts, by their prompts")
-        others = [(n, mode) for mode, n in counts.items() if mode not in ("verified", FIRST)]
+        others = [(n, mode) for mode, n in counts.items() if mode not in (VERIFIED, FIRST)]
         parts += [f"{n:,} {mode}" for n, mode in sorted(others, reverse=True)]
         return f"Checked {self.name}: {n_all:,} tokens: {'; '.join(parts)}."
 

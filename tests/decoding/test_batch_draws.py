@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from flash_loops import flash_of
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.decoder import SEVERAL_DRAW
+from mlx_flashhead.decoding.phase import SEVERAL_DRAW
 from tiny_models import tiny_model
 
 PROMPTS = [[5, 17, 3], [8], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61], [11, 12, 13, 14, 15]]

@@ -393,10 +393,13 @@ def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
     assert not taken
     proposer = Proposer(pair.flash.model)
     sequences = []
-    begin = Sequence.begin_ahead
-    monkeypatch.setattr(
-        Sequence, "begin_ahead", lambda own, held: (sequences.append(own), begin(own, held))[1]
-    )
+    enter = Sequence.enter
+
+    def noting(own, *of_phase):
+        sequences.append(own)
+        enter(own, *of_phase)
+
+    monkeypatch.setattr(Sequence, "enter", noting)
     steps = pair.ours(
         proposer=proposer, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=N_TOKENS
     )

@@ -3,6 +3,7 @@
 from itertools import count
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import sample_utils
@@ -14,8 +15,8 @@ from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches, loop
-from mlx_flashhead.decoding.caches import UNKNOWN_CACHE
 from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.phase import TRAINED, UNKNOWN_CACHE
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
@@ -234,6 +235,36 @@ def test_a_model_in_training_mode_is_dense():
     modes.clear()
     assert flash.tokens(announce=modes.append) == expected
     assert all(mode.startswith("dense") for mode in modes)
+
+
+class DroppingOut(nn.Module):
+    """A part of a model that is being trained, with a dropout before it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+        self.dropout = nn.Dropout(0.3)
+
+    def __call__(self, x):
+        return self.part(self.dropout(x))
+
+
+@pytest.mark.parametrize("sampler", [None, sample_utils.make_sampler(temp=1.0)])
+def test_a_model_in_training_with_dropout_is_mlx_lms_to_the_random_state(sampler):
+    """mlx-lm's loop decodes it, since each of its calls draws."""
+    flash = make_flash(num_hidden_layers=2)
+    for layer in flash.model.layers:
+        layer.mlp.up_proj = DroppingOut(layer.mlp.up_proj)
+    flash.model.train()
+    plain = generate_step(mx.array(PROMPT), flash.model, sampler=sampler, max_tokens=12)
+    mx.random.seed(7)
+    expected = [token for token, _ in plain], mx.random.state[0].tolist()
+    modes = []
+    tokens = flash.tokens(sampler=sampler, max_tokens=12, announce=modes.append)
+    assert (tokens, mx.random.state[0].tolist()) == expected
+    assert set(modes) == {TRAINED}
+    flash.model.eval()
+    assert flash.tokens(sampler=sampler, max_tokens=12) != tokens
 
 
 @pytest.fixture

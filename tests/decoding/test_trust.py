@@ -12,6 +12,7 @@ from mlx_lm import sample_utils
 import old_top_p
 from flash_loops import N_TOKENS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head.draws.summed_top_p import SummedTopP
 from mlx_flashhead.head.flash_head import FlashHead
@@ -144,7 +145,7 @@ def test_the_top_p_of_mlx_lm_0_31_is_verified(model, name, misses, monkeypatch):
 
 
 def is_recognised(sampler, processors=()):
-    return Sequence(sampler, processors).recognised
+    return Sequence(sampler, processors).phase is Phase.LEVEL
 
 
 def test_what_is_recognised():

@@ -17,12 +17,12 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
+from mlx_flashhead.decoding.phase import REPLACED
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import replace
 from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.batches import CHANGED
 from mlx_flashhead.loading.head_options import BUILD, LATER, HeadOptions
-from mlx_flashhead.loading.programs import REPLACED
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
 from mlx_flashhead.models.install import get_flash_head

@@ -72,7 +72,7 @@ class Guesses:
             The offer, and how many of its tokens are taken; None where a single step is better, or
             nothing is offered.
         """
-        offers = self._offers(text, latest) if text.recognised else []
+        offers = self._offers(text, latest)
         if self._always:
             offers = [replace(offer, cost=0.0) for offer in offers]
         taken = self._best(offers, self._costs(layers)) if offers else None
