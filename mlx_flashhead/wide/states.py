@@ -202,8 +202,8 @@ class _Again:
 
 
 @contextmanager
-def run_as(run: _Run) -> Iterator[None]:
-    """Calls of a twin's layers and parts are ``run``'s in this context."""
+def run_as(run: _Run | None) -> Iterator[None]:
+    """Calls of a twin's layers and parts are ``run``'s in this context; None: they are plain."""
     token = _run.set(run)
     try:
         yield

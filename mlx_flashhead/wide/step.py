@@ -125,9 +125,10 @@ class WideSteps:
         """Feeds tokens to a twin."""
         n_tokens = tokens.shape[1]
         stand_ins = [stand_in(cache, n_tokens) for cache in caches]
-        step = Step(states_in(stand_ins))
+        states = list(states_in(stand_ins))
+        step = Step(states)
         try:
-            with run_as(step):
+            with run_as(step if states else None):
                 logits = model(tokens, cache=[each.given for each in stand_ins])
             if not step.explains_states:
                 raise NoWideStepError("A state is written by no layer that gets it.")

@@ -114,7 +114,7 @@ class _Layer(nn.Module):
 
 
 class _Part(nn.Module):
-    """A part with weights."""
+    """A part with weights of more than one axis."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         call = super().__call__
@@ -297,8 +297,9 @@ def _around(module: nn.Module, call: CodeType | None) -> type | None:
     """What is done around the calls of a module, so that a state can be made again."""
     if call is not None and "cache" in call.co_varnames[: call.co_argcount]:
         return _Layer
-    has_arrays = any(isinstance(each, mx.array) for each in dict.values(cast(Any, module)))
-    return _Part if has_arrays else None
+    own: list[Any] = list(dict.values(cast(Any, module)))
+    has_weights = any(isinstance(each, mx.array) and each.ndim > 1 for each in own)
+    return _Part if has_weights else None
 
 
 def _mixin_of(module: nn.Module) -> type | None:
