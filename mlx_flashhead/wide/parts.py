@@ -1,11 +1,12 @@
 """What a model is made of, and whether it still is: arrays, layers, and functions of mlx-lm."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import is_dataclass
 from operator import is_
 from types import CodeType, FunctionType
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -25,17 +26,55 @@ class ModelParts:
             for _, _, function in owned
             for name in global_names(function)
         ]
+        # arrays that the model itself replaces by equal ones, by the ids of parts and by places
+        self._renewed: dict[int, dict[int, mx.array]] = {}
 
     def are_of(self, model: nn.Module) -> bool:
-        """Whether a model has the very same parts: nothing was replaced, added or taken away."""
+        """Whether a model has the very same parts: nothing was replaced, added or taken away.
+
+        It may have other arrays where its own steps replace them.
+        """
         return (
             type(model) is self._type
             and _same(_contents(model), self._own)
             and all(type(part) is cls for part, cls, _ in self._others)
-            and all(_same(_contents(part), held) for part, _, held in self._others)
+            and all(
+                _same(_contents(part), held, self._renewed.get(id(part), ()))
+                for part, _, held in self._others
+            )
             and all(vars(owner).get(name) is value for owner, name, value in self._functions)
             and all(names.get(name) is value for names, name, value in self._globals)
         )
+
+    def note_renewed(self, model: nn.Module) -> bool:
+        """Notes which arrays a model has replaced by equal ones, in a step that it has taken.
+
+        Returns:
+            Whether nothing else of its parts has changed.
+        """
+        if not _same(_contents(model), self._own):
+            return False
+        for part, _, held in self._others:
+            now = _contents(part)
+            if len(now) != len(held):
+                return False
+            for i, (new, old) in enumerate(zip(now, held, strict=True)):
+                if new is not old:
+                    if not (isinstance(new, mx.array) and isinstance(old, mx.array)):
+                        return False
+                    self._renewed.setdefault(id(part), {})[i] = old
+        return self.renewed_are_equal()
+
+    def renewed_are_equal(self) -> bool:
+        """Whether arrays that the model's own steps replace are still equal. Evaluates them."""
+        now = [
+            (_contents(part)[i], old)
+            for part, _, _ in self._others
+            for i, old in self._renewed.get(id(part), {}).items()
+        ]
+        if any(new.shape != old.shape or new.dtype != old.dtype for new, old in now):
+            return False
+        return all(mx.array_equal(*pair).item() for pair in now)
 
 
 def containers(model: nn.Module) -> Iterator[Any]:
@@ -62,8 +101,13 @@ def _contents(container: Any) -> list[Any]:
     return list(container.values() if isinstance(container, dict) else container)
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(map(is_, one, other))
+def _same(one: list[Any], other: list[Any], but_for: Collection[int] = ()) -> bool:
+    """Whether two lists hold the very same values, but for those at some places."""
+    if len(one) != len(other):
+        return False
+    if not but_for:
+        return all(map(is_, one, other))
+    return all(i in but_for or one[i] is other[i] for i in range(len(one)))
 
 
 def library_functions(cls: type) -> Iterator[tuple[type, str, FunctionType]]:

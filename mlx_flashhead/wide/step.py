@@ -58,12 +58,15 @@ class WideSteps:
         self.parts = ModelParts(model)  # all of it, so that a change shows
         self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
         self.established: dict[str, Established] = {}  # by the kind of the caches
+        # whether its own steps replace parts by others, so that nothing shows who else does;
+        # None: no step was taken yet to find out
+        self.model_changes_itself: bool | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "WideSteps":
         """The wide steps of a model, anew if a part of it has changed."""
         known = cls.known.get(id(model))
-        if known is not None and known.parts.are_of(model):
+        if known is not None and (known.model_changes_itself or known.are_up_to_date):
             return known
         if known is None:
             weakref.finalize(model, cls.known.pop, id(model), None)
@@ -80,6 +83,11 @@ class WideSteps:
         """The model's twins that take wide steps."""
         forms = {held.apart for held in self.established.values() if held.costs}
         return [self.twin(apart=apart) for apart in forms]
+
+    @property
+    def are_up_to_date(self) -> bool:
+        """Whether nothing of the model has changed, between two texts."""
+        return self.parts.are_of(self.model) and self.parts.renewed_are_equal()
 
     def twin(self, *, apart: bool) -> nn.Module:
         """The model's twin."""

@@ -30,6 +30,7 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.install import get_flash_head
 from . import store as trial_store
+from .parts import ModelParts
 from .stand_ins import WINDOWS, is_known, is_past_end, n_held, parts_of, there_is_memory
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
@@ -68,6 +69,11 @@ def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
 def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
+    if steps.model_changes_itself is None:
+        steps.model_changes_itself = _changes_itself(steps, caches)
+    if steps.model_changes_itself:
+        log.info("Steps of several tokens are off: this model's own steps change it.")
+        return NOTHING
     place = trial_store.place_of(steps.model)
     key = trial_store.key_of(kind)
     known = {} if place is None else stored(place, Established)
@@ -99,6 +105,21 @@ def _tried(steps: WideSteps, caches: list[Any]) -> Established:
         if found.costs:
             break
     return found._replace(busy=busy or is_busy())
+
+
+def _changes_itself(steps: WideSteps, caches: list[Any]) -> bool:
+    """Whether a step changes the model by more than arrays that it replaces by equal ones.
+
+    A first step may keep what later ones use.
+    """
+    model: Any = steps.model
+    head = get_flash_head(steps.model)
+    token = mx.array([[0]])
+    with nullcontext() if head is None else head.intercepted(lambda hidden: hidden):
+        mx.eval(model(token, cache=[_fresh(cache) for cache in caches]))
+        steps.parts = ModelParts(model)
+        mx.eval(model(token, cache=[_fresh(cache) for cache in caches]))
+    return not steps.parts.note_renewed(model)
 
 
 def _is_worth_it(model: nn.Module) -> bool:

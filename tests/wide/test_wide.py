@@ -447,6 +447,46 @@ def test_a_trial_is_announced(model, caplog):
     ]
 
 
+def test_what_a_first_step_keeps_is_no_change():
+    model = tiny_architecture("plamo3", tied=False)
+    assert widths_of(model) == ALL
+    steps = WideSteps.of(model)
+    read(model, 5)
+    assert WideSteps.of(model) is steps
+
+
+def test_arrays_that_a_model_replaces_by_equal_ones_are_no_change():
+    """It does so in each step. Others are seen before the next text."""
+    model = tiny_architecture("gemma3n", tied=False)
+    assert widths_of(model) == ALL
+    steps = WideSteps.of(model)
+    read(model, 5)
+    assert steps.parts.are_of(model)
+    assert WideSteps.of(model) is steps
+    assert same_as_single(model, 6, 3, apart=False)
+    part = model.model.language_model.layers[0].altup.correction_coefs
+    part.weight = part.weight / 2
+    assert WideSteps.of(model) is not steps
+    assert same_as_single(model, 6, 3, apart=False)
+
+
+def test_a_model_that_changes_itself_has_single_steps(caplog):
+    """Nobody can tell then whether somebody else has changed it."""
+    model = tiny_model()
+
+    class Counts(type(model)):
+        def __call__(self, *args, **named):
+            self.n_calls = getattr(self, "n_calls", 1000) + 1
+            return super().__call__(*args, **named)
+
+    model.__class__ = Counts
+    with caplog.at_level(logging.INFO):
+        assert widths_of(model) == []
+        read(model, 5)
+        assert widths_of(model) == []
+    assert caplog.messages == ["Steps of several tokens are off: this model's own steps change it."]
+
+
 @pytest.mark.parametrize("error, is_stored", [(NoWideStepError, True), (RuntimeError, False)])
 def test_trouble_of_the_device_is_not_stored(stored, monkeypatch, error, is_stored):
     def trouble(steps, twin, tokens, caches):
