@@ -8,6 +8,7 @@ from .common import flags
 from .common.arguments import Parser
 from .common.command import command
 from .common.interrupts import ctrl_c_raises
+from .common.suggested_model import asked_for_model, model_is_needed
 
 SEED = 0
 
@@ -30,8 +31,9 @@ def make_parser() -> Parser:
 
 def _check_arguments(parser: Parser, args: Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other or the model."""
+    args.model = args.model or asked_for_model()
     if not args.model:
-        parser.error("--model is needed: give a folder or a repository of a model")
+        parser.error(model_is_needed())
     if args.resume and args.system_prompt is not None:
         parser.error(
             "--resume continues a conversation that has its own system prompt: leave "

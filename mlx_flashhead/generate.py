@@ -18,6 +18,7 @@ from .common import flags
 from .common.arguments import Parser
 from .common.command import command
 from .common.interrupts import ctrl_c_raises
+from .common.suggested_model import model_is_needed
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
@@ -85,10 +86,7 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     drafts = args.draft_model is not None
     cached = args.prompt_cache_file is not None
     mistakes = [
-        (
-            not args.model and not cached,
-            "--model is needed: give a folder or a repository of a model",
-        ),
+        (not args.model and not cached, model_is_needed()),
         (not args.prompt, EMPTY),
         (
             args.draw_probes and (args.dense or not args.temp > 0),

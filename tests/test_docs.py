@@ -98,7 +98,7 @@ def test_the_readme_is_read_in_a_minute():
     assert commands == {"chat", "server", "run", "benchmark"}
     assert readme.index("python3.12 -m venv .venv") < readme.index("**`mlx_flashhead.chat")
     rows = apple_estimates.readme()[2:]
-    assert len(rows) == 2 * len(apple_estimates.README_MODELS) == 18
+    assert len(rows) == 2 * len(apple_estimates.README_MODELS)
     assert not any("dense" in row for row in rows)
 
 
@@ -112,7 +112,7 @@ def test_the_pages_figures_agree():
         chips = apple_estimates.README_CHIPS
         models = apple_estimates.README_MODELS
         gains = [step_times.gain(model, chip, bits) for model in models for chip in chips]
-        least = max(1.0, min(gains))  # where it gains nothing the model stays dense
+        least = min(gains) if min(gains) >= 1.03 else 1.0  # below, a model stays dense
         assert f"{least:.2f} to {max(gains):.2f} with {bits}-bit heads" in comparison
         large = max(step_times.gain("llama-3.1-8b", chip, bits) for chip in chips)
         assert f"{large:.2f}" in re.search(r"8 billion.*", read("docs/limits.md"))[0]

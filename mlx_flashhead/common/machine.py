@@ -16,3 +16,8 @@ def system() -> str:
     """The operating system, such as "macOS 26.1"; elsewhere without a version."""
     version = platform.mac_ver()[0]
     return f"macOS {version}" if version else platform.system()
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, which on a Mac the GPU shares."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

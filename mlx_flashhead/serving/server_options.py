@@ -18,6 +18,7 @@ from ..common.flags import (
     add_lookup_flag,
     check_draft_flags,
 )
+from ..common.suggested_model import model_is_needed
 
 Add = Callable[..., Any]  # a group's add_argument
 LOCAL = "127.0.0.1"
@@ -240,7 +241,7 @@ def _add_network(add: Add) -> None:
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other; fills in the host."""
     if not args.model:
-        parser.error("--model is needed: give a folder or a repository of a model")
+        parser.error(model_is_needed())
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
     check_draft_flags(parser, args)

@@ -35,8 +35,7 @@ CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
 GUESSED_CHIP = "m4"  # of the README's columns of guessed tokens
 README_CHIPS = ("m4", "m5", "m4-pro", "m4-max")
 README_DENSE = ("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.8-27b")
-README_DENSE += ("gemma-4-31b",)
-README_EXPERTS = ("gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
+README_EXPERTS = ("gemma-4-26b-a4b", "qwen3.5-35b-a3b")
 README_MODELS = (*README_DENSE, *README_EXPERTS)  # what people run, small to large
 CHAT = (0.75, 0.5, 0.33)  # shares of drafts that are assumed for a chat, by depth
 EXPERTS = ("lfm2-8b-a1b", "ling-mini", "gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
@@ -46,7 +45,7 @@ MODELS = (
     *("llama-3.2-1b", "llama-3.1-8b", "minicpm5-1b", "lfm2.5-1.2b", "lfm2.5-2.6b", "smollm2"),
     *EXPERTS,
 )
-REPEATS = (*README_DENSE, "llama-3.1-8b", *README_EXPERTS)
+REPEATS = (*README_DENSE, "gemma-4-31b", "llama-3.1-8b", "gpt-oss-20b", *README_EXPERTS)
 SHORT = 512  # tokens, within the windows of Gemma-3-4B
 COSTS = (
     *(("gemma-3-4b", SHORT), ("gemma-3-4b", CONTEXT), ("llama-3.1-8b", CONTEXT)),

@@ -144,7 +144,7 @@ def test_a_signal_while_it_starts_ends_it(converted, module, number):
     "words, said",
     [
         (["--model", "./nope"], "There is no folder ./nope: check the path of the model."),
-        ([], "--model is needed: give a folder or a repository of a model."),
+        ([], "--model is needed: give a folder or a repository of a model, on this machine for"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, said):
