@@ -11,9 +11,16 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.flags import add_always_option, add_head_options, add_lookup_flag
+from .common.flags import (
+    add_always_option,
+    add_draft_flags,
+    add_head_options,
+    add_lookup_flag,
+    check_draft_flags,
+)
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
+OPTIONAL = ("--fine-head", "--mtp")  # flags that may have a value
 # What brings the programs of docs/integrations.md.
 PACKAGES = {
     "llm": "llm-mlx",
@@ -39,6 +46,7 @@ def make_parser() -> Parser:
     unverified = "Use FlashHead's own choices, in loops that cannot be verified, too."
     parser.add_argument("--no-verify", action="store_true", help=unverified)
     add_lookup_flag(parser.add_argument)
+    add_draft_flags(parser.add_argument)
     first = "Build a missing FlashHead before the first text (default: while nothing is written)."
     parser.add_argument("--build-first", action="store_true", help=first)
     check = "Print, at the program's end, how many tokens were verified, how many dense, and why."
@@ -59,8 +67,9 @@ def main() -> None:
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]
-    # --fine-head without a value would take the program for its source
-    args = parser.parse_args(["--fine-head=" if word == "--fine-head" else word for word in words])
+    # these without a value would take the program for their source
+    args = parser.parse_args([f"{word}=" if word in OPTIONAL else word for word in words])
+    check_draft_flags(parser, args)
     if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
         args.module = args.program
         args.program = None

@@ -209,7 +209,7 @@ def check_draft_flags(parser: Any, args: Namespace) -> None:
     """Ends the command with a sentence if the flags of :func:`add_draft_flags` do not agree."""
     if args.mtp and args.draft_model is not None:
         parser.error("--mtp and --draft-model both guess the next tokens: give one of them")
-    if args.draft_probes is not None and args.draft_model is None:
+    if getattr(args, "draft_probes", None) is not None and args.draft_model is None:
         parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
 
 

@@ -81,7 +81,12 @@ class _BatchGenerator(compat.BatchGenerator):
             try:
                 proposer = Proposer(self.model, DecodingSettings(lookup=use.lookup))
                 verified = VerifiedBatchGenerator(
-                    self.model, proposer=proposer, announce=use.announce, **options
+                    self.model,
+                    proposer=proposer,
+                    announce=use.announce,
+                    drafter=use.drafter,
+                    num_draft_tokens=use.n_drafts,
+                    **options,
                 )
             except Exception as error:  # mlx-lm's own would have decoded
                 self._mode = Mode.dense(sentence(error).removesuffix("."))

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..decoding.random_state import random_key
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
@@ -23,6 +24,9 @@ from ..models.trained_drafter import (
 from .head_options import DENSE, HeadOptions
 from .load import load_with_head
 
+# MLX's random state while something is loaded: what is drawn for its weights is replaced, and the
+# state of the caller's text stays as it is.
+UNUSED = (0, 0)
 # Without a model's weights and code.
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
 
@@ -56,7 +60,10 @@ class DraftOptions:
         """
         if self.mtp:
             say = options.say
-            return load_own_drafter(target, folder, self.mtp, say=say, progress=options.progress)
+            with random_key(UNUSED):
+                return load_own_drafter(
+                    target, folder, self.mtp, say=say, progress=options.progress
+                )
         if self.model is None:
             return None
         drafter, _ = load_draft(
@@ -95,9 +102,19 @@ def load_draft(
             are chosen, or such a drafter cannot draft for models of mlx-lm.
     """
     folder = resolve(path_or_hf_repo)
+    with random_key(UNUSED):
+        return _load_from(folder, path_or_hf_repo, mtp_of, draft_probes, trust_remote_code)
+
+
+def _load_from(
+    folder: Path,
+    path_or_hf_repo: str,
+    mtp_of: nn.Module | None,
+    draft_probes: int | None,
+    trust_remote_code: bool,
+) -> tuple[Any, Any]:
     if mtp_of is not None:
-        say = HeadOptions().say
-        return load_own_drafter(mtp_of, folder, say=say), None
+        return load_own_drafter(mtp_of, folder, say=HeadOptions().say), None
     if is_trained_drafter(read_config(folder)):
         if draft_probes is not None:
             raise ValueError(

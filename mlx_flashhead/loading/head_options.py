@@ -41,6 +41,10 @@ class HeadOptions:
     head_bits: int | None = None  # of the finer head; default: 8
     verify: bool = True  # whether another program's text is verified
     lookup: str = "auto"  # when the next tokens of another program's text are looked up
+    # of another program's texts: a trained drafter, or where the model's own MTP layer is
+    draft_model: str | None = None
+    mtp: str | Path | bool | None = None
+    num_draft_tokens: int = 3  # that it guesses at a time, at most
     check: bool = False  # whether its tokens are counted, for a line at its end
     tell: Callable[[str], object] | None = None  # takes what is said; None: standard error
 
@@ -66,12 +70,15 @@ class HeadOptions:
             verify=not unverified,
             lookup=getattr(args, "lookup", "auto"),
             check=getattr(args, "check", False),
+            draft_model=getattr(args, "draft_model", None),
+            mtp=getattr(args, "mtp", None),
+            num_draft_tokens=getattr(args, "num_draft_tokens", cls.num_draft_tokens),
         )
 
     def environment(self) -> dict[str, str]:
         """The variables with which a new Python process patches mlx-lm, by `interop/hook`."""
         values = asdict(self)
-        for name in ("flash_head", "fine_head"):
+        for name in ("flash_head", "fine_head", "draft_model", "mtp"):
             if isinstance(values[name], str | Path) and Path(values[name]).exists():
                 values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
         changed = {name: v for name, v in values.items() if v != getattr(HeadOptions, name)}

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial, wraps
@@ -23,15 +23,17 @@ from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
 from ..interop.replace import Wrap, put_all_in_place
-from ..models.compat.mlx_lm import load_tokenizer
+from ..models.compat.mlx_lm import load_tokenizer, make_prompt_cache
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head
 from ..models.origin import local_origin
+from ..models.trained_drafter import CONFIG, TrainedDrafter, is_trained_drafter, read_config
 from ..models.trust import is_recognised
 from ..models.vlm import is_vlm
 from .background import LEFT, PREPARING, Build
 from .batches import batch_class
+from .drafts import DraftOptions, load_draft
 from .head_options import BUILD, LATER, VARIABLE, HeadOptions
 from .load import attach_head
 from .sources import explicit_head
@@ -151,6 +153,8 @@ class _Patches:
         self._options = options
         self._warned = False
         self._builds: dict[int, _FirstUse] = {}  # by the id of a model without a FlashHead
+        self._drafters: dict[int, TrainedDrafter] = {}  # by the id of a model
+        self._tokenizer: Any = None  # of the latest model
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -167,8 +171,10 @@ class _Patches:
             if is_vlm(model) and options.missing == LATER:
                 options = replace(options, missing=BUILD)
             tokenizer = tokenizer_of()
+            self._tokenizer = tokenizer
+            drafter = self._drafter_of(model, folder)
             head = attach_head(model, tokenizer, stored, folder, options)
-            use = Use(local_origin(folder).known_as, options)
+            use = Use(local_origin(folder).known_as, options, drafter)
             if head is None:
                 self._builds[id(model)] = _FirstUse(model, tokenizer, folder, options, use)
                 finalize(model, self._end_build, id(model)).atexit = False
@@ -181,6 +187,28 @@ class _Patches:
             self._say_without(error)
             if get_flash_head(model) is not before:
                 detach(model)
+
+    def _drafter_of(self, model: Any, folder: Path) -> TrainedDrafter | None:
+        """The trained drafter that the options name for a model; None, and a line, without it."""
+        options = self._options
+        if is_vlm(model) or not (options.draft_model or options.mtp):
+            return None
+        drafting = DraftOptions(options.draft_model, options.mtp)
+        try:
+            drafting.check(str(folder))
+            drafter = drafting.load(model, folder, options, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            options.say(f"Without drafts: {sentence(error)}")
+            return None
+        if not isinstance(drafter, TrainedDrafter):
+            options.say(
+                f"Without drafts: {options.draft_model} is a model of its own: name it to the "
+                "program, which drafts with it."
+            )
+            return None
+        self._drafters[id(model)] = drafter
+        finalize(model, self._drafters.pop, id(model), None).atexit = False
+        return drafter
 
     def _end_build(self, key: int) -> None:
         build = self._builds.pop(key, None)
@@ -226,6 +254,8 @@ class _Patches:
                     loaded = original(path_or_hf_repo, *arguments, **named)
             except Exception as error:
                 name = str(path_or_hf_repo)
+                if (drafter := self._trained_drafter(name)) is not None:
+                    return drafter, self._tokenizer
                 known = Path(name).expanduser().exists()
                 reason = None if known else hub_sentence(error, name)
                 if reason is not None:  # which stands below the traceback
@@ -235,6 +265,14 @@ class _Patches:
             return loaded
 
         return load
+
+    def _trained_drafter(self, name: str) -> TrainedDrafter | None:
+        """The trained drafter of this name, which mlx-lm cannot load; None if it is none."""
+        try:
+            config = read_config(resolve(name, files=[CONFIG]))
+        except ValueError:
+            return None
+        return load_draft(name)[0] if is_trained_drafter(config) else None
 
     def load_model(self, original: Any) -> Any:
         @wraps(original)
@@ -264,6 +302,9 @@ class _Patches:
         options = call.arguments
         model = options["model"]
         use = self._use_of(model)
+        drafter = self._drafters.get(id(model))
+        if drafter is not None and options.get("input_embeddings") is None:
+            return self._guessed(drafter, options, use)
         if use is None:
             return None
         mode = use.mode_of(model)
@@ -275,11 +316,32 @@ class _Patches:
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         return verified_steps(**options, proposer=proposer, announce=use.announce)
 
+    def _guessed(
+        self, drafter: TrainedDrafter, options: dict[str, Any], use: Use | None
+    ) -> Iterator[Any]:
+        """A text of mlx-lm's loop, with a drafter."""
+        model = options["model"]
+        proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
+        given = {"num_draft_tokens": self._options.num_draft_tokens} | options
+        limit = given.pop("max_kv_size", None)
+        given["prompt_cache"] = given.get("prompt_cache") or make_prompt_cache(model, limit)
+        announce = None if use is None else use.announce
+        steps = drafted_steps(**given, draft_model=drafter, proposer=proposer, announce=announce)
+        with closing(steps):
+            for token, logprobs, _ in steps:
+                yield token, logprobs
+
     def drafted_loop(self, original: Any, call: BoundArguments) -> Iterator[Any] | None:
         """With a draft model the target is dense: it is the draft's FlashHead that is used."""
         options = call.arguments
         model = options["model"]
         draft_model = options["draft_model"]
+        if isinstance(draft_model, TrainedDrafter):
+            draft_model.check_target(model)
+            proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
+            use = self._use_of(model)
+            announce = None if use is None else use.announce
+            return drafted_steps(**options, proposer=proposer, announce=announce)
         draft = self._use_of(draft_model)
         if draft is None or options.get("logits_processors"):
             return None

@@ -21,6 +21,7 @@ from ..decoding.phase import FIRST, PAUSED, UNVERIFIED, VERIFIED, Mode
 from ..decoding.policy import decoding_mode, policy_of
 from ..head.flash_head import FlashHead
 from ..models.install import get_flash_head
+from ..models.trained_drafter import TrainedDrafter
 from .head_options import HeadOptions
 
 QUIET_SECONDS = 0.5  # for which a program must have written nothing
@@ -42,11 +43,14 @@ class Use:
     Args:
         name: The model's.
         options: With ``check``, a last line has the numbers of tokens.
+        drafter: Guesses the tokens of texts that decode alone.
     """
 
-    def __init__(self, name: str, options: HeadOptions):
+    def __init__(self, name: str, options: HeadOptions, drafter: TrainedDrafter | None = None):
         self.name = name
         self.lookup = options.lookup  # when the next tokens of a text are looked up
+        self.drafter = drafter
+        self.n_drafts = options.num_draft_tokens  # at a time, at most
         self.used_at = time.monotonic()  # by a loop that is not ours
         self._options = options
         self._n_steps = 0  # of a loop that is not ours
