@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 # Before anything imports transformers or tokenizers: notices would hide a test's own output, and
@@ -40,8 +39,8 @@ from filelock import FileLock
 import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub
-from mlx_flashhead.loading import building
 from model_folders import write_model
+from quick_builds import build_quickly
 
 
 def pytest_collection_modifyitems(items):
@@ -136,8 +135,7 @@ def flash_head_home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def quick(monkeypatch):
     """The build of a FlashHead takes a second."""
-    options = partial(building.IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(building, "IndexOptions", options)
+    build_quickly(monkeypatch)
 
 
 @pytest.fixture

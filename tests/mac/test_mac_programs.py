@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +16,9 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.common.command import printable
 from mlx_flashhead.decoding import rehearsal, tuning
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.loading import background, tuned
+from mlx_flashhead.loading import tuned
 from mlx_flashhead.wide import trial
+from quick_builds import build_quickly
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
 PROMPT = "One day"
@@ -50,8 +50,7 @@ def first(gpu, folder, home):
         patch.setattr(tuning, "MAX_PENDING", 4)
         patch.setattr(rehearsal, "CLASSES", (1, 2, 8))
         patch.setattr(trial, "LONG", (30, 60))
-        options = partial(background.IndexOptions, calibration_positions=100)
-        patch.setattr(background, "IndexOptions", options)
+        build_quickly(patch)
         patch.setattr(sys, "stderr", said)
         model, tokenizer = mlx_flashhead.load(str(folder), flash_head_always=True)
     return SimpleNamespace(

@@ -1,7 +1,6 @@
 """A server on an Apple GPU: two clients before, while and after its FlashHead is built."""
 
 import time
-from functools import partial
 
 import mlx_lm
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from engines import flags, submit, tokens_of
 from kernel_cases import on_gpu
 from mlx_flashhead.decoding import rehearsal
-from mlx_flashhead.loading import background
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.served_models import load_models
 
@@ -20,9 +18,7 @@ N_TOKENS = 6
 
 
 @pytest.mark.skipif(on_gpu(), reason="later GPUs round texts together otherwise")
-def test_two_clients_before_while_and_after_a_build(gpu, folder, monkeypatch, caplog):
-    options = partial(background.IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(background, "IndexOptions", options)
+def test_two_clients_before_while_and_after_a_build(gpu, folder, quick, monkeypatch, caplog):
     monkeypatch.setattr(rehearsal, "CLASSES", (1, 2))
     loaded = mlx_lm.load(str(folder))
     expected = [

@@ -1,0 +1,13 @@
+"""Builds of FlashHeads that take a second."""
+
+from functools import partial
+
+import pytest
+
+from mlx_flashhead.loading import building
+
+
+def build_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Has builds read few positions, as long as the patch lasts."""
+    options = partial(building.IndexOptions, calibration_positions=100)
+    patch.setattr(building, "IndexOptions", options)
