@@ -33,6 +33,12 @@ class ApiError(ValueError):
         self.status = status
         self.code = code
 
+    def renamed(self, field: str, name: str) -> "ApiError":
+        """The same error where a field has another name."""
+        if field == name or not (self.field and field.startswith(self.field)):
+            return self
+        return ApiError(str(self).replace(field, name), name, status=self.status, code=self.code)
+
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"

@@ -23,7 +23,7 @@ from ..models.call_parsers import read_tool_calls
 from .answer_text import PromptProgress, Token
 from .api_errors import ApiError
 from .bodies import json_response, write_json
-from .choices import usage_of
+from .choices import CHATS, usage_of
 from .connections import MAX_ANSWERED
 from .dialects import Answer, Dialect, StreamEvent
 from .engine import Engine
@@ -148,15 +148,19 @@ class Completion:
 
     def _read_jobs(self) -> list[Job]:
         service = self._service
-        return read_jobs(
-            self._dialect.fields(self._body),
-            chat=self._dialect.chat,
-            models=service.models,
-            flags=service.flags,
-            events=self,
-            address=self._address,
-            any_model=self._dialect.any_model,
-        )
+        dialect = self._dialect
+        try:
+            return read_jobs(
+                dialect.fields(self._body),
+                chat=dialect.chat,
+                models=service.models,
+                flags=service.flags,
+                events=self,
+                address=self._address,
+                any_model=dialect.any_model,
+            )
+        except ApiError as error:
+            raise error.renamed(CHATS.form, dialect.form) from None
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""

@@ -49,6 +49,7 @@ class Dialect:
         answer: Makes an answer of the request's jobs and its body.
         refused: Makes the events of a stream whose request is refused.
         forms: Fields of which grammars are made, which takes long.
+        form: The field with a schema that an answer follows.
         any_model: Whether clients name models of their own, whatever is served.
         count_object: The name of what counts a prompt's tokens, if it has one.
     """
@@ -58,5 +59,6 @@ class Dialect:
     answer: Callable[[list[Job], dict[str, Any]], Answer]
     refused: Callable[[ApiError], list[StreamEvent]]
     forms: tuple[str, ...]
+    form: str = "response_format.json_schema"
     any_model: bool = False
     count_object: str | None = None

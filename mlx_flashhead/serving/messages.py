@@ -317,5 +317,6 @@ MESSAGES = Dialect(
     answer=MessageAnswer,
     refused=refused,
     forms=("tools", "output_config"),
+    form="output_config.format",
     any_model=True,
 )

@@ -423,6 +423,7 @@ RESPONSES = Dialect(
     answer=ResponseAnswer,
     refused=refused,
     forms=("tools", "text"),
+    form="text.format",
     any_model=True,
     count_object="response.input_tokens",
 )

@@ -36,7 +36,7 @@ def size(text: str) -> int:
 
 def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
-    about = "Serve models: a page for browsers, and the OpenAI API."
+    about = "Serve models: a page for browsers, and OpenAI's and Anthropic's APIs."
     parser = Parser(prog="mlx_flashhead.server", description=about)
     _add_models(parser.add_argument_group("models"))
     _add_defaults(parser.add_argument_group("defaults of requests").add_argument)

@@ -294,6 +294,10 @@ def test_errors_have_anthropics_shape(client, http_server):
         with pytest.raises(kind, match=said) as refused:
             client.messages.create(**fields | further)
         assert refused.value.body["type"] == "error" and refused.value.body["error"]["type"] == name
+    config = {"format": {"type": "json_schema", "schema": {"type": "x"}}}
+    said = "^Error code: 400.*output_config.format.schema: The JSON schema is wrong"
+    with pytest.raises(anthropic.BadRequestError, match=said):
+        client.messages.create(**fields, output_config=config)
     stranger = anthropic.Anthropic(base_url=http_server.url, api_key="x", max_retries=0)
     with pytest.raises(anthropic.AuthenticationError, match="X-Api-Key"):
         stranger.messages.create(**fields)

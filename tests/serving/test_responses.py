@@ -249,6 +249,10 @@ def test_what_is_not_kept_or_not_served_is_refused(client):
         client.responses.create(model="mine", input="x", previous_response_id="resp_1")
     with pytest.raises(openai.NotFoundError, match="responses are not kept here"):
         client.responses.retrieve("resp_1")
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "x"}}
+    with pytest.raises(openai.BadRequestError, match=r"text.format.schema: The JSON") as refused:
+        client.responses.create(model="mine", input="x", text={"format": form})
+    assert refused.value.param == "text.format"
     with pytest.raises(openai.NotFoundError, match="choose mine or model"):
         client.responses.create(model="gpt-5", input="x")
 
