@@ -1,5 +1,12 @@
 """A model's caches, which are trimmed, copied, and brought back to an earlier token.
 
+    mark = Marked(layers, feed)     of a draft model; a wide step is a mark as well
+    …                               tokens are fed
+    mark.back_to(n)                 the caches after the first n of them
+
+    snapshot = caches.snapshots(…)  of a text in progress, alone or in a batch, which goes back to
+    rollback(…, snapshot, …)        any token since, as long as the snapshot is kept
+
 Between two tokens the caller finds them as mlx-lm's loop would leave them.
 """
 
@@ -7,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -124,6 +131,68 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
     if hasattr(layer, "to_quantized"):
         limits.append(quantized_from)
     return all(limit is None or offset + ahead < limit for limit in limits)
+
+
+class Mark(Protocol):
+    """A place to which the caches of one text go back. ``WideStep`` is one, too."""
+
+    def back_to(self, n: int) -> None:
+        """Leaves in the caches the first ``n`` of the tokens that were fed since, 0 … all."""
+
+
+class Marked:
+    """Caches as they were before some tokens were fed: those of one text, such as a draft's.
+
+    Args:
+        layers: The caches of the layers, changed in place.
+        feed: Feeds tokens (1, n) to the model with these caches.
+    """
+
+    def __init__(self, layers: list[Any], feed: Callable[[mx.array], Any]):
+        self._layers = layers
+        self._feed = feed
+        self._snapshot = OwnCaches(layers).snapshots([(0, 0)])[0]
+        self._tokens: list[mx.array] = []  # (n,) each, fed since
+
+    def feed(self, tokens: mx.array) -> Any:
+        """Feeds tokens (n,), and returns what the model gives."""
+        self._tokens.append(tokens)
+        return self._feed(tokens[None])
+
+    def back_to(self, n: int) -> None:
+        """Leaves in the caches the first ``n`` of the tokens that were fed.
+
+        Where a cache cannot be trimmed it is as before them, and they are fed again.
+        """
+        fed: list[int] = []
+        for tokens in self._tokens:
+            fed += cast(list[int], tokens.tolist())
+        rollback(self._layers, self._snapshot, fed, n, len(fed), n, self._feed)
+
+
+class Caches(Protocol):
+    """The caches in which a decoder's texts go on: :class:`OwnCaches` or :class:`BatchCaches`.
+
+    Attributes:
+        layers: Of the model's layers, with a row for each text.
+    """
+
+    layers: list[Any]
+
+    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
+        """Snapshots of rows, given as pairs of a row and the number of its tokens in the caches."""
+
+    def extract(self, row: int) -> list[Any]:
+        """The caches of one row, as a text alone has them."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Takes all other rows out."""
+
+    def join(self, layers: list[Any]) -> None:
+        """Adds the rows of other caches."""
+
+    def merged(self, caches: list[list[Any]]) -> list[Any]:
+        """Caches of single texts as those that :meth:`join` takes."""
 
 
 def are_known(cache: Any) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..wide.twin import NoWideStepError
-from .caches import BatchCaches, OwnCaches, Snapshot, rollback
+from .caches import Caches, Snapshot, rollback
 from .dense_choice import choose_densely
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
@@ -49,13 +49,12 @@ class Decoder:
         feed: Runs the model.
     """
 
-    def __init__(self, proposer: Proposer, caches: OwnCaches | BatchCaches, feed: Feed):
+    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
         self.sequences: list[Sequence] = []
         self.caches = caches
         self._proposer = proposer
         self._feed = feed
         self._latest: mx.array | None = None  # (R,), launched and not read
-        self._latest_token: int | None = None  # the same of a text alone, if it is known
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
@@ -125,10 +124,10 @@ class Decoder:
             sequence.enter(Phase.LEVEL if sequence.level else Phase.DRAINING)
 
     def _go_ahead(self, sequence: Sequence, phase: Phase) -> None:
-        if sequence.ahead:
-            sequence.enter(phase)
-        else:
+        if not sequence.ahead:
             sequence.enter(phase, self.snapshot(sequence))
+        elif sequence.phase is not phase:
+            sequence.enter(phase)
 
     def _advance(self) -> bool:
         """Launches the next step, reads the token before it, and accepts what is decided.
@@ -142,7 +141,6 @@ class Decoder:
         single = guess is None or not self._take_wide_step(self.sequences[0], latest, guess)
         if single:
             self._latest, states = self._step(self.sequences, self.caches.layers, latest)
-            self._latest_token = None
             tokens = cast(list[int], latest.tolist())
             for row, (sequence, token) in enumerate(zip(self.sequences, tokens, strict=True)):
                 sequence.pending[sequence.n_read].read(token)
@@ -162,7 +160,7 @@ class Decoder:
         guesses = sequence.guesses
         if guesses is None or self.several_draw or sequence.phase is Phase.DENSE:
             return None
-        known = LatestToken(latest, self._latest_token)
+        known = LatestToken(latest, sequence.pending[-1].token)
         taken = guesses.best(sequence, known, self.caches.layers)
         if taken is None:
             return None
@@ -191,41 +189,47 @@ class Decoder:
         except NoWideStepError:
             guesses.judge(guess, 0)
             return False
-        if sequence.current_processors:  # which see it
-            sequence.pending[-1].read(cast(int, latest.item()))
         n_cached = sequence.n_cached
-        n_pending = len(sequence.pending)
-        seen = cast(list[int], guess.tokens.tolist()) if sequence.current_processors else []
+        n_before = len(sequence.pending)
+        pending = sequence.pending[-1]  # the latest token
+        seen: list[int] = []
+        if sequence.current_processors:  # which see the tokens
+            seen = _read_fed(pending, latest, guess)
         sequence.feed(fed)
-        n_judged = sequence.n_judged(seen) if seen else len(fed)
-        if sequence.proposing:
-            judged = [sequence] * n_judged
-            chosen = proposer.propose(judged, states[-1][0, :n_judged], None, seen)
-        else:
-            places = mx.split(step.logits[0], len(fed))[:n_judged]
-            chosen = mx.concatenate([sequence.extend(logits) for logits in places])
-        mx.async_eval(step_arrays(chosen, sequence.pending[n_pending:]))
-        if sequence.pending[n_pending - 1].token is None:
-            sequence.pending[n_pending - 1].read(cast(int, latest.item()))
+        chosen = self._choose_in_places(sequence, seen, step.logits, states)
+        mx.async_eval(step_arrays(chosen, sequence.pending[n_before:]))
+        kept = _read_fed(pending, latest, guess)
         tokens = cast(list[int], chosen.tolist())
-        guessed = cast(list[int], guess.tokens.tolist())
-        n_right = 0
-        while n_right < n_judged - 1 and tokens[n_right] == guessed[n_right]:
-            n_right += 1
-        del sequence.pending[n_pending + n_right + 1 :]
-        for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):
-            pending.guessed = guess.guesser.name
-            pending.read(token)
-        sequence.pending[-1].token = None  # is read in the next round
+        n_right = guess.n_right(tokens)
+        sequence.keep_guessed(n_before, tokens, n_right, guess.guesser.name)
         step.back_to(n_right + 1)
         sequence.keep_cached(n_cached + n_right + 1)
         self._latest = chosen[n_right : n_right + 1]
-        self._latest_token = tokens[n_right]
         guesses.judge(guess, n_right)
-        proposer.guesses[guess.guesser.name].append((len(guessed), n_right))
-        kept = [cast(int, latest.item()), *guessed[:n_right]]
-        guesses.hear(kept, states[-1][0, : n_right + 1] if states else None)
+        proposer.guesses[guess.guesser.name].append((len(guess.tokens), n_right))
+        own = states[-1][0, : n_right + 1] if states else None
+        guesses.hear(kept[: n_right + 1], own)
         return True
+
+    def _choose_in_places(
+        self, sequence: Sequence, fed: list[int], logits: mx.array, states: list[mx.array]
+    ) -> mx.array:
+        """Chooses a token in each place of a wide step. They are pending then.
+
+        Args:
+            sequence: The text that was fed.
+            fed: The tokens of the step where processors see them, else empty.
+            logits: (1, T, V) of its places.
+            states: The states (1, T, D) of its places, last, where there is a head.
+
+        Returns:
+            The tokens, (T,) or fewer: none behind one that a grammar rules out.
+        """
+        n = sequence.n_judged(fed[1:]) if fed else logits.shape[1]
+        if sequence.proposing:
+            return self._proposer.propose([sequence] * n, states[-1][0, :n], None, fed[1:])
+        places = mx.split(logits[0], logits.shape[1])[:n]
+        return mx.concatenate([sequence.extend(place) for place in places])
 
     def hand_out(self, sequence: Sequence) -> PendingToken:
         """The next accepted token of a sequence."""
@@ -303,28 +307,51 @@ class Decoder:
         n = len(sequences)
         for i, sequence in enumerate(sequences):
             sequence.feed(latest if n == 1 else latest[i : i + 1])
-        proposed = [i for i in range(n) if sequences[i].proposing]
-        dense = [i for i in range(n) if not sequences[i].proposing]
+        n_proposed = [sequence.proposing for sequence in sequences].count(True)
         states: list[mx.array] = []
-        with proposer.noting(states, logits=bool(dense)):
+        with proposer.noting(states, logits=n_proposed < n):
             logits = self._feed(latest[:, None], layers)
-        chosen = []
-        if proposed:
-            some = [sequences[i] for i in proposed]
-            own = _rows(_last(states[-1]), proposed)
-            chosen.append(proposer.propose(some, own, _rows(latest, proposed)))
-        if dense:
-            some = [sequences[i] for i in dense]
-            others = [*self.sequences, *sequences]
-            among_others = _rows(_last(states[-1]), dense) if states and n > 1 else None
-            of_some = _rows(logits[:, -1, :], dense)
-            chosen.append(choose_densely(proposer, some, of_some, others, among_others))
-        tokens = chosen[0]
-        if len(chosen) > 1:
-            tokens = mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]
+        if n_proposed == n:
+            tokens = proposer.propose(sequences, _last(states[-1]), latest)
+        else:
+            of_last = _last(states[-1]) if states else None
+            tokens = self._choose(sequences, latest, logits[:, -1, :], of_last)
         pending = [sequence.pending[-1] for sequence in sequences]
         mx.async_eval(step_arrays(tokens, pending), self._schedule.joined)
         return tokens, states[-1] if states else None
+
+    def _choose(
+        self,
+        sequences: list[Sequence],
+        latest: mx.array,
+        logits: mx.array,
+        states: mx.array | None,
+    ) -> mx.array:
+        """Chooses the next tokens (R,) of sequences of which one at least is dense.
+
+        Args:
+            sequences: R of them.
+            latest: (R,), the tokens that were fed.
+            logits: (R, V).
+            states: (R, D), if there is a head.
+        """
+        proposed = [row for row, each in enumerate(sequences) if each.proposing]
+        dense = [row for row, each in enumerate(sequences) if not each.proposing]
+        among_others = None
+        if states is not None and len(sequences) > 1:
+            among_others = _rows(states, dense)
+        chosen = []
+        if proposed:
+            some = [sequences[row] for row in proposed]
+            own = _rows(cast(mx.array, states), proposed)
+            chosen.append(self._proposer.propose(some, own, _rows(latest, proposed)))
+        some = [sequences[row] for row in dense]
+        others = [*self.sequences, *sequences]
+        of_some = _rows(logits, dense)
+        chosen.append(choose_densely(self._proposer, some, of_some, others, among_others))
+        if not proposed:
+            return chosen[0]
+        return mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]
 
     # Sequences come, go, and start again.
 
@@ -360,7 +387,6 @@ class Decoder:
         self.caches.join(layers)
         latest = self._latest
         self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
-        self._latest_token = None
         self.sequences += sequences
 
     def _drop(self, sequences: list[Sequence]) -> None:
@@ -368,7 +394,6 @@ class Decoder:
         self.caches.keep(kept)
         self.sequences = [self.sequences[row] for row in kept]
         self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
-        self._latest_token = None
 
     def _cache_at(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
         """A sequence's own caches, with the first ``target`` tokens of its text."""
@@ -393,6 +418,14 @@ class Decoder:
 @once
 def _log_once_that_steps_are_single() -> None:
     log.warning("Several texts decode together, and nothing is looked up until one is alone.")
+
+
+def _read_fed(pending: PendingToken, latest: mx.array, guess: Guess) -> list[int]:
+    """Reads the tokens that a wide step feeds: the latest one, which is pending, and the guess."""
+    token = cast(int, latest.item())
+    if not pending.is_read:
+        pending.read(token)
+    return [token, *cast(list[int], guess.tokens.tolist())]
 
 
 def _last(states: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.adjustment import Adjustment, ChangedTokens
-from ..head.draws.draw import Draws
+from ..head.draws.draw import Draw, Draws, Key
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
@@ -243,26 +243,29 @@ class Proposer:
         Returns:
             (R,) uint32.
         """
-        vocab_size = self.flash_head.vocab_size
-        draws = []
+        head = self.flash_head
+        vocab_size = head.vocab_size
+        sampled = not all([sequence.greedy for sequence in sequences])
+        draws: list[tuple[Draw, Key]] = []
         masks: list[np.ndarray | None] = []
         changes: list[ChangedTokens | None] = []
         counted: list[bool] = []  # whether a sequence knows the token of its state
         made = []
         for row, sequence in enumerate(sequences):
             mask = self._mask(sequence)
-            draws.append(sequence.draw_at(sequence.n_chosen))
+            if sampled:
+                draws.append(sequence.draw_at(sequence.n_chosen))
             masks.append(mask)
             changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
-            counted.append(sequence.n_read == len(sequence.pending))
+            counted.append(sequence.knows_latest)
             pending = PendingToken(row=row, allowed=mask)
             if guesses and row < len(guesses):
                 pending.token = guesses[row]
             made.append(pending)
             sequence.pending.append(pending)
-        proposal = self.flash_head.propose(
+        proposal = head.propose(
             hidden,
-            Draws.of(draws),
+            Draws.of(draws) if sampled else None,
             n_probes=self.settings.n_probes,
             depth=self.policy.depth,
             logit_map=cast(LogitMap, self.logit_map),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..head.flash_head import FlashHead
 from .caches import Snapshot
 from .proposer import Proposer
 from .sequence import PendingToken, Sequence
@@ -48,7 +49,7 @@ class VerifySchedule:
         self.joined = []
         verification = self._verification
         if verification is not None:
-            n_read = max((sequence.n_read for sequence in sequences), default=0)
+            n_read = max([sequence.n_read for sequence in sequences], default=0)
             if verification.ready or n_read >= MAX_READ:
                 self._accept()
         ends = False
@@ -58,13 +59,18 @@ class VerifySchedule:
         if ends and self._verification is not None:
             self._accept()
         waiting = [sequence for sequence in sequences if sequence.n_read]
-        due = self._due or not all(sequence.proposing for sequence in waiting)
+        due = self._due or not all([sequence.proposing for sequence in waiting])
         if waiting and self._verification is None and (ends or due):
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
                 self._accept()
-        elif self._unjoined and len(self._unjoined) == self._proposer.flash_head.joined_early:
-            proposal = join(self._proposer.flash_head, self._unjoined)
+        elif self._unjoined:
+            self._join_early(self._proposer.flash_head)
+
+    def _join_early(self, head: FlashHead) -> None:
+        """Joins the pending tokens with the next step where there are enough of them."""
+        if len(self._unjoined) == head.joined_early:
+            proposal = join(head, self._unjoined)
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 

@@ -32,7 +32,8 @@ class PendingToken:
     proposal: Proposal | None = None  # None where the dense logits chose the token
     row: int = 0  # its row in the proposal
     logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
-    token: int | None = None  # once it is read
+    token: int | None = None  # once it is known; in a wide step what is guessed
+    is_read: bool = False  # whether its round has come: only then it can be accepted
     # (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could
     allowed: np.ndarray | None = None
     guessed: str = ""  # what has guessed it, so that it was computed in a wide step
@@ -43,6 +44,7 @@ class PendingToken:
     def read(self, token: int) -> None:
         """Notes the token, which has been computed."""
         self.token = token
+        self.is_read = True
         if self.proposal is not None:
             self.risk = cast(list[float], self.proposal.risk.tolist())[self.row]
 
@@ -96,6 +98,10 @@ class Sequence:
             None  # where it is dense for another reason than its functions
         )
         self.settings = draw_of(sampler)  # None where only the sampler itself knows
+        # whether its sampler takes the likeliest token
+        self.greedy = self.settings is not None and self.settings.greedy
+        # whether it draws from MLX's random state: any but the greedy ones and ours
+        self.draws_from_mlx = not self.greedy and type(sampler) is not Sampler
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
         known = self.settings is not None and self.changes is not None
         self.phase = Phase.LEVEL if known else Phase.DENSE
@@ -123,19 +129,9 @@ class Sequence:
     # What the text depends on.
 
     @property
-    def greedy(self) -> bool:
-        """Whether its sampler takes the likeliest token."""
-        return self.settings is not None and self.settings.greedy
-
-    @property
     def guessed_instead(self) -> bool:
         """Whether its tokens are guessed in the place of proposals."""
         return self.guesses is not None and self.guesses.instead
-
-    @property
-    def draws_from_mlx(self) -> bool:
-        """Whether its sampler draws from MLX's random state: any but the greedy ones and ours."""
-        return not self.greedy and type(self.sampler) is not Sampler
 
     @property
     def current_processors(self) -> Any:
@@ -261,11 +257,16 @@ class Sequence:
 
     @property
     def n_read(self) -> int:
-        """Pending tokens that are known: all but the one that is being computed."""
+        """Pending tokens that are read: all but the one that the next step feeds."""
         n_read = len(self.pending)
-        while n_read and self.pending[n_read - 1].token is None:
+        while n_read and not self.pending[n_read - 1].is_read:
             n_read -= 1
         return n_read
+
+    @property
+    def knows_latest(self) -> bool:
+        """Whether its latest token is known, although it may not be read."""
+        return not self.pending or self.pending[-1].token is not None
 
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""
@@ -318,6 +319,23 @@ class Sequence:
         self.keep_cached(n_tokens)
         while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
             self.snapshots.pop()
+
+    def keep_guessed(self, n_before: int, tokens: list[int], n_right: int, guesser: str) -> None:
+        """Keeps the places of a wide step that are right, and the choice behind them.
+
+        They are read. That choice is known, and read in the next round.
+
+        Args:
+            n_before: Tokens that were pending before the step.
+            tokens: What was chosen in its places.
+            n_right: How many of these are as guessed.
+            guesser: Who has guessed them.
+        """
+        del self.pending[n_before + n_right + 1 :]
+        for pending, token in zip(self.pending[n_before:-1], tokens, strict=False):
+            pending.guessed = guesser
+            pending.read(token)
+        self.pending[-1].token = tokens[n_right]
 
     def keep_cached(self, n_tokens: int) -> None:
         """Notes that tokens after the first ``n_tokens`` are not in the caches any more."""

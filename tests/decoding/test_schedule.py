@@ -68,6 +68,7 @@ def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, n_texts):
 
     def read(pending, token):
         pending.token = token
+        pending.is_read = True
         pending.risk = 0.01
 
     monkeypatch.setattr(VerifySchedule, "_launch", launched)

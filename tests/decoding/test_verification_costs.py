@@ -72,7 +72,7 @@ def dispatches(flash, kind, k: int) -> Counter:
         for i in range(k):
             row = slice(i, i + 1)
             proposal = Proposal(hidden[row], None, probes[row], logits[row], None)
-            pending = PendingToken(proposal, token=1, allowed=allowed)
+            pending = PendingToken(proposal, token=1, is_read=True, allowed=allowed)
             text.pending.append(pending)
             unjoined.append(pending)
             if len(unjoined) == MetalSteps.joined_early and i + 1 < k:

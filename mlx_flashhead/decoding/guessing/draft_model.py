@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ...models.install import get_flash_head
 from ...wide.step import MAX_WIDTH
-from ..caches import copied_layers, trims
+from ..caches import Marked, trims
 from ..policy import policy_of
 from ..sampler import normalized
 from .guesser import Guesser, LatestToken, Offer
@@ -63,8 +63,7 @@ class DraftModel(Guesser):
         self._recent: list[int] = []  # the last tokens that were heard
         self._waiting: list[int] = []  # those of them that the caches do not hold yet
         self._n_ahead = n_held  # tokens in the caches that have not been heard yet
-        self._drafted = mx.zeros(0, mx.uint32)  # those of them that are drafts, and one before
-        self._copies: list[Any] = []  # of caches that cannot be trimmed, without these
+        self._mark: Marked | None = None  # before the drafts that are not judged yet
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Keeps tokens until the next drafts are wanted, but for those that the caches hold."""
@@ -92,19 +91,10 @@ class DraftModel(Guesser):
     def judge(self, n: int, n_right: int) -> None:
         """Takes back all drafts but those that were right."""
         self._worth.note(n_right, n_right < n)
-        n_kept = min(1 + n_right, len(self._drafted))
-        n_wrong = len(self._drafted) - n_kept
-        if n_wrong:
-            replays = any(copied is not None for copied in self._copies)
-            for layer, copied in zip(self._layers, self._copies, strict=True):
-                if copied is not None:
-                    vars(layer).update(vars(copied))
-                else:
-                    layer.trim(len(self._drafted) if replays else n_wrong)
-            if replays:
-                self._feed(self._drafted[:n_kept])
-        self._n_ahead = n_kept
-        self._drafted = self._drafted[:0]
+        self._n_ahead = min(1 + n_right, n)  # the last draft was not fed
+        if self._mark is not None:
+            self._mark.back_to(self._n_ahead)
+            self._mark = None
 
     def leave(self) -> None:
         """Leaves in the caches what was heard.
@@ -117,11 +107,11 @@ class DraftModel(Guesser):
     def _read(self) -> None:
         """Feeds the tokens that the caches do not hold yet, many at a time."""
         while len(self._waiting) > STEP_SIZE:
-            self._feed(mx.array(self._waiting[:STEP_SIZE], mx.uint32))
+            self._logits(mx.array([self._waiting[:STEP_SIZE]], mx.uint32))
             mx.eval([layer.state for layer in self._layers])
             del self._waiting[:STEP_SIZE]
         if self._waiting:
-            self._feed(mx.array(self._waiting, mx.uint32))
+            self._logits(mx.array([self._waiting], mx.uint32))
             self._waiting = []
 
     def _drafts(self, latest: mx.array, n: int, text: "Text") -> mx.array:
@@ -131,24 +121,23 @@ class DraftModel(Guesser):
         n_common = min(self._n_tokens, vocab_size)
         with self._scoring(recent):
             self._read()
-            self._copies = copied_layers(self._layers)
+            self._mark = Marked(self._layers, self._logits)
             drafts = [latest.astype(mx.uint32)]
             for i in range(n):
                 # as many as the target has: top-k may be more than its own vocabulary
                 logits = mx.pad(
-                    self._feed(drafts[-1])[:, :n_common],
+                    self._mark.feed(drafts[-1])[:, :n_common],
                     [(0, 0), (0, vocab_size - n_common)],
                     constant_values=-mx.inf,
                 )
                 place = text.n_chosen + i
                 drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
-        self._drafted = mx.concatenate(drafts[:-1])
         return mx.concatenate(drafts[1:])
 
-    def _feed(self, tokens: mx.array) -> mx.array:
-        """Feeds tokens (n,). Returns the logits (1, V) after the last one, lazy."""
+    def _logits(self, tokens: mx.array) -> mx.array:
+        """Feeds tokens (1, n). Returns the logits (1, V) after the last one, lazy."""
         tokens = mx.minimum(tokens, self._n_tokens - 1)
-        logits = self._model(tokens[None], cache=self._layers)
+        logits = self._model(tokens, cache=self._layers)
         return cast(mx.array, logits[:, -1, :])
 
     def _scoring(self, recent: list[int]) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ chosen in their places.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol, cast
 
 import mlx.core as mx
@@ -138,3 +139,13 @@ class Guess:
 
     guesser: Guesser
     tokens: mx.array
+
+    def n_right(self, chosen: list[int]) -> int:
+        """How many of its tokens are right, up to a wrong one.
+
+        Args:
+            chosen: What is chosen in the places of its first tokens, and behind them.
+        """
+        guessed = cast(list[int], self.tokens.tolist())
+        pairs = zip(chosen[:-1], guessed, strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))

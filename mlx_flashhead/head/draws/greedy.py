@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -52,6 +53,7 @@ class Greedy(Draw):
         return above_scored & above_others
 
 
+@cache
 def best_draws(n_rows: int) -> Draws:
     """The draws of rows that are all greedy."""
     return Draws.of([(Greedy(), NO_KEY)] * n_rows)
