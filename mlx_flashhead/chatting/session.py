@@ -1,5 +1,6 @@
 """A conversation at the terminal: the user types messages and commands."""
 
+import math
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -199,6 +200,8 @@ class ChatSession:
             raise ValueError(f"There is no command {command}: /help lists the commands.")
         if command in WITH_FILES and not argument:
             raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
+        if command == "/probes" and argument:
+            _check_probes(argument, None if self.head is None else self.head.n_clusters)
         if command in WITH_HEAD and self.head is None:
             raise ValueError(BUILDING if self._is_building else NO_FLASH_HEAD)
         return actions[command]()
@@ -223,12 +226,8 @@ class ChatSession:
 
     def _set_probes(self, argument: str) -> str:
         assert self.head is not None  # which `_run` has checked
-        n_clusters = self.head.n_clusters
         if argument:
-            try:
-                self.head.n_probes = whole_number(1, n_clusters)(argument)
-            except ArgumentTypeError:
-                raise ValueError(f"/probes needs a number from 1 to {n_clusters:,}.") from None
+            self.head.n_probes = int(argument)
             policy_of(self.head).dense = False  # it comes before what was measured
         return f"Now {self._settings()}."
 
@@ -257,6 +256,15 @@ class ChatSession:
             return mode
         n_probes = self.head.n_probes if verify else self.head.unverified_probes
         return f"{mode}, {n_probes:,} of {self.head.n_clusters:,} clusters scored per token"
+
+
+def _check_probes(argument: str, n_clusters: int | None) -> None:
+    """ValueError if it is no number of clusters, of which there are ``n_clusters``, if known."""
+    wanted = "of 1 or more" if n_clusters is None else f"from 1 to {n_clusters:,}"
+    try:
+        whole_number(1, n_clusters or math.inf)(argument)
+    except ArgumentTypeError:
+        raise ValueError(f"/probes needs a number {wanted}.") from None
 
 
 def _command(text: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from .command import printable
 from .typed_lines import QUOTES, is_open, modes_kept
 
 PROMPT = "> "
+_LOCAL = 3  # the place of a terminal's local modes
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -126,6 +127,9 @@ def stop_key() -> Iterator[Callable[[], bool]]:
         with modes_kept():
             if sys.stdin.isatty():
                 tty.setcbreak(sys.stdin, termios.TCSANOW)
+                modes = termios.tcgetattr(sys.stdin)
+                modes[_LOCAL] |= termios.NOFLSH  # Ctrl-C drops nothing that was typed
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
             yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 Result = TypeVar("Result")
+FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # units differ by stage
 
 
 class Progress(NamedTuple):
@@ -40,11 +41,11 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
     shown = ""
     try:
         while True:
-            stage, added, total, unit, _ = next(task)
+            stage, added, total, _, _ = next(task)
             if stage != shown:
                 bar.total = bar.n  # a stage may end before its total, by its time limit
                 bar.close()
-                bar = tqdm(total=total, desc=stage, unit=unit, disable=not progress)
+                bar = tqdm(total=total, desc=stage, bar_format=FORM, disable=not progress)
                 shown = stage
             bar.update(min(added, total - bar.n))
     except StopIteration as end:

@@ -12,7 +12,7 @@ from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
-from ..models.finer_head import give_fine_head
+from ..models.finer_head import check_is_coarse, give_fine_head
 from ..models.install import get_flash_head
 from ..models.loading import load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, find_head
@@ -285,6 +285,7 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
     """
     if not options.fine_head:
         return
+    check_is_coarse(location, options.head_bits)  # else nothing is out of reach: it is a mistake
     try:
         give_fine_head(
             location,

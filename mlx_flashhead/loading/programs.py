@@ -260,6 +260,8 @@ class _Patches:
                 reason = None if known else hub_sentence(error, name)
                 if reason is not None:  # which stands below the traceback
                     error.add_note(printable(f"mlx_flashhead.run: {reason}"))
+                    error.__suppress_context__ = True  # the Hub's own errors, one behind the other
+                    error.__cause__ = None
                 raise
             self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, named.get("revision"))
             return loaded

@@ -62,15 +62,7 @@ def give_fine_head(
     """
     coarse = location.rows()
     bits = bits or DEFAULT_BITS
-    kind = type(location.module)
-    if not coarse.quantized:
-        raise ValueError("The head's rows are floats already: leave `fine_head` out.")
-    if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
-        raise ValueError(f"A {kind.__name__} cannot be made finer: leave `fine_head` out.")
-    if coarse.bits >= bits:
-        raise ValueError(
-            f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
-        )
+    check_is_coarse(location, bits)
     cached = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +88,24 @@ def _cached_rows(cached: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
         if (rows.n_rows, rows.hidden_size) == (coarse.n_rows, coarse.hidden_size):
             return rows, metadata["original"]
     return None, ""
+
+
+def check_is_coarse(location: HeadLocation, bits: int | None = None) -> None:
+    """Checks that a head can have rows of more bits.
+
+    Raises:
+        ValueError: If it has as many already, or is of another kind.
+    """
+    coarse = location.rows()
+    kind = type(location.module)
+    if not coarse.quantized:
+        raise ValueError("The head's rows are floats already: leave `fine_head` out.")
+    if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
+        raise ValueError(f"A {kind.__name__} cannot be made finer: leave `fine_head` out.")
+    if coarse.bits >= (bits or DEFAULT_BITS):
+        raise ValueError(
+            f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
+        )
 
 
 def _fetch(

@@ -11,6 +11,11 @@ from ..index.files import is_companion
 from .compat.mlx_lm import load, load_adapters, sharded_load
 from .fetch import reason
 
+OTHER_FORMATS = {
+    "*.gguf": "a GGUF file",
+    "*.bin": "PyTorch's weights",
+    "*.pth": "PyTorch's weights",
+}
 UNKNOWN_CONTEXT = 32768  # of a model whose configuration and tokenizer do not give it
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
@@ -35,6 +40,7 @@ def load_dense(
         raise ValueError(
             f"{folder} is a FlashHead without its model: give it as `flash_head` of its model."
         )
+    check_format(folder)
     try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
     except Exception as error:  # code of models, and of damaged settings, raises any
@@ -55,6 +61,22 @@ def load_dense(
             ) from error
         model.eval()
     return model, tokenizer, config
+
+
+def check_format(folder: Path) -> None:
+    """Checks that a folder holds weights in the format that mlx-lm reads.
+
+    Raises:
+        ValueError: If it holds a GGUF file, or PyTorch's weights, alone.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    remedy = "choose a repository with safetensors, such as one of mlx-community"
+    for pattern, what in OTHER_FORMATS.items():
+        if file := next(folder.glob(pattern), None):
+            raise ValueError(
+                f"{folder} holds {what} ({file.name}), which mlx-lm does not read: {remedy}."
+            )
 
 
 def load_dense_part(

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_flashhead.chatting.conversation import Conversation
 from mlx_flashhead.chatting.session import ChatSession
+from mlx_flashhead.conversion.forecast import Forecast
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import detach
@@ -94,3 +95,28 @@ def test_commands_after_a_build_use_its_head(loaded, session):
     session.terminal.read = lambda: "/probes 2"
     session._take_turn()
     assert session.terminal.said[-1] == "Now verified, 2 of 33 clusters scored per token."
+
+
+@pytest.mark.parametrize("argument", ["abc", "0", "-3", "1.5"])
+def test_a_wrong_number_is_said_to_be_one_while_a_head_is_built(loaded, session, argument):
+    detach(loaded[0])
+    session.head = None
+    session.build = SimpleNamespace(take_over=lambda model: None, under_way=True)
+    session.terminal.read = lambda: f"/probes {argument}"
+    session._take_turn()
+    assert session.terminal.said[-1] == "/probes needs a number of 1 or more."
+
+
+def test_a_build_is_seen_and_its_lines_stand_before_a_text(loaded, session):
+    build = SimpleNamespace(take_over=lambda model: None, under_way=True, has_ended=False)
+    build.stored = None
+    build.forecast = Forecast(0.5, 42.0)
+    session.build = build
+    assert session._status().endswith("██████████░░░░░░░░░░ 50%, about 40 s left")
+    build.forecast = None
+    assert session._status() == "FlashHead is being built."
+    session.lines.append("It was measured.")
+    session.terminal.read = lambda: "/exit"
+    session.run()
+    assert session.terminal.said[0] == "It was measured."
+    assert session.terminal.said[-1] == "FlashHead is not built yet. Its build goes on next time."

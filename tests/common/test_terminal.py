@@ -1,11 +1,15 @@
-"""Lines broken between words, while the text still comes, and tables."""
+"""Lines broken between words, while the text still comes, keys meanwhile, and tables."""
 
+import os
+import pty
 import random
+import sys
+import termios
 
 import pytest
 
 from mlx_flashhead.common.tables import new_table, show
-from mlx_flashhead.common.terminal import WordWrap
+from mlx_flashhead.common.terminal import WordWrap, bar_of, stop_key
 
 TEXT = """The bridge over the river was old, and nobody knew who had built it.
 
@@ -71,3 +75,17 @@ def test_no_path_is_broken(capsys, monkeypatch):
     table.add_row("a")
     show(table, f"Kept in {path} since then")
     assert capsys.readouterr().out.count(path) == 2
+
+
+def test_what_is_typed_during_an_answer_outlives_ctrl_c():
+    main, other = pty.openpty()
+    with open(other) as stdin, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        with stop_key():
+            assert termios.tcgetattr(other)[3] & termios.NOFLSH
+        assert not termios.tcgetattr(other)[3] & termios.NOFLSH
+    os.close(main)
+
+
+def test_a_bar_has_its_width():
+    assert [bar_of(share, 4) for share in (0, 0.5, 1)] == ["░░░░", "██░░", "████"]

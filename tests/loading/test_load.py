@@ -127,3 +127,13 @@ def test_hostile_settings_of_a_model(tmp_path, dense, text):
     with pytest.raises(ValueError) as caught:
         load_with_head(folder, HeadOptions(missing=REFUSE, progress=False))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, what", [("model.Q4.gguf", "a GGUF file"), ("pytorch_model.bin", "PyTorch's weights")]
+)
+def test_other_formats_are_named(tmp_path, name, what):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds {what} .{name}., which mlx-lm does not read"):
+        load(str(tmp_path))
