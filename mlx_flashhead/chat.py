@@ -59,6 +59,7 @@ def main() -> None:
     from .loading.drafts import DraftOptions
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
+    from .loading.trials import say_trials
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
@@ -68,6 +69,7 @@ def main() -> None:
     drafting.check(args.model)
     folder = resolve(args.model)
     terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
+    say_trials(terminal.say)
     if terminal.interactive:
         terminal.say(f"Loading {args.model} …")
     model, tokenizer, _ = load_with_head(

@@ -131,10 +131,12 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.head_options import LATER, HeadOptions
+    from .loading.trials import say_trials
     from .models.compat.mlx_lm import generation_stream
     from .models.install import get_flash_head
 
     options = HeadOptions.from_flags(args)
+    say_trials(options.say)
     if args.seed is not None:
         mx.random.seed(args.seed)
     with printable_output():

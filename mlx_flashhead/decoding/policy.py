@@ -42,12 +42,12 @@ class Tuning:
     gain: Positive  # of greedy text
     sampled_gain: Positive  # of text at temperature .7 with top-p .95
     dense_seconds: Positive  # of a token when it is decoded densely
-    busy: bool = False  # whether the machine was, so that it is measured again when it is not
+    busy: bool = False  # whether the machine was: then it decides nothing, and is measured again
 
     @property
     def dense(self) -> bool:
-        """Whether dense decoding is as fast, so that the model stays dense."""
-        return self.gain < least_gain()
+        """Whether the model stays dense: that is as fast, or nothing is known for sure."""
+        return self.busy or self.gain < least_gain()
 
 
 @dataclass

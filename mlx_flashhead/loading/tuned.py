@@ -1,6 +1,6 @@
 """What a FlashHead gains on this machine: stored beside the FlashHeads, and said.
 
-What a busy machine has measured is used, and measured again when the machine is quiet.
+What a busy machine has measured decides nothing: the model stays dense until it is quiet.
 """
 
 import os
@@ -29,7 +29,6 @@ from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 
 MEASURING = "Measuring its speed on this machine …"
-BUSY = "measured on a busy machine"
 _EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)  # of which a token reads one row
 
 
@@ -96,7 +95,7 @@ def tune_head(
         tuning = yield from tune(model, _rejected(index, head.n_probes))
         store(place, known | {key: tuning})
         said = [_why_dense(tuning)] if tuning.dense and not options.always else []
-        if before is None:
+        if (before is None or before.busy) and not tuning.busy:
             said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
         if any(said):
             options.say(" ".join(filter(None, said)))
@@ -132,20 +131,25 @@ def read(place: Path) -> dict[str, Tuning]:
 
 def _why_dense(tuning: Tuning) -> str:
     """Says that a model stays dense: its FlashHead gains less than is needed."""
-    later = " for now, and is measured again when the machine is less busy" if tuning.busy else ""
+    if tuning.busy:
+        return (
+            "The machine is too busy to measure what FlashHead gains here: the model stays dense "
+            "until it is quieter. `flash_head_always=True` overrides it."
+        )
     return (
         f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, and at "
-        f"least {least_gain():g} x is needed): it stays dense{later}. "
+        f"least {least_gain():g} x is needed): it stays dense. "
         "`flash_head_always=True` overrides it."
     )
 
 
 def speed_text(tuning: Tuning | None) -> str:
-    """A gain with what limits it, such as "1.20 x (measured on a busy machine)"."""
+    """A gain, and whether the model stays dense for it, such as "1.02 x (dense)"."""
     if tuning is None:
         return "not known yet"
-    limits = ["dense"] * tuning.dense + [BUSY] * tuning.busy
-    return f"{tuning.gain:.2f} x" + (f" ({', '.join(limits)})" if limits else "")
+    if tuning.busy:
+        return "not known yet (dense, since the machine was busy)"
+    return f"{tuning.gain:.2f} x (dense)" if tuning.dense else f"{tuning.gain:.2f} x"
 
 
 def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
@@ -163,8 +167,7 @@ def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
     advice = _advice(model, rows, tuning, finer)
     if tuning.dense:
         return advice
-    when = ", while the machine is busy" if tuning.busy else ""
-    gain = f"FlashHead makes this model {tuning.gain:.2f} times as fast here{when}"
+    gain = f"FlashHead makes this model {tuning.gain:.2f} times as fast here"
     return f"{gain}. {advice}".strip()
 
 

@@ -42,6 +42,7 @@ ROUNDS = 2  # of which the shorter time counts
 SINGLE_STEPS = 6  # that are timed one behind the other
 MOST_UNQUANTIZED = 1 / 8  # of a model's bytes, in layers that a GPU reads once a token
 UINTS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+ANNOUNCEMENT = "Steps of several tokens are compared with single ones and timed, with %s."
 log = logging.getLogger("mlx_flashhead")
 
 
@@ -79,7 +80,7 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     known = {} if place is None else stored(place, Established)
     if key in known and (is_busy() or not known[key].busy):
         return known[key]
-    log.info("Steps of several tokens are compared with single ones and timed, with %s.", kind)
+    log.info(ANNOUNCEMENT, kind)
     try:
         found = _tried(steps, caches)
     except Exception as error:  # such as of the device

@@ -56,7 +56,7 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     assert code == 0 and str(flash_head_home) in output
     rows = [line.split(maxsplit=5) for line in re.findall(r"^ *[0-9a-f]{8} .*", output, re.M)]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
-    measured = "0.90 x (dense), 1.50 x, 1.50 x (measured on a busy machine)"
+    measured = "0.90 x (dense), 1.50 x, not known yet (dense, since the machine was busy)"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
     place.write_text(json.dumps({"a": asdict(SLOW), "b": asdict(FAST)}))
     monkeypatch.setenv("COLUMNS", "80")

@@ -38,7 +38,7 @@ def test_a_full_disk(refused, converted, output, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: Mock(free=1000))
         said = refused(*arguments)
-    assert f"{output} needs 0.1 MB, but only 0.0 MB are free there: free some space" in said
+    assert f"{output} needs 0.0 MB, but only 0.0 MB are free there: free some space" in said
     assert "choose another --output" in said
     monkeypatch.setattr(mx, "save_safetensors", Mock(side_effect=RuntimeError("[write] failed")))
     assert f"{output} cannot be written ([write] failed): free some space" in refused(*arguments)

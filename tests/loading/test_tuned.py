@@ -80,16 +80,19 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, loaded):
 
 
 def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, loaded):
-    left = measure(replace(SLOW, busy=True), replace(SLOW, busy=True), FAST)
+    left = measure(replace(FAST, busy=True), replace(FAST, busy=True), FAST)
     monkeypatch.setattr(tuned, "is_busy", lambda: True)
     head, (_, sentence) = loaded()  # measured, since nothing is known
     assert policy_of(head).dense
-    assert "stays dense for now, and is measured again when the machine is less busy" in sentence
+    assert "too busy to measure what FlashHead gains here: the model stays dense until" in sentence
+    assert "1.50" not in sentence
     loaded()
     assert len(left) == 2
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
     assert policy_of(loaded()[0]).dense
-    assert not policy_of(loaded()[0]).dense and not left
+    head, said = loaded()
+    assert not policy_of(head).dense and not left
+    assert "makes this model 1.50 times as fast here" in said[-1]
     loaded()  # nothing is measured again
 
 
@@ -125,9 +128,11 @@ def free_head_gain_of(model):
 def test_what_limits_a_figure_is_said():
     assert tuned.speed_text(None) == "not known yet"
     assert tuned.speed_text(FAST) == "1.50 x"
-    assert tuned.speed_text(replace(FAST, busy=True)) == "1.50 x (measured on a busy machine)"
-    both = replace(SLOW, busy=True)
-    assert tuned.speed_text(both) == "1.01 x (dense, measured on a busy machine)"
+    assert (
+        tuned.speed_text(replace(FAST, busy=True))
+        == "not known yet (dense, since the machine was busy)"
+    )
+    assert tuned.speed_text(SLOW) == "1.01 x (dense)"
 
 
 def test_nothing_is_compiled_or_measured_within_a_text(measure, loaded, monkeypatch):
