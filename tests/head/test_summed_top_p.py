@@ -133,3 +133,65 @@ def test_top_k_sees_what_top_p_has_left(top_k, kept):
             assert dense_token(logits, settings, state) == proposal.tokens.item()
             seen.add(proposal.tokens.item())
     assert seen == kept
+
+
+def is_certain(masses, proposed, number, top_p, dtype=mx.bfloat16):
+    """Whether a token is drawn for sure, where some have these masses and all others none."""
+    clustered = plain_clusters(np.random.default_rng(0), 75, 4)
+    by_token = np.full(clustered.vocab_size, -60.0, np.float32)
+    for token, mass in masses.items():
+        by_token[token] = np.log(mass)
+    slots, proposal = proposal_of(mx.array(by_token).astype(dtype), clustered, token=proposed)
+    bits = int(np.float32(number).view(np.uint32))
+    draws = Draws.of([(SummedTopP(1.0, top_p=top_p), (bits, 0))])
+    steps = PortableSteps(clustered)
+    return steps.screen(slots, proposal, draws, EXACT, mx.finfo(dtype).eps).certain.item()
+
+
+# What bfloat16 makes of exp(-2.296875), the log-probability of a mass of 0.1.
+TENTH = 0.1005859375
+
+
+@pytest.mark.parametrize("proposed, kept", [(3, False), (90, True)])
+def test_a_sum_at_the_cut_is_in_doubt(proposed, kept):
+    """The exponential may be a spacing larger or smaller."""
+    masses = {3: 1 - np.exp(-2.296875), 90: np.exp(-2.296875)}
+    number = 0.95
+    assert not is_certain(masses, proposed, number, top_p=1 - TENTH)
+    for left, is_kept in ((1.05 * TENTH, False), (0.95 * TENTH, True)):
+        assert is_certain(masses, proposed, number, top_p=1 - left) == (is_kept == kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_equal_tokens_at_the_cut_either_may_be_left_out(dtype):
+    masses = {10: 0.1, 50: 0.8, 90: 0.1}
+    assert not is_certain(masses, 10, 0.05, top_p=0.85, dtype=dtype)
+    assert not is_certain(masses, 90, 0.95, top_p=0.85, dtype=dtype)
+    assert is_certain(masses, 50, 0.5, top_p=0.85, dtype=dtype)
+
+
+def test_sums_may_fall_from_one_place_to_the_next(monkeypatch):
+    """A GPU adds blocks: a token may be left out, and a less likely one kept, also by top-k."""
+    cumsum = mx.cumsum
+
+    def of_blocks(array, **options):
+        share = 1 - 0.2 * (mx.arange(array.shape[-1]) % 2)
+        return (cumsum(array, **options) * share).astype(array.dtype)
+
+    rng = np.random.default_rng(5)
+    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    n_certain = 0
+    for case in range(150):
+        settings = SummedTopP(1.0, top_p=0.8, top_k=4 if case % 2 else 0)
+        slots, proposal, draws, tolerance, state = case_of(
+            rng, steps.clustered, mx.bfloat16, settings, 3.0, 0.0
+        )
+        logits = slots[0].flatten()[steps.clustered.slot_of]
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "cumsum", of_blocks)
+            certain = steps.screen(slots, proposal, draws, tolerance, 2.0**-7).certain.item()
+            drawn = dense_token(logits, settings, state)
+        if certain:
+            assert drawn == proposal.tokens.item(), case
+        n_certain += certain
+    assert n_certain > 20

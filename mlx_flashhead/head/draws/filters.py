@@ -125,7 +125,9 @@ def cuts(
     return high + off, low - off
 
 
-def surely_kept(low: mx.array, high: mx.array, draws: Draws, cut: mx.array) -> mx.array:
+def surely_kept(
+    low: mx.array, high: mx.array, draws: Draws, cut: mx.array, *, equals: bool = True
+) -> mx.array:
     """Returns which tokens the filters keep whatever the logits are within bounds: (k, K) bool.
 
     With all logits as high as they may be, the filters have a cut. A token is kept in any case if
@@ -138,14 +140,16 @@ def surely_kept(low: mx.array, high: mx.array, draws: Draws, cut: mx.array) -> m
         high: The highest, (k, K) float32.
         draws: Of k rows.
         cut: (k, 1), that cut: a logit of ``high``, or what min-p asks for.
+        equals: Whether all tokens that equal the one at the cut are kept with it.
     """
-    above = low >= cut
+    above = low >= cut if equals else low > cut
     if draws.most_top_k:
         above = mx.where(draws.top_k > 0, low > cut, above)
     at_cut = high == cut
     lowest_at_cut = mx.max(mx.where(at_cut, low, -mx.inf), axis=-1, keepdims=True)
     n_above = (high > cut).sum(axis=-1, keepdims=True)
-    alone = at_cut & ((high > lowest_at_cut).sum(axis=-1, keepdims=True) == n_above + 1)
+    n_near = (high >= lowest_at_cut).sum(axis=-1, keepdims=True)
+    alone = at_cut & (n_near == n_above + 1)
     if draws.any_min_p:
         alone &= low >= mx.max(high, axis=-1, keepdims=True) + draws.log_min_p
     return above | alone

@@ -120,7 +120,8 @@ def _kept_in_float32(
     margin = mx.where(error < 0.5, 2 * error, mx.inf)
     least, most = _masses(bounds)
     high_cut, low_cut = cuts(values, alone, least - margin, most + margin)
-    surely = surely_kept(values.low, values.high, alone, high_cut)
+    # Equal tokens have places of their own.
+    surely = surely_kept(values.low, values.high, alone, high_cut, equals=False)
     drops_others = mx.array(True)
     if best_other is not None:
         drops_others = surely_left_out(best_other, values, alone, most + margin, mx.array(0.0))
