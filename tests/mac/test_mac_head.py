@@ -1,13 +1,19 @@
 """What a head is measured for on each generation of Apple GPUs."""
 
+from unittest import mock
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from kernel_cases import make_clustered
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import least_gain
+from mlx_flashhead.head.proposal import Selection
 from mlx_flashhead.head.slot_product import product_size
+from mlx_flashhead.head.steps import PortableSteps
 from mlx_flashhead.models.install import hidden_dtype
-from pretended_gpu import CHIPS
+from pretended_gpu import CHIPS, pretended_gpu
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
 SIZES = [1, 2, 4, 8, 16, 32]
@@ -26,6 +32,22 @@ def test_products_have_sizes_whose_rounding_is_measured(gpu, pair):
     if gpu.emulator is not None and dtype == mx.float32:
         assert all(2**-10 < bounds[size].product < 2**-8 for size in SIZES[1:])
         assert bounds[1].product < 2**-12
+
+
+def test_a_gpu_without_metal_gathers_rows_of_16_bits():
+    """A CPU copies them."""
+    rng = np.random.default_rng(0)
+    with pretended_gpu(metal=False):
+        clustered = make_clustered(rng, 20, 8, 64, bits=16, group_size=0, dtype=mx.bfloat16)
+        steps = PortableSteps(clustered)
+        hidden = mx.random.normal((1, 64)).astype(mx.bfloat16)
+        selection = Selection(mx.array([[3, 11, 7]], mx.uint32))
+        with mock.patch.object(mx, "gather_mm", wraps=mx.gather_mm) as gathered:
+            found = steps.score(hidden, selection).logits
+        assert gathered.call_count == 1
+    rows = clustered.rows.weight[selection.probes[0]].astype(mx.float32)
+    expected = (rows @ hidden[0].astype(mx.float32)[:, None])[..., 0]
+    assert mx.allclose(found[0].astype(mx.float32), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_gpu_needs_less_gain_than_a_cpu(gpu):

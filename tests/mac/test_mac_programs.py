@@ -82,10 +82,10 @@ def test_the_first_use_builds_tries_the_kernels_and_measures(first):
 
 
 def test_what_was_measured_is_of_this_gpu(gpu, first, home, run):
-    kept = [file.read_text() for file in home.rglob("*.json")]
-    names = [key for text in kept for key in json.loads(text) if key.startswith("Apple")]
+    kept = [json.loads(file.read_text()) for file in home.rglob("*.json")]
+    names = [key for each in kept for key in each if ", mlx " in key]
     # the speed of its FlashHead, and the steps of several tokens
-    assert len(names) >= 2 or gpu.emulator is None
+    assert len(names) >= 2
     assert all(key.startswith(f"Apple {gpu.chip}, ") for key in names) or gpu.emulator is None
     code, output, _ = run("cache")
     gain = policy_of(get_flash_head(first.model)).tuning.gain
