@@ -163,6 +163,15 @@ class _KeptPasses:
         self.before = self.checkpoint.read("clusters", self.source)
         self.ended: Arrays = {}
 
+    def put_back(self, iteration: int, ids: Array, scores: Array) -> int:
+        """Puts the kept shortlists of a pass back. Returns of how many rows there were some."""
+        if self.before.get("iteration") != iteration or not len(self.before["ids"]):
+            return 0
+        n_kept = len(self.before["ids"])
+        ids[:n_kept] = self.before["ids"]
+        scores[:n_kept] = self.before["scores"]
+        return n_kept
+
     def offer(self, iteration: int, ids: Array, scores: Array, n_listed: int) -> None:
         """Keeps shortlists (R, L) of the first rows of a pass."""
 
@@ -268,11 +277,9 @@ def _shortlists(
     scores = np.empty((len(rows), length), dtype=np.float32)
     size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
     n_kept = 0
-    if kept is not None and kept.before.get("iteration") == iteration:
-        n_kept = len(kept.before["ids"])
-        ids[:n_kept] = kept.before["ids"]
-        scores[:n_kept] = kept.before["scores"]
-        yield Progress(STAGE, n_kept, total, "row", kept=True)
+    if kept is not None:
+        n_kept = kept.put_back(iteration, ids, scores)
+    yield Progress(STAGE, n_kept, total, "row", kept=True)
     for block in _slices(len(rows), size):
         if block.stop <= n_kept:
             continue

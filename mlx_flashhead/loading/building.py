@@ -120,6 +120,10 @@ def build_parts(
         checkpoint = None
         shutil.rmtree(unfinished, ignore_errors=True)
         return StoredHead(index, str(place))
+    except Exception:  # what is kept may be the reason
+        checkpoint = None
+        shutil.rmtree(sources.unfinished_of(place), ignore_errors=True)
+        raise
     finally:
         if checkpoint is not None:
             checkpoint.write()
