@@ -210,8 +210,9 @@ class _Trial:
     def _costs(self, caches: list[Any], widths: list[int]) -> dict[int, float]:
         """The times of steps after these caches, which are compiled, relative to a single one.
 
-        Single steps are launched before the one before them is read, as a text's are. What follows
-        a wide step waits for its tokens, so that the host's time counts there.
+        The choices of the head are in them, without what verifies them later. Single steps are
+        launched before the one before them is read, as a text's are. What follows a wide step waits
+        for its tokens, so that the host's time counts there.
         """
         single = min(self._single_seconds(copy.deepcopy(caches)) for _ in range(ROUNDS))
         costs = {}
@@ -225,15 +226,22 @@ class _Trial:
         began = time.perf_counter()
         for _ in range(SINGLE_STEPS):
             states, _ = self._feed(self._model, latest, caches)
-            latest = mx.argmax(states, axis=-1)  # any token that waits for them
+            latest = self._choices(states)
             mx.async_eval(latest)
         mx.eval(latest, [cache.state for cache in caches])
         return (time.perf_counter() - began) / SINGLE_STEPS
 
     def _wide_seconds(self, caches: list[Any], width: int) -> float:
         began = time.perf_counter()
-        self._run(self._twin, self._next(0, width), caches)
+        states, _ = self._feed(self._twin, self._next(0, width), caches)
+        mx.eval(self._choices(states), [cache.state for cache in caches])
         return time.perf_counter() - began
+
+    def _choices(self, states: mx.array) -> mx.array:
+        """What the head chooses after each position: (1, T, D), or logits (1, T, V) → (1, T)."""
+        if self._head is None:
+            return mx.argmax(states, axis=-1)
+        return self._head.propose(states[0]).tokens[None]
 
     def _next(self, start: int, stop: int) -> mx.array:
         return self._tokens[:, SHORT + start : SHORT + stop]

@@ -8,7 +8,7 @@
 The drafter is mlx-vlm's `qwen3_5_mtp`: a projection of the next token's embedding and the target's
 hidden state, one transformer layer, and the target's own head. The target invents requests and
 answers them, greedily and at a temperature, and the drafter learns the target's distributions from
-its states, two tokens deep. Then the target answers the requests of requests.txt. Under its own
+its states, three tokens deep. Then the target answers the requests of requests.txt. Under its own
 tokens each state says how many drafts in a row the target would accept, by the dense head and by
 the few clusters of FlashHead that score a draft. Draft and target draw with the same noise.
 
@@ -48,22 +48,25 @@ from mlx_flashhead.head.draws.noise import position_key
 from mlx_flashhead.loading.drafts import load_draft
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.templates import prompt_of
+from mlx_flashhead.wide.step import WIDTHS
+from pages import CHECKOUT, line, with_block
 
 HEATS = (0.0, 0.7)
 DEPTHS = 7  # drafts of the widest step
-WIDTHS = (2, 3, 4, 8)
+SHOWN_DEPTHS = 4  # on the page; deeper ones were seldom reached
 DENSE = "dense head"
 REQUEST_TOKENS = 40
-REQUEST_HEAT = 0.7
+REQUEST_HEAT = 1.0
 BATCH = 32  # texts that are written together
+PAGE = CHECKOUT / "docs" / "speed.md"
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-trained-drafter"
 
 # The training
-TAUGHT_DEPTHS = (1.0, 0.7)  # and what the loss of each counts
+TAUGHT_DEPTHS = (1.0, 0.7, 0.5)  # and what the loss of each counts
 READ_TEXTS = 8  # of a step
-BEST = 4  # tokens of each of the target's distributions that all are compared in
-OTHERS = 512  # more tokens, at random
-PEAK_RATE = 2e-3
+BEST = 8  # tokens of each of the target's distributions that all are compared in
+OTHERS = 1024  # more tokens, at random
+PEAK_RATE = 1e-3
 WARM_UP = 30  # steps
 
 
@@ -415,7 +418,6 @@ def trained(target: Target, args: Any) -> tuple[Qwen3_5MTPDraftModel, dict[str, 
             "weights": n_weights,
             "losses": losses,
             "cpu_seconds": round(time.process_time() - began),
-            "requests": requests[:5],
         }
         save(drafter, folder)
         about.write_text(json.dumps(known, indent=1) + "\n")
@@ -466,6 +468,19 @@ def make_table(figures: dict[str, Any]):
     return table
 
 
+def page_lines(figures: dict[str, Any]) -> list[str]:
+    """Markdown: a line for each temperature and way."""
+    depths = (f"draft {depth}" for depth in range(1, SHOWN_DEPTHS + 1))
+    titles = ("text", "drafts are scored by", *depths, *(f"T = {width}" for width in WIDTHS))
+    lines = [line(*titles), line(*("---" for _ in titles))]
+    for text, ways in figures.items():
+        for way, of in ways.items():
+            shares = (percent(share, 0) for share in of["shares"][:SHOWN_DEPTHS])
+            steps = (f"{number:.2f}" for number in of["tokens_a_step"].values())
+            lines.append(line(text, way, *shares, *steps))
+    return lines
+
+
 @command
 def main() -> None:
     """Entry point."""
@@ -474,10 +489,11 @@ def main() -> None:
     parser.add_argument("target", help="a folder in float32, with its FlashHead")
     parser.add_argument("--json", type=writable, metavar="FILE", help="where to write the figures")
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
     add_number(parser, "--texts", 256, "Answers to train on.")
     add_number(parser, "--tokens", 112, "Tokens of an answer at most.")
-    add_number(parser, "--steps", 600, "Steps of the training.")
-    add_number(parser, "--requests", 28, "Answers of each temperature to measure on.")
+    add_number(parser, "--steps", 280, "Steps of the training.")
+    add_number(parser, "--requests", 38, "Answers of each temperature to measure on.")
     add_number(parser, "--seed", 1, "Of the texts and the training.")
     args = parser.parse_args()
     mx.disable_compile()  # which takes a C++ compiler for each formula on a CPU
@@ -490,6 +506,9 @@ def main() -> None:
         about = {"kind": "trained drafter", "machine": machine(), "command": " ".join(sys.argv)}
         about |= {"target": Path(args.target).name, "training": training}
         Path(args.json).write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
+    if args.write:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(with_block(page, "trained drafter", page_lines(figures)), encoding="utf-8")
 
 
 if __name__ == "__main__":

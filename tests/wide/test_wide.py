@@ -17,6 +17,7 @@ from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
 from mlx_flashhead.common.machine import system
 from mlx_flashhead.common.stored import stored as read_file
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.wide import stand_ins, store, trial, twin
 from mlx_flashhead.wide.positions import Positions
 from mlx_flashhead.wide.step import Established, WideSteps, kind_of
@@ -350,6 +351,23 @@ def test_steps_are_timed_before_and_past_the_end_of_a_window(model):
     assert found.costs != found.costs_past_end
     assert found.lengths == (1022, 5, 4094, 62)
     assert trial._lengths(windows(model, 8192)) == [1022, 5, 4094, 8197, 8190]
+
+
+def test_the_heads_choices_are_timed(monkeypatch):
+    """Proposals of one state, and of as many states as a step has tokens."""
+    flash = make_flash().model
+    rows = []
+
+    def propose(head, hidden):
+        rows.append(len(hidden))
+        return own_propose(head, hidden)
+
+    own_propose = FlashHead.propose
+    monkeypatch.setattr(FlashHead, "propose", propose)
+    found = established_costs(WideSteps.of(flash), lm_caches.make_prompt_cache(flash))
+    assert list(found) == ALL
+    singles = [1] * trial.SINGLE_STEPS * trial.ROUNDS
+    assert rows == [*singles, *(width for width in ALL for _ in range(trial.ROUNDS))]
 
 
 def test_costs_are_those_of_the_caches_state(model, monkeypatch):

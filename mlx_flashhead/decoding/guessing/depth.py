@@ -27,10 +27,10 @@ KEPT = 0.98  # share of what is known in a text that each step with a guess leav
 MOST_KNOWN = 400.0  # guesses of earlier texts that are remembered, at each depth
 
 # What guesses may cost where they do not pay, in single steps
-BOUND = 0.02  # of the time that single steps would take
+BOUND = 0.018  # of the time that single steps would take: 2 % with what follows
 TRIES = 0.01  # of the time, in tries where single steps are better
 START = 2.0  # before a drafter has gained anything, once on a machine
-MOST_SLACK = 8.0  # of what was gained, that may be lost again
+MOST_SLACK = 12.0  # of what was gained, that may be lost again
 
 
 class Costs(NamedTuple):
