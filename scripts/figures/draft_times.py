@@ -103,9 +103,9 @@ def draft_costs(model: str, chip: str, head: int, few: bool) -> Costs:
     of = models()[model], chips()[chip]
     single = single_us(*of, BODY, head)
     return Costs(
-        {width: wide_us(*of, BODY, head, width) / single for width in WIDTHS},
-        draft=draft_us(of[0], drafters()[model], of[1], head, few) / single,
-        wrong=wrong_us(*of) / single,
+        {width: float(wide_us(*of, BODY, head, width) / single) for width in WIDTHS},
+        draft=float(draft_us(of[0], drafters()[model], of[1], head, few) / single),
+        wrong=float(wrong_us(*of) / single),
     )
 
 

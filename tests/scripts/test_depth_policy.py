@@ -48,7 +48,10 @@ def test_the_pages_figures_are_those_of_the_files():
     page = (CHECKOUT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert with_block(page, "depth policy", list(depth_policy.page_lines(cases))) == page
     assert max(max(case["lost_to_none"]) for case in cases) <= 0.02
-    assert max(max(case["lost_to_best"]) for case in cases) < 0.06
+    lost = [part for case in cases for part in case["lost_to_best"]]
+    few = sum(part <= 0.02 for part in lost)
+    quoted = f"Of the {len(lost):,} cases {few:,} lose at most 2 % to the best depth"
+    assert f"{quoted}, the others up to {100 * max(lost):.0f} %" in page
     of_kind = {}
     for case in cases:
         of_kind.setdefault(case["texts"], []).append(case["lost_to_best"])
