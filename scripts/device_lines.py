@@ -35,7 +35,7 @@ QUESTIONS = {
 }
 # Files that hold what lies behind the answers.
 BEHIND = (
-    "decoding/rehearsal.py",
+    "decoding/measuring/rehearsal.py",
     "head/dense_kernels.py",
     "head/kernel_inputs.py",
     "head/kernels.py",

@@ -2,7 +2,7 @@
 
     state    ← model(token, cache)       taken where the head is called     proposer.py
     proposal ← head.propose(state)       from the scored tokens alone       proposer.py
-    pending  += proposal                                                    sequence.py
+    pending  += proposal                                                    text.py
     when verification is due:                                               schedule.py
         logits ← dense product of the pending states; certain or not        verification.py
         accepted → handed out
@@ -16,7 +16,7 @@ A text that decodes alone may take several tokens a step:
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
 functions. `policy.py` has the settings for a head on this machine,
-`tuning.py` measures once what the machine gains, and `pace.py` goes by the text at hand.
+`measuring/` measures once what the machine gains, and `pace.py` goes by the text at hand.
 `sampler.py` says which samplers and processors can be verified; all others are decoded by the
 normal (dense) head.
 """

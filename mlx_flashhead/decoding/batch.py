@@ -22,7 +22,7 @@ from .guessing.guesses import check_lookup, guesses_of
 from .guessing.trained import TrainedDrafts
 from .phase import CHANGED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
-from .sequence import Sequence, mode_of, own_processors
+from .text import Text, mode_of, own_processors
 
 BatchGenerator: Any = compat.BatchGenerator
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
@@ -44,10 +44,10 @@ class Response:
 
 
 @dataclass
-class _Text:
+class _BatchText:
     """A text of the batch, from its insertion to its end."""
 
-    sequence: Sequence
+    sequence: Text
     prompt: list[int]
     matcher: Any  # finds what ends it
     drafts: TrainedDrafts | None = None  # which have heard its prompt but for the last token
@@ -106,14 +106,14 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self.sampler = sampler
         self.logprobs = logprobs
         self._proposer = Proposer(model) if proposer is None else proposer
-        self._texts: dict[int, _Text] = {}
+        self._texts: dict[int, _BatchText] = {}
         self._drafter = drafter
         self._n_drafts = num_draft_tokens
         self._prompt_batch = _Prompts.empty(model, sampler, self.prefill_step_size)
         if drafter is not None:
             self._proposer.hear_states()
             self._prompt_batch.reading = self._hearing
-        self._generation_batch = _Texts(self._proposer, self._texts, announce)
+        self._generation_batch = _Generation(self._proposer, self._texts, announce)
 
     def uids(self) -> list[int]:
         """The numbers of the texts that have not ended."""
@@ -160,9 +160,9 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
                 )
         for uid, (prompt, limit) in enumerate(zip(parts, limits, strict=True), self._uid_count):
             if not prompt:
-                raise ValueError(f"Sequence {uid} has an empty prompt: give it at least one token.")
+                raise ValueError(f"Text {uid} has an empty prompt: give it at least one token.")
             if limit <= 0:
-                raise ValueError(f"Sequence {uid}'s max_tokens is {limit}: it must be above 0.")
+                raise ValueError(f"Text {uid}'s max_tokens is {limit}: it must be above 0.")
         uids = super().insert_segments(parts, *options.values())
         for uid, *waiting in self._unprocessed_sequences:
             if uid not in self._texts:
@@ -179,9 +179,9 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         sampler: Any,
         processors: Any,
         stops: Any,
-    ) -> _Text:
+    ) -> _BatchText:
         prompt = [*held, *(token for part in segments for token in part)]
-        sequence = Sequence(
+        sequence = Text(
             self.sampler if sampler is None else sampler,
             own_processors(processors or ()),
             mx.array(prompt, mx.int32),
@@ -193,7 +193,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
         if not are_known(cache):
             sequence.enter(Phase.DENSE, why=UNKNOWN_CACHE)
-        text = _Text(sequence, prompt, compat.as_stop_sequences(stops).matcher())
+        text = _BatchText(sequence, prompt, compat.as_stop_sequences(stops).matcher())
         if self._drafter is not None:
             text.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
             if held:
@@ -271,13 +271,13 @@ class _Prompts(compat.PromptProcessingBatch):
         return self
 
 
-class _Texts:
+class _Generation:
     """The texts that are being decoded, in the place of mlx-lm's ``GenerationBatch``."""
 
     def __init__(
         self,
         proposer: Proposer,
-        texts: dict[int, _Text],
+        texts: dict[int, _BatchText],
         announce: Callable[[Mode], Any] | None,
     ):
         self._proposer = proposer
@@ -352,7 +352,9 @@ class _Texts:
         for sequence in changed:
             sequence.enter(Phase.DENSE, why=CHANGED)
 
-    def _begin_drafts(self, text: _Text, state: mx.array | None, layers: list[Any] | None) -> None:
+    def _begin_drafts(
+        self, text: _BatchText, state: mx.array | None, layers: list[Any] | None
+    ) -> None:
         """Lets a text be guessed at its first token.
 
         Args:
@@ -395,7 +397,7 @@ class _Texts:
         self._decoder.drop([text.sequence for text in texts])
         return responses
 
-    def _response(self, sequence: Sequence) -> Response:
+    def _response(self, sequence: Text) -> Response:
         text = self._texts[sequence.uid]
         pending = self._decoder.hand_out(sequence)
         token = cast(int, pending.token)

@@ -29,7 +29,7 @@ from .phase import Phase
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
-from .sequence import PendingToken, Sequence
+from .text import PendingToken, Text
 
 log = logging.getLogger("mlx_flashhead")
 
@@ -41,7 +41,7 @@ class Decoder:
     """Decodes R ≥ 1 sequences at once.
 
     :meth:`round` makes the next tokens of each sequence. What is accepted waits in the sequence's
-    ``ready`` until :meth:`Sequence.hand_out`.
+    ``ready`` until :meth:`Text.hand_out`.
 
     Args:
         proposer: Proposes tokens, and says what can be verified.
@@ -50,7 +50,7 @@ class Decoder:
     """
 
     def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Text] = []
         self.caches = caches
         self._proposer = proposer
         self._feed = feed
@@ -61,7 +61,7 @@ class Decoder:
         # draws depend on when any text begins and ends, so that none goes ahead.
         self.several_draw = False
 
-    def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
+    def start(self, sequences: list[Text], layers: list[Any], logits: mx.array) -> None:
         """Adds sequences whose prompts have been read, and launches their first tokens.
 
         Args:
@@ -104,7 +104,7 @@ class Decoder:
         elif not any(sequence.ahead for sequence in self.sequences):
             pace.note_dense(seconds)
 
-    def _change_phase(self, sequence: Sequence, *, pays: bool) -> None:
+    def _change_phase(self, sequence: Text, *, pays: bool) -> None:
         """Decides at the beginning of a round how a sequence's next tokens are chosen.
 
         They are proposed if they can be verified and proposals pay. Otherwise the normal (dense)
@@ -123,7 +123,7 @@ class Decoder:
         elif sequence.ahead:
             sequence.enter(Phase.LEVEL if sequence.level else Phase.DRAINING)
 
-    def _go_ahead(self, sequence: Sequence, phase: Phase) -> None:
+    def _go_ahead(self, sequence: Text, phase: Phase) -> None:
         if not sequence.ahead:
             sequence.enter(phase, self.snapshot(sequence))
         elif sequence.phase is not phase:
@@ -169,7 +169,7 @@ class Decoder:
         offer, n = taken
         return Guess(offer.guesser, offer.make(n))
 
-    def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> bool:
+    def _take_wide_step(self, sequence: Text, latest: mx.array, guess: Guess) -> bool:
         """Feeds a text its latest token and those guessed after it, and keeps those that are right.
 
         They are right as long as each one is what is chosen in its place. That choice is the one
@@ -212,7 +212,7 @@ class Decoder:
         return True
 
     def _choose_in_places(
-        self, sequence: Sequence, fed: list[int], logits: mx.array, states: list[mx.array]
+        self, sequence: Text, fed: list[int], logits: mx.array, states: list[mx.array]
     ) -> mx.array:
         """Chooses a token in each place of a wide step. They are pending then.
 
@@ -231,14 +231,14 @@ class Decoder:
         places = mx.split(logits[0], logits.shape[1])[:n]
         return mx.concatenate([sequence.extend(place) for place in places])
 
-    def hand_out(self, sequence: Sequence) -> PendingToken:
+    def hand_out(self, sequence: Text) -> PendingToken:
         """The next accepted token of a sequence."""
         pending = sequence.hand_out()
         if pending.guessed:
             self._proposer.n_guessed[pending.guessed] += 1
         return pending
 
-    def settle(self, sequences: list[Sequence], *, caches_changed: bool = False) -> None:
+    def settle(self, sequences: list[Text], *, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the tokens that mlx-lm's loop would have computed.
 
         That is of each text the one after the last that was handed out. It is decided now if it was
@@ -273,11 +273,11 @@ class Decoder:
         # a verification that was waited for may have rejected tokens of others, too
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
 
-    def snapshot(self, sequence: Sequence) -> Snapshot:
+    def snapshot(self, sequence: Text) -> Snapshot:
         """A snapshot of a sequence's caches as they are."""
         return self._snapshots([sequence])[0]
 
-    def handed_out_cache(self, sequence: Sequence) -> list[Any]:
+    def handed_out_cache(self, sequence: Text) -> list[Any]:
         """Returns one sequence's caches with the tokens that were handed out and no others.
 
         They are copies of rows of a batch, or those of a text alone, after which it must
@@ -286,7 +286,7 @@ class Decoder:
         row = self.sequences.index(sequence)
         return self._cache_at(sequence, self.caches.extract(row), sequence.n_yielded)
 
-    def drop(self, sequences: list[Sequence]) -> None:
+    def drop(self, sequences: list[Text]) -> None:
         """Takes sequences out, and their caches with them."""
         if sequences:
             self._schedule.forget(sequences)
@@ -295,7 +295,7 @@ class Decoder:
     # The round's parts.
 
     def _step(
-        self, sequences: list[Sequence], layers: list[Any], latest: mx.array
+        self, sequences: list[Text], layers: list[Any], latest: mx.array
     ) -> tuple[mx.array, mx.array | None]:
         """Feeds the latest tokens (R,), and launches the next ones.
 
@@ -322,7 +322,7 @@ class Decoder:
 
     def _choose(
         self,
-        sequences: list[Sequence],
+        sequences: list[Text],
         latest: mx.array,
         logits: mx.array,
         states: mx.array | None,
@@ -355,7 +355,7 @@ class Decoder:
 
     # Sequences come, go, and start again.
 
-    def _restart(self, sequences: list[Sequence]) -> None:
+    def _restart(self, sequences: list[Text]) -> None:
         """Goes on after the last accepted token of sequences, and launches their next steps.
 
         Their caches hold another token in its place, or none.
@@ -363,7 +363,7 @@ class Decoder:
         if sequences:
             self._feed_last(sequences, self._take_out(sequences))
 
-    def _take_out(self, sequences: list[Sequence]) -> list[Any]:
+    def _take_out(self, sequences: list[Text]) -> list[Any]:
         """Takes sequences out of the round: their caches, with all tokens but the last."""
         caches = []
         for sequence in sequences:
@@ -374,7 +374,7 @@ class Decoder:
         self._drop(sequences)
         return self.caches.merged(caches)
 
-    def _feed_last(self, sequences: list[Sequence], layers: list[Any]) -> None:
+    def _feed_last(self, sequences: list[Text], layers: list[Any]) -> None:
         """Launches the step after the last accepted tokens of sequences, which join the round."""
         latest = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.uint32)
         tokens, states = self._step(sequences, layers, latest)
@@ -383,19 +383,19 @@ class Decoder:
                 sequence.guesses.hear([sequence.tokens[-1]], _row(states, row))
         self._join(sequences, layers, tokens)
 
-    def _join(self, sequences: list[Sequence], layers: list[Any], tokens: mx.array) -> None:
+    def _join(self, sequences: list[Text], layers: list[Any], tokens: mx.array) -> None:
         self.caches.join(layers)
         latest = self._latest
         self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
         self.sequences += sequences
 
-    def _drop(self, sequences: list[Sequence]) -> None:
+    def _drop(self, sequences: list[Text]) -> None:
         kept = [row for row, each in enumerate(self.sequences) if each not in sequences]
         self.caches.keep(kept)
         self.sequences = [self.sequences[row] for row in kept]
         self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
 
-    def _cache_at(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
+    def _cache_at(self, sequence: Text, cache: list[Any], target: int) -> list[Any]:
         """A sequence's own caches, with the first ``target`` tokens of its text."""
         held = [each for each in sequence.snapshots if each.n_tokens <= target]
         if held:
@@ -410,7 +410,7 @@ class Decoder:
             )
         return cache
 
-    def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
+    def _snapshots(self, sequences: list[Text]) -> list[Snapshot]:
         rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
         return self.caches.snapshots(rows)
 

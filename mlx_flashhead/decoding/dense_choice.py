@@ -8,14 +8,14 @@ from ..head.draws.draw import Draws
 from ..head.draws.noise import Noise
 from .proposer import Proposer
 from .sampler import SamplerFunction, normalized
-from .sequence import PendingToken, Sequence
+from .text import PendingToken, Text
 
 
 def choose_densely(
     proposer: Proposer,
-    sequences: list[Sequence],
+    sequences: list[Text],
     logits: mx.array,
-    others: list[Sequence],
+    others: list[Text],
     states: mx.array | None = None,
 ) -> mx.array:
     """Chooses the next tokens of sequences by their dense logits. They are pending then.
@@ -44,7 +44,7 @@ def choose_densely(
     return tokens if order == list(range(n)) else tokens[mx.argsort(mx.array(order))]
 
 
-def _choose(sequences: list[Sequence], each: list[mx.array], others: list[Sequence]) -> mx.array:
+def _choose(sequences: list[Text], each: list[mx.array], others: list[Text]) -> mx.array:
     """Chooses by the logits (1, V) of each sequence, in the order in which they draw."""
     first = sequences[0]
     if len(sequences) == 1:

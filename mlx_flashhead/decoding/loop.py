@@ -18,7 +18,7 @@ from .guessing.guesses import Guesses, check_lookup, guesses_of
 from .phase import CHANGED, REPLACED, TRAINED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
-from .sequence import PendingToken, Sequence, mode_of
+from .text import PendingToken, Text, mode_of
 
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 
@@ -110,7 +110,7 @@ def verified_steps(
     known = [*context, *cast(list[int], prompt.tolist())]
     before = known[: len(known) - n_begun]
     seen = mx.array(before, prompt.dtype) if context else _seen(prompt)
-    sequence = Sequence(
+    sequence = Text(
         sampler,
         logits_processors,
         seen if len(seen) else None,
@@ -145,7 +145,7 @@ def verified_steps(
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
-    text = _Text(decoder, sequence, caches, stream, shared)
+    text = _Handover(decoder, sequence, caches, stream, shared)
     try:
         while sequence.n_yielded != sequence.limit:
             # 2) The decoder makes tokens until some are accepted.
@@ -311,7 +311,7 @@ def with_guesses(steps: Iterator[tuple[int, Any]], proposer: Proposer) -> Guesse
 
 
 # A layer's cache, and the text that is ahead in it while its caller has the latest token.
-_ahead_in: WeakKeyDictionary[Any, "_Text"] = WeakKeyDictionary()
+_ahead_in: WeakKeyDictionary[Any, "_Handover"] = WeakKeyDictionary()
 
 
 def _take_from_earlier(cache: Any) -> None:
@@ -320,13 +320,13 @@ def _take_from_earlier(cache: Any) -> None:
         text.bring_back()
 
 
-class _Text:
+class _Handover:
     """A text between its decoder and its caller."""
 
     def __init__(
         self,
         decoder: Decoder,
-        sequence: Sequence,
+        sequence: Text,
         caches: OwnCaches,
         stream: Any,
         shared: bool,

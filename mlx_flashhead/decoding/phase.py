@@ -4,7 +4,7 @@
       │ └──── a guess ────▲             │
       └──────────────▶ DENSE ◀──────────┘
 
-`Sequence.enter` alone changes a text's phase, `Decoder._change_phase` says when, and
+`Text.enter` alone changes a text's phase, `Decoder._change_phase` says when, and
 `Proposer.mode_for` whether and why. At each token that is handed out the caller finds what mlx-lm's
 loop would have left then.
 """

@@ -17,7 +17,7 @@ from ..head.steps import NOTHING_ALLOWED
 from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed
-from .dense_states import DenseStates
+from .guessing.dense_states import DenseStates
 from .pace import Pace
 from .phase import (
     DRAFTED,
@@ -30,8 +30,8 @@ from .phase import (
     Phase,
 )
 from .policy import DecodingPolicy, decoding_mode, policy_of
-from .sequence import PendingToken, Sequence
 from .settings import DecodingSettings
+from .text import PendingToken, Text
 
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
 
@@ -97,7 +97,7 @@ class Proposer:
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)
 
-    def mode_for(self, text: Sequence, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
+    def mode_for(self, text: Text, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
         """How a text's next tokens are decoded: verified if they may be proposed now, or why not.
 
         Args:
@@ -123,7 +123,7 @@ class Proposer:
         fits = n_texts == 1 or n_texts <= self.max_batch
         return VERIFIED if pays and fits else PAUSED
 
-    def pace_of(self, sequences: list[Sequence]) -> Pace | None:
+    def pace_of(self, sequences: list[Text]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
         adapts = self.verifies and policy.adapts and not policy.lockstep
@@ -137,7 +137,7 @@ class Proposer:
             policy.paces[key] = Pace(None if tuning is None else tuning.dense_seconds)
         return policy.paces[key]
 
-    def pays(self, sequence: Sequence, n_texts: int = 1) -> bool:
+    def pays(self, sequence: Text, n_texts: int = 1) -> bool:
         """Whether proposals may pay for a sequence that is one of ``n_texts``.
 
         One sampled text was measured when the head was tuned. Several were not: their pace decides,
@@ -152,7 +152,7 @@ class Proposer:
         head = cast(FlashHead, self.head)
         return not head.differs_in_batches(hidden_dtype(self.model))
 
-    def can_verify(self, sequence: Sequence) -> bool:
+    def can_verify(self, sequence: Text) -> bool:
         """Whether a sequence's choices can be verified."""
         if self.head is None or not self.verifies or sequence.phase is Phase.DENSE:
             return False
@@ -226,7 +226,7 @@ class Proposer:
 
     def propose(
         self,
-        sequences: list[Sequence],
+        sequences: list[Text],
         hidden: mx.array,
         latest: mx.array | None = None,
         guesses: list[int] | None = None,
@@ -276,7 +276,7 @@ class Proposer:
             pending.proposal = proposal
         return proposal.tokens
 
-    def _mask(self, sequence: Sequence) -> np.ndarray | None:
+    def _mask(self, sequence: Text) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.
 
         It waits for the latest token. If the mask allowed no scored token in that one's place, it

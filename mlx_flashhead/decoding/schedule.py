@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..head.flash_head import FlashHead
 from .caches import Snapshot
 from .proposer import Proposer
-from .sequence import PendingToken, Sequence
+from .text import PendingToken, Text
 from .verification import Verification, join
 
 MAX_READ = 64  # tokens that may be read while a verification is computed
@@ -27,7 +27,7 @@ class VerifySchedule:
         snapshot: Takes snapshots of the caches of some sequences as they are.
     """
 
-    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Snapshot]]):
+    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Text]], list[Snapshot]]):
         self._proposer = proposer
         self._snapshot = snapshot
         self._verification: Verification | None = None
@@ -35,13 +35,13 @@ class VerifySchedule:
         self._n_launched = 0  # tokens of the last one
         self._n_waiting = 0  # tokens that wait for a launch
         # The sum of their risks for each text: a rejection loses only tokens of its own text.
-        self._risks: dict[Sequence, float] = {}
+        self._risks: dict[Text, float] = {}
         self._since = 0.0  # when the first of them was read
         self._unjoined: list[PendingToken] = []
         self.n_verified = 0  # verifications that were read
         self.joined: list[mx.array] = []  # of pending tokens, to be computed with the next step
 
-    def step(self, sequences: list[Sequence]) -> None:
+    def step(self, sequences: list[Text]) -> None:
         """Accepts what is decided after a step, which has read tokens of each sequence.
 
         Afterwards the caller rolls back the caches of sequences with a rejected token.
@@ -74,7 +74,7 @@ class VerifySchedule:
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 
-    def flush(self, sequence: Sequence) -> None:
+    def flush(self, sequence: Text) -> None:
         """Accepts the sequence's tokens that are read, up to a rejected one, without delay."""
         if self._verification is not None:
             self._accept()
@@ -86,7 +86,7 @@ class VerifySchedule:
                 self._launch([sequence])
                 self._accept()
 
-    def forget(self, sequences: list[Sequence]) -> None:
+    def forget(self, sequences: list[Text]) -> None:
         """Verifies the pending tokens of some sequences no more."""
         if self._verification is not None:
             self._verification.forget(sequences)
@@ -98,7 +98,7 @@ class VerifySchedule:
             if not any(pending in sequence.pending for sequence in sequences)
         ]
 
-    def _note_read(self, sequence: Sequence) -> bool:
+    def _note_read(self, sequence: Text) -> bool:
         """Takes note of pending tokens that are read, once. Returns whether one ends the text.
 
         What the dense logits chose needs no note where nothing is pending before it. Nothing is
@@ -139,7 +139,7 @@ class VerifySchedule:
         waited = time.perf_counter() - self._since
         return self._n_waiting >= few and waited >= seconds and not policy.lockstep
 
-    def _launch(self, sequences: list[Sequence]) -> None:
+    def _launch(self, sequences: list[Text]) -> None:
         self._n_launched = self._n_waiting
         self._n_waiting = 0
         self._risks = {}
@@ -163,7 +163,7 @@ class VerifySchedule:
             _accept_dense(sequence)
 
 
-def _accept_dense(sequence: Sequence) -> None:
+def _accept_dense(sequence: Text) -> None:
     """Accepts what the dense logits chose, up to the first token that was proposed."""
     while sequence.n_read and sequence.pending[0].proposal is None:
         sequence.accept()

@@ -13,9 +13,9 @@ from ..head.verdict import Verdict
 from .changes import mask_array
 from .proposer import Proposer
 from .sampler import normalized
-from .sequence import PendingToken, Sequence
+from .text import PendingToken, Text
 
-Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
+Row = tuple[Text, PendingToken, int]  # a sequence, its pending token, its place in the text
 
 
 class Verification:
@@ -25,7 +25,7 @@ class Verification:
     ``sequences`` as they are now.
     """
 
-    def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
+    def __init__(self, proposer: Proposer, sequences: list[Text], snapshots: list[Any]):
         self._proposer = proposer
         self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
@@ -57,12 +57,12 @@ class Verification:
                 logits = sequence.process(verdict.logits(row), sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
 
-    def forget(self, sequences: list[Sequence]) -> None:
+    def forget(self, sequences: list[Text]) -> None:
         """Drops what was launched for some sequences."""
         for sequence in sequences:
             self.snapshots.pop(sequence, None)
 
-    def accept(self, sequence: Sequence) -> None:
+    def accept(self, sequence: Text) -> None:
         """Waits for the verification and accepts the sequence's tokens up to a rejected one.
 
         The dense choice takes its place, and nothing is pending any more.

@@ -13,9 +13,9 @@ import mlx.nn as nn
 
 from ..common.machine import is_busy
 from ..common.stored import store, stored
+from ..decoding.measuring.rehearsal import rehearse
+from ..decoding.measuring.tuning import prepare_wide_steps, tune
 from ..decoding.policy import Tuning, least_gain, policy_of
-from ..decoding.rehearsal import rehearse
-from ..decoding.tuning import prepare_wide_steps, tune
 from ..head.backend import device_name
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix

@@ -21,7 +21,7 @@ from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.pace import Pace
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
-from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.decoding.verification import Verification
 from tiny_models import tiny_model
 
@@ -56,7 +56,7 @@ def pair(request):
 def chance(monkeypatch):
     """The random numbers that a schedule is drawn from. Each hand-out is checked."""
     chance = random.Random(1)
-    hand_out = Sequence.hand_out
+    hand_out = Text.hand_out
 
     def checked(sequence):
         pending = hand_out(sequence)
@@ -67,7 +67,7 @@ def chance(monkeypatch):
             assert sequence.n_cached == sequence.n_yielded
         return pending
 
-    monkeypatch.setattr(Sequence, "hand_out", checked)
+    monkeypatch.setattr(Text, "hand_out", checked)
     monkeypatch.setattr(Verification, "ready", property(lambda _: chance.random() < 0.4))
     monkeypatch.setattr(Pace, "dense", property(lambda _: chance.random() < 0.3))
     monkeypatch.setattr(

@@ -24,7 +24,7 @@ from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead.decoding import caches, loop
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.decoding.text import Text
 from tiny_models import tiny_model
 
 N_TOKENS = 24
@@ -393,13 +393,13 @@ def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
     assert not taken
     proposer = Proposer(pair.flash.model)
     sequences = []
-    enter = Sequence.enter
+    enter = Text.enter
 
     def noting(own, *of_phase):
         sequences.append(own)
         enter(own, *of_phase)
 
-    monkeypatch.setattr(Sequence, "enter", noting)
+    monkeypatch.setattr(Text, "enter", noting)
     steps = pair.ours(
         proposer=proposer, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=N_TOKENS
     )

@@ -16,7 +16,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.phase import Phase
-from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
@@ -215,7 +215,7 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
 )
 def test_what_is_known_of_processors(processors, known):
     assert (Changes.of(processors) is not None) == known
-    sequence = Sequence(make_sampler(), processors, mx.array(PROMPT))
+    sequence = Text(make_sampler(), processors, mx.array(PROMPT))
     assert (sequence.phase is Phase.LEVEL) == known
 
 

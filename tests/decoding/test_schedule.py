@@ -15,8 +15,8 @@ from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.schedule import VerifySchedule
-from mlx_flashhead.decoding.sequence import PendingToken
 from mlx_flashhead.decoding.settings import DecodingSettings
+from mlx_flashhead.decoding.text import PendingToken
 from recorded_calls import recorded_calls
 
 

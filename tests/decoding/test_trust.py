@@ -13,7 +13,7 @@ import old_top_p
 from flash_loops import N_TOKENS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.phase import Phase
-from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.head.draws.summed_top_p import SummedTopP
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.compat import mlx_lm
@@ -130,7 +130,7 @@ def test_the_top_p_of_mlx_lm_0_31_is_verified(model, name, misses, monkeypatch):
     """Its samplers are recognised by their module's text: here they are the text of a helper."""
     monkeypatch.setattr(mlx_lm, "is_omlx_sampler", lambda _: True)
     sampler = old_top_p.make_sampler(**HOSTS[name])
-    assert isinstance(Sequence(sampler).settings, SummedTopP)
+    assert isinstance(Text(sampler).settings, SummedTopP)
     proposed = recorded_calls(monkeypatch, FlashHead, "propose")
     for seed in range(3):
 
@@ -145,7 +145,7 @@ def test_the_top_p_of_mlx_lm_0_31_is_verified(model, name, misses, monkeypatch):
 
 
 def is_recognised(sampler, processors=()):
-    return Sequence(sampler, processors).phase is Phase.LEVEL
+    return Text(sampler, processors).phase is Phase.LEVEL
 
 
 def test_what_is_recognised():

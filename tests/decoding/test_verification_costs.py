@@ -12,10 +12,10 @@ import pytest
 import step_times
 from flash_loops import flash_of
 from mlx_flashhead.decoding.caches import Snapshot
+from mlx_flashhead.decoding.measuring.rehearsal import kinds
 from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.rehearsal import kinds
-from mlx_flashhead.decoding.sequence import PendingToken, Sequence
+from mlx_flashhead.decoding.text import PendingToken, Text
 from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
@@ -64,7 +64,7 @@ def dispatches(flash, kind, k: int) -> Counter:
     n_words = -(-head.vocab_size // 32)
 
     def verify(hidden, probes, logits):
-        text = Sequence(*kind, mx.array([0, 1, 0, 1]))
+        text = Text(*kind, mx.array([0, 1, 0, 1]))
         text.enter(Phase.AHEAD, Snapshot(0, [], [], []))
         masked = text.changes is not None and text.changes.mask is not None
         allowed = np.full(n_words, 7, np.uint32) if masked else None

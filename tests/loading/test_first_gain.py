@@ -6,7 +6,8 @@ import mlx.nn as nn
 import pytest
 
 from mlx_flashhead import get_flash_head
-from mlx_flashhead.decoding import policy, tuning
+from mlx_flashhead.decoding import policy
+from mlx_flashhead.decoding.measuring import tuning
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead

@@ -14,7 +14,7 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.common.command import printable
-from mlx_flashhead.decoding import rehearsal, tuning
+from mlx_flashhead.decoding.measuring import rehearsal, tuning
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.wide import trial

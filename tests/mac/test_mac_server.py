@@ -7,7 +7,7 @@ import pytest
 
 from engines import flags, submit, tokens_of
 from kernel_cases import on_gpu
-from mlx_flashhead.decoding import rehearsal
+from mlx_flashhead.decoding.measuring import rehearsal
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.served_models import load_models
 

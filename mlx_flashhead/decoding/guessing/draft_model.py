@@ -18,7 +18,7 @@ from .guesser import Guesser, LatestToken, Offer
 from .worth import Worth
 
 if TYPE_CHECKING:
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 EXPECTED = 0.6  # how often its drafts are right, before any was made
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores

@@ -8,7 +8,7 @@ from ...wide.step import MAX_WIDTH
 from .guesser import Guesser, LatestToken, Offer
 
 if TYPE_CHECKING:
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 
 class Grammar(Guesser):

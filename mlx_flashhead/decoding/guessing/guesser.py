@@ -24,7 +24,7 @@ import mlx.core as mx
 from .depth import Known
 
 if TYPE_CHECKING:
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 
 class LatestToken:

@@ -19,7 +19,7 @@ from .lookup import LookupGuesser
 
 if TYPE_CHECKING:
     from ..proposer import Proposer
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 
 class Guesses:

@@ -13,7 +13,7 @@ from .guesser import Guesser, LatestToken, Offer
 from .worth import Worth
 
 if TYPE_CHECKING:
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 LENGTHS = (4, 3, 2)  # of the n-grams that are looked up, the longest first
 # How often guesses are right that nobody has tried yet, by the length of the n-gram.

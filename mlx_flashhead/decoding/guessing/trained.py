@@ -24,7 +24,7 @@ from .guesser import Guesser, LatestToken, Offer
 from .known_pairs import keep, known_of
 
 if TYPE_CHECKING:
-    from ..sequence import Sequence as Text
+    from ..text import Text
 
 WAITING = 64  # pairs that wait for the next drafts, at most
 HISTORY = 128  # of the last states, for a text that goes back

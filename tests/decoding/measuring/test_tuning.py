@@ -6,11 +6,12 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from flash_loops import OTHERS, make_flash
-from mlx_flashhead.decoding import proposer, tuning
+from mlx_flashhead.decoding import proposer
 from mlx_flashhead.decoding.decoder import Decoder
+from mlx_flashhead.decoding.measuring import tuning
+from mlx_flashhead.decoding.measuring.tuning import tune
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
-from mlx_flashhead.decoding.tuning import tune
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import WideSteps
 from wide_checks import of_a_batch

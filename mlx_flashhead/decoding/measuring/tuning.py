@@ -11,23 +11,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.machine import is_busy
-from ..head.backend import gpu_is_default
-from ..head.draws.noise import Noise
-from ..models.compat.mlx_lm import make_prompt_cache
-from ..models.install import installed_head
-from ..models.trust import is_librarys_model
-from ..models.vlm import is_vlm
-from ..wide.step import WideSteps
-from ..wide.trial import established_costs
-from .caches import OwnCaches
-from .decoder import Decoder
-from .policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
-from .proposer import Proposer
-from .sampler import Sampler
-from .schedule import FEW
-from .sequence import Sequence as Text
-from .settings import DecodingSettings
+from ...common.machine import is_busy
+from ...head.backend import gpu_is_default
+from ...head.draws.noise import Noise
+from ...models.compat.mlx_lm import make_prompt_cache
+from ...models.install import installed_head
+from ...models.trust import is_librarys_model
+from ...models.vlm import is_vlm
+from ...wide.step import WideSteps
+from ...wide.trial import established_costs
+from ..caches import OwnCaches
+from ..decoder import Decoder
+from ..policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
+from ..proposer import Proposer
+from ..sampler import Sampler
+from ..schedule import FEW
+from ..settings import DecodingSettings
+from ..text import Text
 
 SECONDS = 5.0  # after which no turn begins but the first two
 TURNS = 3

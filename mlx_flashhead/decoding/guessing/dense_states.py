@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.locate import find_head, recorded_inputs
-from ..wide.step import WideSteps
+from ...models.locate import find_head, recorded_inputs
+from ...wide.step import WideSteps
 
 
 class DenseStates:

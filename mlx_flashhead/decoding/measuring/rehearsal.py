@@ -13,21 +13,21 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.masks import Mask
-from ..head.backend import METAL
-from ..head.draws.noise import Noise
-from ..head.slot_product import CLASSES
-from ..models.compat.mlx_lm import sample_utils
-from ..models.install import hidden_dtype, installed_head
-from .caches import Snapshot
-from .phase import Phase
-from .policy import MAX_PENDING
-from .proposer import Proposer, step_arrays
-from .random_state import random_key
-from .sampler import Processor, Sampler, SamplerFunction
-from .schedule import VerifySchedule
-from .sequence import Sequence
-from .settings import DecodingSettings
+from ...common.masks import Mask
+from ...head.backend import METAL
+from ...head.draws.noise import Noise
+from ...head.slot_product import CLASSES
+from ...models.compat.mlx_lm import sample_utils
+from ...models.install import hidden_dtype, installed_head
+from ..caches import Snapshot
+from ..phase import Phase
+from ..policy import MAX_PENDING
+from ..proposer import Proposer, step_arrays
+from ..random_state import random_key
+from ..sampler import Processor, Sampler, SamplerFunction
+from ..schedule import VerifySchedule
+from ..settings import DecodingSettings
+from ..text import Text
 
 TOGETHER = (2, 12)  # texts: from 12 on MLX's own product scores the centroids
 
@@ -118,5 +118,5 @@ def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: i
     mx.eval([pending.logprobs for pending in text.ready if pending.logprobs is not None])
 
 
-def _text(kind: Kind) -> Sequence:
-    return Sequence(*kind, mx.array([0, 1, 0, 1]), logprobs=True)
+def _text(kind: Kind) -> Text:
+    return Text(*kind, mx.array([0, 1, 0, 1]), logprobs=True)

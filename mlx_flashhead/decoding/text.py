@@ -49,7 +49,7 @@ class PendingToken:
             self.risk = cast(list[float], self.proposal.risk.tolist())[self.row]
 
 
-class Sequence:
+class Text:
     """A text: its prompt, its accepted tokens, and the pending ones after them.
 
     Args:
@@ -403,7 +403,7 @@ class Sequence:
         return token
 
 
-def mode_of(sequence: Sequence, n_handed_out: int) -> Mode:
+def mode_of(sequence: Text, n_handed_out: int) -> Mode:
     """How the latest of the tokens that were handed out since a text's prompt was decoded."""
     return FIRST if n_handed_out == 1 and sequence.mode.is_verified else sequence.mode
 

@@ -6,9 +6,10 @@ import pytest
 from flash_loops import PROMPT, flash_of
 from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding import rehearsal, schedule
+from mlx_flashhead.decoding import schedule
+from mlx_flashhead.decoding.measuring import rehearsal
+from mlx_flashhead.decoding.measuring.rehearsal import kinds, rehearse
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.rehearsal import kinds, rehearse
 from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
