@@ -203,7 +203,7 @@ def text_of(steps_of, model, functions, place=N_TOKENS, **options):
     return text._replace(after=model(mx.array([[77]]), cache=cache)[0, -1])
 
 
-def batched_text_of(batch_of, model, functions, place=None, other=None, others_sampler="greedy"):
+def batched_text_of(batch_of, model, functions, place=None, other=None):
     """The text in a batch, up to a place or to its end; another one may join it at its third."""
     mx.random.seed(3)
     generator = batch_of(model)
@@ -221,7 +221,7 @@ def batched_text_of(batch_of, model, functions, place=None, other=None, others_s
             _note(text, response.token, response.logprobs)
             cache = response.prompt_cache
             if len(text.tokens) == 3 and other is not None:
-                generator.insert([other], [2], samplers=[SAMPLERS[others_sampler]()])
+                generator.insert([other], [2])
     if cache is None:
         cache = generator.remove([uid], return_prompt_caches=True)[uid][0]
     generator.close()
@@ -320,15 +320,35 @@ def test_a_batch_that_another_text_joins_and_leaves(models, batch_guesser, i):
     assert len(whole.others) == 2
 
 
-def test_several_texts_that_draw_are_not_guessed(batch_guesser):
-    """The second one draws from MLX's random state from its insertion on."""
+@pytest.mark.parametrize("place, repeats, chunk", [(5, 1, 2048), (3, 6, 4)])
+def test_several_texts_that_draw_are_not_guessed(monkeypatch, place, repeats, chunk):
+    """The second one draws from MLX's random state while the first one goes on."""
     model = tiny_model(num_hidden_layers=2)
-    long = [*OTHERS[1]] * 300  # whose prompt is read in parts, while the first text goes on
-    options = ("mlx-lm's", "none"), None, long, "mlx-lm's"
-    whole = batched_text_of(BatchGenerator, model, *options)
-    oracle = batch_guesser(Oracle(whole.tokens))
-    batched_text_of(our_batch(), model, *options).assert_is(whole, atol=ANOTHER_ORDER)
-    assert oracle.n_right
+    make = SAMPLERS["mlx-lm's"]
+
+    def texts_of(generator):
+        mx.random.seed(3)
+        (first,) = generator.insert([PROMPT], [N_TOKENS], samplers=[make()])
+        found = {first: []}
+        while responses := generator.next_generated():
+            for response in responses:
+                found.setdefault(response.uid, []).append(response.token)
+                if response.uid == first and len(found[first]) == place:
+                    generator.insert([[1, 2, 3, 4] * repeats], [4], samplers=[make()])
+        return list(found.values())
+
+    plain = texts_of(BatchGenerator(model, prefill_step_size=chunk))
+    guessers = [Oracle(plain[0])]
+
+    def of_the_first(proposer, read, **options):
+        guesser = guessers.pop() if guessers else None
+        return guesses.guesses_of(proposer, read, guesser, **options)
+
+    monkeypatch.setattr(batch, "guesses_of", of_the_first)
+    proposer = Proposer(model, DecodingSettings(lookup="on"))
+    generator = VerifiedBatchGenerator(model, proposer=proposer, prefill_step_size=chunk)
+    assert texts_of(generator) == plain
+    assert not guessers and proposer.n_guessed
 
 
 @pytest.fixture(scope="module")
