@@ -81,15 +81,17 @@ def test_the_first_use_builds_tries_the_kernels_and_measures(first):
     assert mlx_flashhead.generate(*loaded, PROMPT, max_tokens=N_TOKENS) == first.text
 
 
-def test_what_was_measured_is_of_this_gpu(gpu, first, home, run):
+def test_what_was_measured_is_of_this_gpu(gpu, first, home, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     kept = [json.loads(file.read_text()) for file in home.rglob("*.json")]
     names = [key for each in kept for key in each if ", mlx " in key]
     # the speed of its FlashHead, and the steps of several tokens
     assert len(names) >= 2
     assert all(key.startswith(f"Apple {gpu.chip}, ") for key in names) or gpu.emulator is None
     code, output, _ = run("cache")
-    gain = policy_of(get_flash_head(first.model)).tuning.gain
-    assert code == 0 and f"{gain:.2f} x" in output
+    # A busy machine has measured nothing that is said.
+    said = tuned.speed_text(policy_of(get_flash_head(first.model)).tuning)
+    assert code == 0 and said.split(" (")[0] in output
 
 
 def test_generate(first, rehearsed, run):
