@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import sample_utils
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from architecture_models import tiny_architecture
@@ -15,6 +15,7 @@ from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches, loop
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.phase import TRAINED, UNKNOWN_CACHE
 from mlx_flashhead.decoding.policy import policy_of
@@ -263,6 +264,16 @@ def test_a_model_in_training_with_dropout_is_mlx_lms_to_the_random_state(sampler
     tokens = flash.tokens(sampler=sampler, max_tokens=12, announce=modes.append)
     assert (tokens, mx.random.state[0].tolist()) == expected
     assert set(modes) == {TRAINED}
+    texts = []
+    for make in (BatchGenerator, VerifiedBatchGenerator):
+        mx.random.seed(7)
+        generator = make(flash.model)
+        generator.insert([PROMPT, PROMPT[::-1]], [9, 9], samplers=[sampler] * 2)
+        texts.append([])
+        while responses := generator.next_generated():
+            texts[-1] += [(response.uid, response.token) for response in responses]
+        texts[-1].append(mx.random.state[0].tolist())
+    assert texts[0] == texts[1]
     flash.model.eval()
     assert flash.tokens(sampler=sampler, max_tokens=12) != tokens
 
