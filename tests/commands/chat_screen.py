@@ -18,6 +18,7 @@ UP = "\x1b[A"
 ESC_ENTER = "\x1b\r"
 CTRL_C = "\x03"
 CTRL_D = "\x04"
+CTRL_U = "\x15"  # drops the line that is typed
 
 
 class ChatScreen:
