@@ -48,7 +48,10 @@ DOORS = {"a drafter": ("model", "--draft-model", "drafter"), "its own": ("with_m
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("options", [(), ("--no-build",), ("--temp", 0.8, "--seed", 4)])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--no-build",), ("--temp", 0.8, "--seed", 4), ("--regex", "[a-z ]{9,40}")],
+)
 def test_generate(run, place, monkeypatch, door, options):
     monkeypatch.chdir(place)
     model, *flags = DOORS[door]
