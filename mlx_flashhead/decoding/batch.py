@@ -202,6 +202,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
 
     def take_drafts(self, uid: int, drafts: TrainedDrafts) -> None:
         """Has a text guessed by drafts that have heard the tokens that its cache holds."""
+        self._proposer.hear_states()
         self._texts[uid].drafts = drafts
 
     @contextmanager

@@ -1,0 +1,48 @@
+"""The server with a trained drafter: answers are plain mlx-lm's, alone and beside others."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+pytest.importorskip("mlx_vlm")
+
+from engines import CHUNK, flags, submit, tokens_of
+from mlx_flashhead.decoding.guessing.trained import TrainedDrafts
+from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.served_models import ServedModel
+from model_folders import VOCAB_SIZE, write_tokenizer
+from trained_drafters import exact_pair
+
+LONG = [2 + (7 * i) % 250 for i in range(40)]  # more than two chunks
+SHORT = [40, 41, 42]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--kv-bits", 8, "--kv-group-size", 32)])
+def test_answers(tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr(TrainedDrafts, "always", True)
+    write_tokenizer(tmp_path)
+    model, drafter = exact_pair("qwen3_5", noise=0.3, vocab_size=VOCAB_SIZE)
+    mx.eval(model.parameters(), drafter.module.parameters())  # another thread could not
+    tokenizer = load_tokenizer(tmp_path)
+
+    def plain(prompt, n_tokens):
+        steps = generate_step(mx.array(prompt), model, max_tokens=n_tokens)
+        tokens = [token for token, _ in steps]
+        return tokens[: tokens.index(1)] if 1 in tokens else tokens
+
+    expected = {name: plain(prompt, 30) for name, prompt in (("long", LONG), ("short", SHORT))}
+
+    def load():
+        return [ServedModel(("tiny",), model, tokenizer, None, 10_000, drafter=drafter)]
+
+    engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
+    try:
+        alone = submit(engine, LONG, 30)
+        assert tokens_of(alone) == expected["long"]
+        assert alone.n_guessed > 3
+        several = [submit(engine, prompt, 30) for prompt in (LONG, SHORT, LONG)]
+        texts = [tokens_of(job) for job in several]
+        assert texts == [expected["long"], expected["short"], expected["long"]]
+    finally:
+        assert engine.close(60)
