@@ -163,7 +163,7 @@ def test_a_loop_of_its_own_is_said_after_its_text_on_a_terminal(
 
 def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, quick, monkeypatch):
     """Its texts are mlx-lm's before, between and after."""
-    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_flashhead.loading.use.QUIET_SECONDS", 0.0)
     model, prompts, expected = plain
     said = []
     options = HeadOptions(missing=LATER, always=True)
@@ -171,13 +171,14 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     patches = programs._Patches(options)
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    (build,) = patches._builds.values()
+    (first_use,) = patches._builds.values()
+    build = first_use.build
     batches = patches.batches(OWN["BatchGenerator"])(loaded)
     steps = patches.loop(patches.text_loop, OWN["generate_step"])
     single = steps_of(OWN["generate_step"], model, prompts[0])
     assert type(loaded) is type(model)
     assert steps_of(steps, loaded, prompts[0]) == single
-    while get_flash_head(loaded) is None and build.is_building:
+    while get_flash_head(loaded) is None and build.under_way:
         assert texts(batches, prompts) == expected
     assert texts(batches, prompts) == expected
     assert steps_of(steps, loaded, prompts[0]) == single
@@ -206,28 +207,30 @@ def test_models_of_mlx_vlm_are_built_first(folder, plain, monkeypatch, vision):
 
 
 def test_a_model_that_a_program_drops_ends_its_build(folder, quick, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", math.inf)
+    monkeypatch.setattr("mlx_flashhead.loading.use.QUIET_SECONDS", math.inf)
     patches = programs._Patches(HeadOptions(missing=LATER, progress=False))
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    (build,) = patches._builds.values()
+    (first_use,) = patches._builds.values()
+    build = first_use.build
     del loaded
     gc.collect()
     assert not patches._builds
     build._thread.join()
-    assert not build.is_building
-    assert build._build._steps.gi_frame is None  # which has let the copy go
+    assert not build.under_way
+    assert build._parts.gi_frame is None  # which has let the copy go
 
 
 def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     said = []
     monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
-    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", 0.0)
-    monkeypatch.setattr("mlx_flashhead.loading.background.model_index", fails)
+    monkeypatch.setattr("mlx_flashhead.loading.use.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_flashhead.loading.building.model_index", fails)
     patches = programs._Patches(HeadOptions(missing=LATER))
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    (build,) = patches._builds.values()
+    (first_use,) = patches._builds.values()
+    build = first_use.build
     build._thread.join()
     assert texts(patches.batches(OWN["BatchGenerator"])(loaded), plain[1]) == plain[2]
     assert said[1:] == ["Without FlashHead: [metal] out of memory"]
