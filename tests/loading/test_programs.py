@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from mlx_flashhead.decoding.phase import REPLACED
+from mlx_flashhead.decoding.phase import DRAFTED, REPLACED
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import replace
 from mlx_flashhead.loading import programs, use
@@ -189,6 +189,33 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert others[-2].startswith("With FlashHead: model, ")
     assert others[-1] == "Text of model: verified."
     assert "build" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_drafted_text_is_the_same_before_its_flash_head_is_built_and_after(
+    folder, plain, quick, monkeypatch
+):
+    """One loop takes it, whose text is the one without a draft model."""
+    monkeypatch.setattr("mlx_flashhead.loading.use.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
+    model, prompts, _ = plain
+    said = []
+    options = HeadOptions(missing=LATER, always=True)
+    patches = programs._Patches(options)
+    draft, tokenizer = mlx_lm.load(str(folder / "model"))
+    patches._attach(draft, lambda: tokenizer, folder / "model")
+    (first_use,) = patches._builds.values()
+    steps = patches.loop(patches.drafted_loop, generate.speculative_generate_step)
+    expected = steps_of(OWN["generate_step"], model, prompts[0])
+    for is_built in (False, True):
+        assert (get_flash_head(draft) is not None) == is_built
+        found = steps(mx.array(prompts[0]), model, draft, max_tokens=8)
+        assert [token for token, *_ in found] == expected
+        ways = [line for line in said if line.startswith("Text of")]
+        assert ways[0] == f"Text of model: {DRAFTED}."  # from the first text on
+        batches = patches.batches(OWN["BatchGenerator"])(draft)
+        while get_flash_head(draft) is None and first_use.build.under_way:
+            texts(batches, prompts)
+        texts(batches, prompts)
 
 
 @pytest.mark.parametrize("vision", [True, False])
