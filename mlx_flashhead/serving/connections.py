@@ -44,6 +44,11 @@ HALF_CLOSED_SECONDS = 0.2
 ALLOWED_HEADERS = "Authorization, Content-Type, X-Api-Key, Anthropic-Version, Anthropic-Beta"
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
+# What a client is told that asks for another path.
+_SERVED = (
+    "the page is at /, chats go to /v1/chat/completions, /v1/messages or /v1/responses, texts to "
+    "/v1/completions, and /v1/models lists the models"
+)
 
 
 logger = logging.getLogger(__name__)
@@ -287,9 +292,11 @@ def _problem_of(error: Exception, scope: Scope) -> ApiError:
     if not isinstance(error, HTTPException):
         logger.error("A request could not be answered", exc_info=error)
         return ApiError("The server has failed: see its log.", status=500)
-    text = f"There is nothing at {scope['path'][:200]}."
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        text = f"{scope['method'][:20]} is not for this path: see docs/server.md."
+    path = scope["path"][:200]
+    text = f"There is nothing at {path}: {_SERVED}."
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and error.headers:
+        allowed = sorted(error.headers["Allow"].split(", "))
+        text = f"{scope['method'][:20]} is not for {path}, which takes {' and '.join(allowed)}."
     return ApiError(text, status=error.status_code)
 
 

@@ -185,6 +185,18 @@ def test_other_apis_name_what_serves_them(send, path, named):
         assert named in message
 
 
+def test_a_wrong_path_or_method_is_told_what_is_served(send):
+    """Neither sends anybody to a page that pip does not install."""
+    status, text = answer(send("/v1/embeddings"))
+    message = json.loads(text)["error"]["message"]
+    assert status == 404
+    assert message.startswith("There is nothing at /v1/embeddings: ")
+    assert "/v1/chat/completions" in message and "/v1/models" in message
+    status, text = answer(send("/v1/models", model="x"))
+    message = json.loads(text)["error"]["message"]
+    assert (status, message) == (405, "POST is not for /v1/models, which takes GET and HEAD.")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_learn_that_the_server_ends(api, engine, send, stream):
     connection = send(prompt="x", stream=stream)
