@@ -18,16 +18,10 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
+from ..models.compat.caches import TRIMMED, end_of
 from ..models.compat.recognised import are_librarys_caches
 
 AHEAD = 160  # the most tokens by which a cache is ahead of the caller
-# The attributes that trimming changes, for the classes in which it changes no array. mlx-vlm's
-# classes have the same names.
-POSITIONS = {
-    "KVCache": ("offset",),
-    "QuantizedKVCache": ("offset",),
-    "RotatingKVCache": ("offset", "_idx"),
-}
 KEEPS_TRIMMED = ("ConcatenateKVCache",)  # mlx-lm's goes on to attend to what was trimmed
 
 
@@ -124,13 +118,11 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
         return False
     if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
         return False
-    offset = length_of(layer)
-    if offset is None:  # of a batch
-        offset = int(getattr(layer, "_offset", getattr(layer, "_idx", 0)))
+    end = end_of(layer)
     limits = [getattr(layer, "max_size", None)]  # a rotating cache is trimmed within its window
     if hasattr(layer, "to_quantized"):
         limits.append(quantized_from)
-    return all(limit is None or offset + ahead < limit for limit in limits)
+    return all(limit is None or end + ahead < limit for limit in limits)
 
 
 class Mark(Protocol):
@@ -247,9 +239,9 @@ class OwnCaches:
         """
         parts = [part for layer in self.layers for part in getattr(layer, "caches", (layer,))]
         trims_all = all(copied is None for copied in snapshot.copies)
-        trims_all = trims_all and all(type(part).__name__ in POSITIONS for part in parts)
+        trims_all = trims_all and all(type(part).__name__ in TRIMMED for part in parts)
         for part in parts if trims_all else ():
-            for name in POSITIONS[type(part).__name__]:
+            for name in TRIMMED[type(part).__name__]:
                 ahead = getattr(part, name)
                 setattr(part, name, ahead - n_ahead)
                 self._moved.append((part, name, ahead))

@@ -10,29 +10,28 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from ..models.compat.caches import (
+    OF_A_BATCH,
+    WINDOWS,
+    end_of,
+    is_in_order,
+    move_mask,
+    next_slot,
+)
 from ..models.compat.mlx_lm import (
     ArraysCache,
     BatchKVCache,
-    BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
-    RotatingKVCache,
 )
 from .positions import Positions
 from .states import StateStandIn, as_now
 
 # Trimming these changes positions alone. A chunk does not forget its beginning within a step.
 GROWING = (KVCache, QuantizedKVCache, BatchKVCache, ChunkedKVCache)
-# Windows hold the latest positions alone, and write over the others. These are their attributes
-# that count positions.
-WINDOWS: dict[type, tuple[str, ...]] = {
-    RotatingKVCache: ("offset", "_idx"),
-    BatchRotatingKVCache: ("offset", "_offset", "_idx"),
-}
 ENDING = (*WINDOWS, ChunkedKVCache)  # which do not hold a text of any length
-OF_A_BATCH = (BatchKVCache, BatchRotatingKVCache)  # whose masks are always arrays
 
 
 def parts_of(caches: Iterable[Any]) -> Iterator[Any]:
@@ -54,12 +53,6 @@ def is_known(cache: Any) -> bool:
     if type(cache) in OF_A_BATCH:
         return bool(cache.left_padding.size == 1)
     return type(cache) in (*GROWING, *WINDOWS)
-
-
-def end_of(cache: Any) -> int:
-    """The number of positions that a cache of keys and values counts, padding among them."""
-    name = {BatchKVCache: "_idx", BatchRotatingKVCache: "_offset"}.get(type(cache), "offset")
-    return cast(int, getattr(cache, name))
 
 
 def n_held(cache: Any) -> int:
@@ -160,6 +153,7 @@ class KeyValueStandIn(_StandIn):
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
         cache = self.cache
+        # those of a batch are always arrays
         if options.get("window_size") is None and type(cache) not in OF_A_BATCH:
             return None
         probe = copy.copy(cache)
@@ -171,10 +165,8 @@ class KeyValueStandIn(_StandIn):
             masks.append(probe.make_mask(1, **options))
             if type(probe) in WINDOWS:
                 probe.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
-            elif type(probe) is BatchKVCache:
-                probe._idx += 1
             else:
-                probe.offset += 1
+                move_mask(probe)
         return None if all(mask is None for mask in masks) else Positions(masks)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Positions, Positions]:
@@ -273,7 +265,7 @@ def _replaced(cache: Any, begin: int, n: int) -> _Replaced:
     grows = n_slots < cache.max_size and end_of(cache) >= n_slots
     if grows or n_slots > cache.max_size:  # into another array, or is cut
         return _Replaced(begin, begin + 1, None, cache.keys, cache.values)
-    slot = getattr(cache, "keep", 0) if cache._idx == cache.max_size else cache._idx
+    slot = next_slot(cache)
     stop = min(slot + n, n_slots)
     keys, values = (mx.contiguous(each[..., slot:stop, :]) for each in (cache.keys, cache.values))
     return _Replaced(begin, begin + stop - slot, slot, keys, values)
@@ -330,8 +322,7 @@ def apart_stand_in(value: Any) -> Any:
 
 def _is_straight(cache: Any, n_positions: int) -> bool:
     """Whether a window still has all of its text in order after some more positions."""
-    end = end_of(cache)
-    return bool(cache._idx == end and end + n_positions <= cache.max_size)
+    return is_in_order(cache) and bool(end_of(cache) + n_positions <= cache.max_size)
 
 
 def _numbers(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten, tree_map
 from ..common.machine import is_busy
 from ..common.stored import store, stored
 from ..head.backend import gpu_is_default
+from ..models.compat.caches import OF_A_BATCH, WINDOWS, set_end
 from ..models.compat.mlx_lm import (
     ArraysCache,
-    BatchKVCache,
     BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
@@ -31,7 +31,7 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from . import store as trial_store
 from .parts import ModelParts
-from .stand_ins import WINDOWS, is_known, is_past_end, n_held, parts_of, there_is_memory
+from .stand_ins import is_known, is_past_end, n_held, parts_of, there_is_memory
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
 
@@ -301,7 +301,7 @@ def _fresh(cache: Any) -> Any:
     if type(cache) is ArraysCache:
         return ArraysCache(len(cache.cache), None if cache.left_padding is None else [0])
     named = {name: getattr(cache, name) for name in arguments.get(type(cache), ())}
-    if type(cache) in (BatchKVCache, BatchRotatingKVCache):
+    if type(cache) in OF_A_BATCH:
         named["left_padding"] = [0]
     return type(cache)(**named)
 
@@ -319,18 +319,8 @@ def _lengthened(cache: Any, length: int) -> Any:
         longer.keys, longer.values = tree_map(
             lambda array: mx.take(array, repeated, axis=-2), (cache.keys, cache.values)
         )
-        _set_end(longer, length, n_slots)
+        set_end(longer, length, n_slots)
     return longer
-
-
-def _set_end(cache: Any, length: int, n_slots: int) -> None:
-    """Notes in a cache that it holds the latest ``n_slots`` of ``length`` positions, in order."""
-    of_a_batch = type(cache) in (BatchKVCache, BatchRotatingKVCache)
-    cache.offset = mx.array([length]) if of_a_batch else length
-    if hasattr(cache, "_idx"):
-        cache._idx = n_slots
-    if hasattr(cache, "_offset"):
-        cache._offset = length
 
 
 def _contents(caches: list[Any]) -> list[mx.array]:
