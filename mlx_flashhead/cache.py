@@ -10,7 +10,8 @@ from .common.arguments import Parser
 from .common.command import command, printable, sentence
 from .common.tables import megabytes, new_table, show
 
-if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
+# mlx-lm takes seconds to import, and --help none.
+if TYPE_CHECKING:
     from .loading.sources import Entry
 
 NAME = "ID_OR_MODEL"
@@ -91,7 +92,8 @@ def _row(head: "Entry") -> tuple[str, ...]:
     if head.config is not None:
         if head.config.calibration.get("cut_short"):
             built += ", cut short"
-        known = read(speeds_of(head.config)).values()  # for each dtype and version of MLX
+        # There is one for each dtype and version of MLX.
+        known = read(speeds_of(head.config)).values()
         speeds = ", ".join(dict.fromkeys(map(speed_text, known)))
     return head.path.name[:8], model, built, megabytes(head.nbytes), speeds or NO_SPEED
 
@@ -99,8 +101,10 @@ def _row(head: "Entry") -> tuple[str, ...]:
 def _remove(chosen: "Sequence[Entry]") -> None:
     for head in {head.path: head for head in chosen}.values():
         nbytes = head.nbytes
-        others = "" if head.remove() else ", but other files in it stay"
-        print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
+        line = f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)})"
+        if not head.remove():
+            line += ", but other files in it stay"
+        print(printable(line))
 
 
 def _remove_all(cached: "Sequence[Entry]") -> None:
@@ -133,7 +137,9 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
     from .models.fetch import resolve
 
     matches = [] if Path(name).is_dir() else _matches(cached, name, needed=False)
-    return resolve(matches[0].model if matches else name)
+    if matches:
+        name = matches[0].model
+    return resolve(name)
 
 
 def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
@@ -147,7 +153,9 @@ def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
     from .models.origin import local_origin
 
     if has_flash_head(folder):
-        remedy = "make it again with mlx_flashhead.convert" if anew else "nothing is to be built"
+        remedy = "nothing is to be built"
+        if anew:
+            remedy = "make it again with mlx_flashhead.convert"
         raise ValueError(
             f"{folder} has a FlashHead of its own, which comes before one that is kept: {remedy}."
         )
@@ -158,8 +166,11 @@ def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
     if stored is not None:
         name = local_origin(folder).known_as
         print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
-    elif not Path(build_now(model, tokenizer, folder, options, anew=anew).source).is_dir():
-        sys.exit(2)  # why it is not kept is said
+        return
+    built = build_now(model, tokenizer, folder, options, anew=anew)
+    if not Path(built.source).is_dir():
+        # Why it is not kept has been said.
+        sys.exit(2)
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
@@ -168,7 +179,10 @@ def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
     from .loading.load import load_with_head
 
     options = HeadOptions(missing=REFUSE, measures=True, flags=True)
-    for model in [name] if name else sorted({entry.model for entry in cached if entry.config}):
+    models = [name]
+    if not name:
+        models = sorted({entry.model for entry in cached if entry.config})
+    for model in models:
         try:
             load_with_head(_folder(cached, model), options, trust_remote_code=trust_remote_code)
         except ValueError as error:

@@ -183,11 +183,20 @@ def build_index(
             body=body_bytes,
         )
         centroid_rows = as_float32(centroids.matrix.dequantized())
+        centroid_bias = as_float32(centroids.bias)
+
+        def logits_of(hidden: np.ndarray) -> np.ndarray:
+            products = hidden @ weight.T
+            return products if bias is None else products + bias
+
+        def scores_of(hidden: np.ndarray) -> np.ndarray:
+            return hidden @ centroid_rows.T + centroid_bias
+
         measured = yield from measure_positions(
             states_left,
-            lambda hidden: hidden @ weight.T + (0.0 if bias is None else bias),
+            logits_of,
             token_ids,
-            lambda hidden: hidden @ centroid_rows.T + as_float32(centroids.bias),
+            scores_of,
             as_float32(centroids.tail_offset),
             measured_probes(n_clusters, nbytes, options.n_probes),
             ids_left,

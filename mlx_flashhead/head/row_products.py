@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
@@ -35,7 +36,8 @@ UNPACKED = 32
 # The trial: so many rows of a layer, of which so many differ.
 TRIED_ROWS = 4096
 OTHER_ROWS = 61
-SPREAD = 6.0  # of the states' values, in powers of e: so sums of two or three have to be rounded
+# The spread of the states' values, in powers of e: so sums of two or three have to be rounded.
+SPREAD = 6.0
 
 BODY = """
 flash_head::row_products<D, H, AT_ONCE, BIASED, PRODUCT>(
@@ -43,7 +45,8 @@ flash_head::row_products<D, H, AT_ONCE, BIASED, PRODUCT>(
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 
-Way = Callable[[mx.array, Matrix], mx.array]  # states (…, K) and rows (N, K) → (…, N)
+# States (…, K) and rows (N, K) → (…, N).
+Way = Callable[[mx.array, Matrix], mx.array]
 
 log = logging.getLogger("mlx_flashhead")
 
@@ -253,20 +256,25 @@ def _tried_rows(form: Form) -> Matrix:
     if form.bias is None:
         return rows.take(ids)
     bias = mx.random.normal((OTHER_ROWS,), scale=16, key=mx.random.key(1))
-    bias = mx.where(mx.arange(OTHER_ROWS) % 2 == 0, 0, bias)  # which leaves half of the errors
+    # Every other row has none, which leaves half of the errors.
+    bias = mx.where(mx.arange(OTHER_ROWS) % 2 == 0, 0, bias)
     return replace(rows, bias=bias.astype(form.bias)).take(ids)
 
 
 def _tried_states(form: Form) -> mx.array:
     """States (T, K) for `_tried_rows`."""
     shape = _groups(form, form.n_states)
-    n_halves, n_left = divmod(shape[1], 2)
-    cancels = mx.arange(form.n_states)[:, None, None] % 2 == 0
-    signs = mx.array([1.0] * n_halves + [-1.0] * n_halves + [0.0] * n_left)
+    n_half = shape[1] // 2
+    # The second half of the groups cancels the first. One that is left counts nothing.
+    signs = np.zeros(shape[1], np.float32)
+    signs[:n_half] = 1
+    signs[n_half : 2 * n_half] = -1
     values = mx.random.normal(shape, key=mx.random.key(2))
-    sizes = mx.exp(mx.random.uniform(-SPREAD, SPREAD, shape, key=mx.random.key(4)))
-    wide = _repeated(values * sizes) * signs[:, None]
-    return mx.where(cancels, wide, values).reshape(form.n_states, -1).astype(form.dtype)
+    exponents = mx.random.uniform(-SPREAD, SPREAD, shape, key=mx.random.key(4))
+    cancelling = _repeated(values * mx.exp(exponents)) * mx.array(signs)[:, None]
+    cancels = mx.arange(form.n_states)[:, None, None] % 2 == 0
+    states = mx.where(cancels, cancelling, values)
+    return states.reshape(form.n_states, -1).astype(form.dtype)
 
 
 def _groups(form: Form, n: int) -> tuple[int, int, int]:

@@ -29,7 +29,8 @@ from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 
 MEASURING = "Measuring its speed on this machine …"
-_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)  # of which a token reads one row
+# A token reads one row of these.
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def install_stored(
@@ -61,12 +62,14 @@ def install_stored(
         location=location,
     )
     policy_of(head).draft_probes = options.n_probes or config.draft_probes
-    if not options.drafts:  # nothing is compiled or measured within a text
-        logit_map_of(model)  # with its own kernels
+    if not options.drafts:
+        # Nothing is compiled or measured within a text. The logit map has its own kernels.
+        logit_map_of(model)
         head.measure_rounding(hidden_dtype(model))
         rehearse(model)
     for step, _ in enumerate(tune_head(model, index, options)):
-        if step == 0:  # there is more to come
+        # There is more to come than the first step.
+        if step == 0:
             options.say(MEASURING)
     return head
 
@@ -94,11 +97,15 @@ def tune_head(
     else:
         tuning = yield from tune(model, _rejected(index, head.n_probes))
         store(place, known | {key: tuning})
-        said = [_why_dense(tuning)] if tuning.dense and not options.always else []
+        said = []
+        if tuning.dense and not options.always:
+            said.append(_why_dense(tuning))
         if (before is None or before.busy) and not tuning.busy:
-            said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
-        if any(said):
-            options.say(" ".join(filter(None, said)))
+            gain = first_gain(model, tuning, finer=bool(options.fine_head))
+            if gain:
+                said.append(gain)
+        if said:
+            options.say(" ".join(said))
     apply_tuning(model, tuning, options)
     return tuning
 
@@ -149,7 +156,10 @@ def speed_text(tuning: Tuning | None) -> str:
         return "not known yet"
     if tuning.busy:
         return "not known yet (dense, since the machine was busy)"
-    return f"{tuning.gain:.2f} x (dense)" if tuning.dense else f"{tuning.gain:.2f} x"
+    speed = f"{tuning.gain:.2f} x"
+    if tuning.dense:
+        speed += " (dense)"
+    return speed
 
 
 def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
@@ -195,8 +205,10 @@ def fine_gain(model: nn.Module, tuning: Tuning) -> float:
     head = installed_head(model)
     rows = head.clustered.rows
     free = free_head_gain(model)
-    head_share = 1 - 1 / free  # of a dense token's time, by bytes
-    more = (DEFAULT_BITS + 0.5) / (rows.bits + 0.5) - 1  # scales and biases take half a bit
+    # The head's share of a dense token's time, by bytes.
+    head_share = 1 - 1 / free
+    # Scales and biases take half a bit.
+    more = (DEFAULT_BITS + 0.5) / (rows.bits + 0.5) - 1
     probed = head.n_probes / head.n_clusters
     return 1 / (1 / tuning.gain + head_share * probed * more)
 
@@ -224,6 +236,11 @@ def _bytes_read(module: nn.Module) -> float:
     """Bytes of a module's own arrays that a token reads, without the head's."""
     if isinstance(module, _EMBEDDINGS) or hasattr(module, "_flash_head"):
         return 0
-    arrays = [array for array in dict.values(module) if isinstance(array, mx.array)]
-    # experts are matrices in one array of three dimensions
-    return sum(array.nbytes / (len(array) if array.ndim == 3 else 1) for array in arrays)
+    nbytes = 0.0
+    for array in dict.values(module):
+        if not isinstance(array, mx.array):
+            continue
+        # Experts are matrices in one array of three dimensions.
+        n_matrices = len(array) if array.ndim == 3 else 1
+        nbytes += array.nbytes / n_matrices
+    return nbytes

@@ -18,15 +18,9 @@ class ModelParts:
         self._type = type(model)
         self._own = _contents(model)
         self._others = [(part, type(part), _contents(part)) for part in parts[1:]]
-        classes = dict.fromkeys(type(part) for part in parts if isinstance(part, nn.Module))
-        owned = dict.fromkeys(each for cls in classes for each in library_functions(cls))
-        self._functions = list(owned)
-        self._globals = [
-            (function.__globals__, name, function.__globals__[name])
-            for _, _, function in owned
-            for name in global_names(function)
-        ]
-        # arrays that the model itself replaces by equal ones, by the ids of parts and by places
+        self._functions = _functions_of(parts)
+        self._globals = _globals_of(self._functions)
+        # Arrays that the model itself replaces by equal ones, by the ids of parts and by places.
         self._renewed: dict[int, dict[int, mx.array]] = {}
 
     def are_of(self, model: nn.Module) -> bool:
@@ -34,17 +28,21 @@ class ModelParts:
 
         It may have other arrays where its own steps replace them.
         """
-        return (
-            type(model) is self._type
-            and _same(_contents(model), self._own)
-            and all(type(part) is cls for part, cls, _ in self._others)
-            and all(
-                _same(_contents(part), held, self._renewed.get(id(part), ()))
-                for part, _, held in self._others
-            )
-            and all(vars(owner).get(name) is value for owner, name, value in self._functions)
-            and all(names.get(name) is value for names, name, value in self._globals)
-        )
+        if type(model) is not self._type or not _same(_contents(model), self._own):
+            return False
+        for part, cls, held in self._others:
+            if type(part) is not cls:
+                return False
+            if not _same(_contents(part), held, self._renewed.get(id(part), ())):
+                return False
+        return self._has_same_functions()
+
+    def _has_same_functions(self) -> bool:
+        """Whether its classes have the same functions of mlx-lm, and these find the same names."""
+        for owner, name, function in self._functions:
+            if vars(owner).get(name) is not function:
+                return False
+        return all(names.get(name) is value for names, name, value in self._globals)
 
     def note_renewed(self, model: nn.Module) -> bool:
         """Notes which arrays a model has replaced by equal ones, in a step that it has taken.
@@ -75,6 +73,27 @@ class ModelParts:
         if any(new.shape != old.shape or new.dtype != old.dtype for new, old in now):
             return False
         return all(mx.array_equal(*pair).item() for pair in now)
+
+
+def _functions_of(parts: list[Any]) -> list[tuple[type, str, FunctionType]]:
+    """The functions of mlx-lm that the classes of a model's modules have, each once."""
+    classes = dict.fromkeys(type(part) for part in parts if isinstance(part, nn.Module))
+    functions: dict[tuple[type, str, FunctionType], None] = {}
+    for cls in classes:
+        functions |= dict.fromkeys(library_functions(cls))
+    return list(functions)
+
+
+def _globals_of(
+    functions: list[tuple[type, str, FunctionType]],
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """The globals that functions use: where each is looked up, its name, and what it is."""
+    found = []
+    for _, _, function in functions:
+        names = function.__globals__
+        for name in global_names(function):
+            found.append((names, name, names[name]))
+    return found
 
 
 def containers(model: nn.Module) -> Iterator[Any]:

@@ -26,9 +26,13 @@ from .stand_ins import ENDING, fit, is_known, is_past_end, parts_of, stand_in, s
 from .states import Step, run_as
 from .twin import NoWideStepError, twin_of
 
-WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
+# Tokens of a step, 3 for two drafts: for each a GPU compiles kernels.
+WIDTHS = (2, 3, 4, 8)
 MAX_WIDTH = WIDTHS[-1]
-Width = Annotated[int, Meta(ge=2, le=MAX_WIDTH)]  # in a stored file
+# A width in a stored file.
+Width = Annotated[int, Meta(ge=2, le=MAX_WIDTH)]
+# What kernels go by, of the attributes that a cache may have.
+SETTINGS = ("max_size", "keep", "bits", "group_size", "chunk_size")
 log = logging.getLogger("mlx_flashhead")
 
 
@@ -178,8 +182,8 @@ def _kind(cache: Any) -> str:
     parts = [_kind(part) for part in getattr(cache, "caches", ())]
     if not parts and not is_known(cache):
         return "unknown"
-    names = "max_size", "keep", "bits", "group_size", "chunk_size"
     held = vars(cache)
-    settings = [f"{name}={held[name]}" for name in names if name in held]
-    settings += ["padded"] * (type(cache) is ArraysCache and cache.left_padding is not None)
+    settings = [f"{name}={held[name]}" for name in SETTINGS if name in held]
+    if type(cache) is ArraysCache and cache.left_padding is not None:
+        settings.append("padded")
     return f"{type(cache).__name__}({', '.join([*parts, *settings])})"

@@ -28,7 +28,9 @@ def batches_are_as_imported(model: Any) -> bool:
         return True
     if getattr(model, "_uses_mrope", False):
         return False
-    now = {name: (getattr(f, "__module__", ""), digest(f)) for name, f in replaced.items()}
+    now = {}
+    for name, function in replaced.items():
+        now[name] = (getattr(function, "__module__", ""), digest(function))
     return any(now.items() <= known.items() for known in REPLACEMENTS.values())
 
 
@@ -54,10 +56,16 @@ class Told:
 
 def adapted(processors: Any) -> Any:
     """The ``logits_processors`` of ``insert_segments``, where known grammars are told tokens."""
-    return processors and [[_adapted(each) for each in text or ()] for text in processors]
+    if not processors:
+        return processors
+    found = []
+    for of_text in processors:
+        found.append([_adapted(processor) for processor in of_text or ()])
+    return found
 
 
 def _adapted(processor: Any) -> Any:
-    kind = type(processor)
-    known = (kind.__module__, kind.__qualname__) in GRAMMARS.values()
-    return Told(processor) if known else processor
+    cls = type(processor)
+    if (cls.__module__, cls.__qualname__) in GRAMMARS.values():
+        return Told(processor)
+    return processor
