@@ -143,27 +143,32 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         n = len(segments)
         parts = [[list(part) for part in prompt if part] for prompt in segments]
         limits = max_tokens or [self.max_tokens] * n
-        made = (compat.make_prompt_cache(self.model, self.max_kv_size) for _ in range(n))
-        options: dict[str, Any] = {
-            "max_tokens": limits,
-            "caches": [next(made) if cache is None else cache for cache in caches or [None] * n],
-            "all_tokens": all_tokens and [list(tokens) for tokens in all_tokens],  # it changes them
-            "samplers": samplers,
-            "logits_processors": logits_processors,
-            "stop_sequences": stop_sequences or state_machines,
-        }
-        for name, entries in options.items():  # which 0.31 does not check
-            if entries and len(entries) != n:
-                raise ValueError(
-                    f"Option {name} must have one entry per segment: expected {n}, "
-                    f"got {len(entries)}."
-                )
+        stops = stop_sequences or state_machines
+        # mlx-lm 0.31 does not check it.
+        _check_lengths(
+            n,
+            max_tokens=limits,
+            caches=caches,
+            all_tokens=all_tokens,
+            samplers=samplers,
+            logits_processors=logits_processors,
+            stop_sequences=stops,
+        )
         for uid, (prompt, limit) in enumerate(zip(parts, limits, strict=True), self._uid_count):
             if not prompt:
                 raise ValueError(f"Text {uid} has an empty prompt: give it at least one token.")
             if limit <= 0:
                 raise ValueError(f"Text {uid}'s max_tokens is {limit}: it must be above 0.")
-        uids = super().insert_segments(parts, *options.values())
+        own_caches = list(caches or [None] * n)
+        for i, cache in enumerate(own_caches):
+            if cache is None:
+                own_caches[i] = compat.make_prompt_cache(self.model, self.max_kv_size)
+        # mlx-lm's batches change these.
+        held = [list(tokens) for tokens in all_tokens or ()]
+        # The last argument has another name in 0.31.
+        uids = super().insert_segments(
+            parts, limits, own_caches, held, samplers, logits_processors, stops
+        )
         for uid, *waiting in self._unprocessed_sequences:
             if uid not in self._texts:
                 self._texts[uid] = self._new_text(uid, *waiting)
@@ -248,6 +253,19 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         for uid in uids:
             self._texts.pop(uid, None)
         return cast(dict[int, Any], held)
+
+
+def _check_lengths(n: int, **options: list[Any] | None) -> None:
+    """Checks that each option that is given has an entry for each of ``n`` texts.
+
+    Raises:
+        ValueError: As from mlx-lm 0.32.
+    """
+    for name, entries in options.items():
+        if entries and len(entries) != n:
+            raise ValueError(
+                f"Option {name} must have one entry per segment: expected {n}, got {len(entries)}."
+            )
 
 
 class _Prompts(compat.PromptProcessingBatch):

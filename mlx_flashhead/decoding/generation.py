@@ -215,10 +215,17 @@ def batch_generate(
     return compat.batch_response(
         texts=texts,
         stats=stats,
-        caches=[caches[uid] for uid in uids] if return_prompt_caches else None,
-        token_ids=[token_ids[uid] for uid in uids] if return_token_ids else None,
-        logprobs=[logprobs[uid] for uid in uids] if return_logprobs else None,
+        caches=_where_wanted(return_prompt_caches, caches, uids),
+        token_ids=_where_wanted(return_token_ids, token_ids, uids),
+        logprobs=_where_wanted(return_logprobs, logprobs, uids),
     )
+
+
+def _where_wanted(wanted: bool, of_texts: dict[int, Any], uids: list[int]) -> list[Any] | None:
+    """What there is of each text, in the order of the prompts; None where it is not wanted."""
+    if not wanted:
+        return None
+    return [of_texts[uid] for uid in uids]
 
 
 def _print_finished(n: int, n_prompts: int, end: str = " ...\r") -> None:
@@ -303,8 +310,8 @@ def _responses(
             is_end = token in tokenizer.eos_token_ids
             if not is_end:
                 detokenizer.add_token(token)
-            is_last = is_end or n == max_tokens
-            if is_last:
+            finish_reason = _finish_reason(is_end, n == max_tokens)
+            if finish_reason is not None:
                 detokenizer.finalize()
             yield GenerationResponse(
                 text=detokenizer.last_segment,
@@ -316,10 +323,19 @@ def _responses(
                 generation_tokens=n,
                 generation_tps=n / (time.perf_counter() - began),
                 peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=("stop" if is_end else "length") if is_last else None,
+                finish_reason=finish_reason,
             )
-            if is_last:
+            if finish_reason is not None:
                 return
+
+
+def _finish_reason(is_end: bool, is_at_limit: bool) -> str | None:
+    """Why a text ends at a token, in mlx-lm's words; None where it goes on."""
+    if is_end:
+        return "stop"
+    if is_at_limit:
+        return "length"
+    return None
 
 
 def _steps(

@@ -11,8 +11,10 @@ from .proposer import Proposer
 from .text import PendingToken, Text
 from .verification import Verification, join
 
-MAX_READ = 64  # tokens that may be read while a verification is computed
-FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
+# Tokens that may be read while a verification is computed.
+MAX_READ = 64
+# Tokens that may wait longer, on a machine that is slow to compute them.
+FEW = 4
 
 
 class VerifySchedule:
@@ -31,15 +33,20 @@ class VerifySchedule:
         self._proposer = proposer
         self._snapshot = snapshot
         self._verification: Verification | None = None
-        self._limit = proposer.policy.first_pending  # tokens that a verification waits for
-        self._n_launched = 0  # tokens of the last one
-        self._n_waiting = 0  # tokens that wait for a launch
+        # The numbers of tokens that a verification waits for, that the last one had, and that wait
+        # for a launch.
+        self._limit = proposer.policy.first_pending
+        self._n_launched = 0
+        self._n_waiting = 0
         # The sum of their risks for each text: a rejection loses only tokens of its own text.
         self._risks: dict[Text, float] = {}
-        self._since = 0.0  # when the first of them was read
+        # When the first of the waiting tokens was read.
+        self._since = 0.0
         self._unjoined: list[PendingToken] = []
-        self.n_verified = 0  # verifications that were read
-        self.joined: list[mx.array] = []  # of pending tokens, to be computed with the next step
+        # Verifications that were read.
+        self.n_verified = 0
+        # Arrays of pending tokens, which are computed with the next step.
+        self.joined: list[mx.array] = []
 
     def step(self, sequences: list[Text]) -> None:
         """Accepts what is decided after a step, which has read tokens of each sequence.
@@ -62,7 +69,8 @@ class VerifySchedule:
         due = self._due or not all([sequence.proposing for sequence in waiting])
         if waiting and self._verification is None and (ends or due):
             self._launch(waiting)
-            if ends:  # waits, since the next step may be of no use
+            if ends:
+                # It waits, since the next step may be of no use.
                 self._accept()
         elif self._unjoined:
             self._join_early(self._proposer.flash_head)
@@ -104,24 +112,34 @@ class VerifySchedule:
         What the dense logits chose needs no note where nothing is pending before it. Nothing is
         read after a token that was rejected.
         """
-        read = sequence.pending[: sequence.n_read]
-        n_noted = next((n for n in range(len(read), 0, -1) if read[n - 1].noted), 0)
+        n_read = sequence.n_read
+        n_noted = n_read
+        while n_noted and not sequence.pending[n_noted - 1].noted:
+            n_noted -= 1
         proposed = n_noted > 0
         ends = False
-        for place, pending in enumerate(read[n_noted:], n_noted):
-            proposed |= pending.proposal is not None
+        for place in range(n_noted, n_read):
+            pending = sequence.pending[place]
+            if pending.proposal is not None:
+                proposed = True
             if not proposed:
                 continue
-            pending.noted = True
-            if not self._n_waiting:
-                self._since = time.perf_counter()
-            self._n_waiting += 1
-            self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
-            if pending.proposal is not None:
-                self._unjoined.append(pending)
-            at_limit = len(sequence.tokens) + place + 1 == sequence.limit
-            ends |= at_limit or pending.token in self._proposer.flash_head.eos_token_ids
+            self._wait_for(sequence, pending)
+            if len(sequence.tokens) + place + 1 == sequence.limit:
+                ends = True
+            if pending.token in self._proposer.flash_head.eos_token_ids:
+                ends = True
         return ends
+
+    def _wait_for(self, sequence: Text, pending: PendingToken) -> None:
+        """Has a token of a text wait for the next launch."""
+        pending.noted = True
+        if self._n_waiting == 0:
+            self._since = time.perf_counter()
+        self._n_waiting += 1
+        self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
+        if pending.proposal is not None:
+            self._unjoined.append(pending)
 
     @property
     def _due(self) -> bool:

@@ -208,8 +208,11 @@ class Text:
         drawn from or seeded since the latest token was handed out.
         """
         at_start = self._processors_at_start
-        same = len(self.processors) == len(at_start) and all(map(is_, self.processors, at_start))
-        return same and (self._chain is None or self._chain.undisturbed)
+        if len(self.processors) != len(at_start):
+            return False
+        if not all(map(is_, self.processors, at_start)):
+            return False
+        return self._chain is None or self._chain.undisturbed
 
     @property
     def level(self) -> bool:

@@ -127,6 +127,15 @@ class _FirstUse:
             )
 
 
+def _use_of_head(model: Any) -> Use | None:
+    """The use that gets the calls of a model's FlashHead; None if there is none."""
+    head = get_flash_head(model)
+    if head is None:
+        return None
+    use = getattr(head.projection, "__self__", None)
+    return use if isinstance(use, Use) else None
+
+
 class _Patches:
     """What takes the places of the libraries' functions.
 
@@ -230,21 +239,25 @@ class _Patches:
 
     def _use_of(self, model: Any) -> Use | None:
         """What is said of a text that begins; None for a model that is not recognised."""
-        first_use = self._builds.get(id(model))
-        if first_use is not None:
-            built = first_use.build.take_over(model)
-            if built is not None:
-                first_use.use.take(built)
-            if not first_use.build.under_way:
-                self._end_build(id(model))
-        head = get_flash_head(model) if self._options.verify else None
-        use = None if head is None else getattr(head.projection, "__self__", None)
-        if first_use is not None and first_use.build.under_way:
-            use = first_use.use
-        if not isinstance(use, Use):
-            return None
-        use.begin()
+        use = self._use_of_build(model)
+        if use is None and self._options.verify:
+            use = _use_of_head(model)
+        if use is not None:
+            use.begin()
         return use
+
+    def _use_of_build(self, model: Any) -> Use | None:
+        """The use of a model whose FlashHead is being built. One that is ready is put on it."""
+        first_use = self._builds.get(id(model))
+        if first_use is None:
+            return None
+        built = first_use.build.take_over(model)
+        if built is not None:
+            first_use.use.take(built)
+        if first_use.build.under_way:
+            return first_use.use
+        self._end_build(id(model))
+        return None
 
     def load(self, original: Any) -> Any:
         @wraps(original)
