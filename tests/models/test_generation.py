@@ -129,7 +129,7 @@ def test_batch_of_several_turns(flash, pair):
     for prompt, answer, found in zip(prompts, first.token_ids, second.token_ids, strict=True):
         if answer in whole:  # the end of one that ended is in the cache too
             assert found == pair.until_end(pair.expected(prompt + answer + more, 6))
-    refused(lambda: batch_generate(*flash, [[5], []]), "Sequence 1 has an empty prompt: give it at")
+    refused(lambda: batch_generate(*flash, [[5], []]), "Text 1 has an empty prompt: give it at")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
