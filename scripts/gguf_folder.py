@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as splits
+from tqdm import tqdm
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # A layer's modules in GGUF and at Hugging Face.
@@ -48,6 +49,7 @@ SIZES = {
 SPECIAL_TOKEN = 3
 USER_DEFINED_TOKEN = 4
 SPACE = "▁"
+ROWS_AT_ONCE = 8192  # that are dequantized, between two moves of the bar
 # Source: the pre_tokenizer in tokenizer.json of Qwen/Qwen2.5-Coder-1.5B-Instruct.
 QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -83,6 +85,7 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
             "The package gguf, which reads the model's quantized layers, is missing: "
             "pip install gguf."
         ) from None
+    print(f"Reading {gguf.name} …", flush=True)
     reader = GGUFReader(gguf)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     architecture = metadata["general.architecture"]
@@ -95,6 +98,7 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
     conversion = CONVERSIONS.get(architecture, gemma_conversion)(metadata)
     config |= conversion.config
     weights = read_weights(reader, config, conversion.names, DTYPES[dtype])
+    print("Saving the weights …", flush=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     ids = {f"{kind}_token_id": conversion.special[kind] for kind in ("bos", "eos", "pad")}
     config["tie_word_embeddings"] = True
@@ -119,7 +123,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def read_weights(
     reader: Any, config: dict[str, Any], names: dict[str, str], dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """Dequantizes the weights of a file.
+    """Dequantizes the weights of a file, and shows a bar.
 
     Args:
         reader: A reader of the file, of gguf.
@@ -130,12 +134,12 @@ def read_weights(
     Returns:
         The weights by their names at Hugging Face.
     """
-    from gguf.quants import dequantize
-
     architecture = config["model_type"]
     weights: dict[str, mx.array] = {}
+    n_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    bar = tqdm(total=n_weights, desc="Dequantizing the weights", unit_scale=True)
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        weight = dequantized(tensor, bar)
         if architecture == "llama" and ".attn_q." in tensor.name:
             weight = half_split_rows(weight, config["num_attention_heads"])
         elif architecture == "llama" and ".attn_k." in tensor.name:
@@ -145,7 +149,20 @@ def read_weights(
         name = hugging_face_name(tensor.name, names)
         if tensor.name != "token_embd.weight" or name not in weights:
             weights[name] = mx.array(weight).astype(dtype)
+    bar.close()
     return weights
+
+
+def dequantized(tensor: Any, bar: tqdm) -> np.ndarray:
+    """A tensor's weights (n_rows, D) or (D,) float32; advances a bar by as many."""
+    from gguf.quants import dequantize
+
+    parts = []
+    for start in range(0, len(tensor.data), ROWS_AT_ONCE):
+        part = dequantize(tensor.data[start : start + ROWS_AT_ONCE], tensor.tensor_type)
+        parts.append(part.astype(np.float32))
+        bar.update(part.size)
+    return np.concatenate(parts)
 
 
 def llama_conversion(metadata: dict[str, Any]) -> Conversion:

@@ -1,5 +1,7 @@
 """The folders of the models: Gemma's and Qwen's of tiny files, SmolLM2's as it is."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -8,8 +10,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, qwen2
 from tokenizers import Tokenizer, pre_tokenizers
 
+import gguf_folder
 from fetch_model import MODELS
-from gguf_folder import GEMMA_NAMES, LLAMA_NAMES, SIZES, hugging_face_name, write_folder
+from gguf_folder import (
+    GEMMA_NAMES,
+    LLAMA_NAMES,
+    SIZES,
+    hugging_face_name,
+    read_weights,
+    write_folder,
+)
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
@@ -78,6 +88,25 @@ def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_folder(folder, path, "float16")
     return folder
+
+
+def test_a_bar_grows_while_a_large_tensor_is_dequantized(capsys, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    form = gguf.GGMLQuantizationType.Q8_0
+    weight = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    blocks = gguf.quants.quantize(weight, form)
+    tensor = SimpleNamespace(
+        name="token_embd.weight", data=blocks, tensor_type=form, n_elements=weight.size
+    )
+    monkeypatch.setattr(gguf_folder, "ROWS_AT_ONCE", 20)
+    moves = []
+    monkeypatch.setattr(gguf_folder.tqdm, "update", lambda bar, n: moves.append(n))
+    reader = SimpleNamespace(tensors=[tensor])
+    weights = read_weights(reader, {"model_type": "llama"}, {}, mx.float32)
+    assert moves == [20 * 64, 20 * 64, 10 * 64]
+    assert "Dequantizing the weights" in capsys.readouterr().err
+    expected = gguf.quants.dequantize(blocks, form)
+    assert np.array_equal(np.array(weights["model.embed_tokens.weight"]), expected)
 
 
 def test_same_model_as_before_it_was_stored(model, folder):
