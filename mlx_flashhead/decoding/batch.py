@@ -13,6 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.compat import inner_batch
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
 from ..wide.trial import established_costs
@@ -24,7 +25,7 @@ from .phase import CHANGED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
 from .text import Text, mode_of, own_processors
 
-BatchGenerator: Any = compat.BatchGenerator
+BatchGenerator: Any = inner_batch.ClosableBatchGenerator
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
@@ -88,8 +89,6 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         **options: The other keywords are mlx-lm's.
     """
 
-    _old_wired_limit: int | None = None  # where it was not made
-
     def __init__(
         self,
         model: nn.Module,
@@ -109,11 +108,13 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self._texts: dict[int, _BatchText] = {}
         self._drafter = drafter
         self._n_drafts = num_draft_tokens
-        self._prompt_batch = _Prompts.empty(model, sampler, self.prefill_step_size)
+        prompts = _Prompts.empty(model, sampler, self.prefill_step_size)
         if drafter is not None:
             self._proposer.hear_states()
-            self._prompt_batch.reading = self._hearing
-        self._generation_batch = _Generation(self._proposer, self._texts, announce)
+            prompts.reading = self._hearing
+        inner_batch.set_prompts(self, prompts)
+        texts = _Generation(self._proposer, self._texts, announce)
+        inner_batch.set_decoded_texts(self, texts)
 
     def uids(self) -> list[int]:
         """The numbers of the texts that have not ended."""
@@ -154,7 +155,8 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             logits_processors=logits_processors,
             stop_sequences=stops,
         )
-        for uid, (prompt, limit) in enumerate(zip(parts, limits, strict=True), self._uid_count):
+        first = inner_batch.next_uid(self)
+        for uid, (prompt, limit) in enumerate(zip(parts, limits, strict=True), first):
             if not prompt:
                 raise ValueError(f"Text {uid} has an empty prompt: give it at least one token.")
             if limit <= 0:
@@ -169,40 +171,31 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         uids = super().insert_segments(
             parts, limits, own_caches, held, samplers, logits_processors, stops
         )
-        for uid, *waiting in self._unprocessed_sequences:
-            if uid not in self._texts:
-                self._texts[uid] = self._new_text(uid, *waiting)
+        for waiting in inner_batch.waiting_texts(self):
+            if waiting.uid not in self._texts:
+                self._texts[waiting.uid] = self._new_text(waiting)
         return cast(list[int], uids)
 
-    def _new_text(
-        self,
-        uid: int,
-        segments: list[list[int]],
-        limit: int,
-        cache: Any,
-        held: list[int],
-        sampler: Any,
-        processors: Any,
-        stops: Any,
-    ) -> _BatchText:
-        prompt = [*held, *(token for part in segments for token in part)]
+    def _new_text(self, waiting: inner_batch.Waiting) -> _BatchText:
+        sampler = waiting.sampler
+        prompt = [*waiting.held, *(token for part in waiting.segments for token in part)]
         sequence = Text(
             self.sampler if sampler is None else sampler,
-            own_processors(processors or ()),
+            own_processors(waiting.processors or ()),
             mx.array(prompt, mx.int32),
             logprobs=self.logprobs,
-            limit=limit,
-            uid=uid,
+            limit=waiting.max_tokens,
+            uid=waiting.uid,
             ids_dtype=mx.int32,
         )
         sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
-        if not are_known(cache):
+        if not are_known(waiting.cache):
             sequence.enter(Phase.DENSE, why=UNKNOWN_CACHE)
-        text = _BatchText(sequence, prompt, compat.as_stop_sequences(stops).matcher())
+        text = _BatchText(sequence, prompt, compat.as_stop_sequences(waiting.stops).matcher())
         if self._drafter is not None:
             text.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
-            if held:
-                text.drafts.hear(held, None)
+            if waiting.held:
+                text.drafts.hear(waiting.held, None)
         return text
 
     def take_drafts(self, uid: int, drafts: TrainedDrafts) -> None:
@@ -225,30 +218,30 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             if drafts is not None and own:
                 drafts.hear(own, whole)
 
-    def _next(self) -> tuple[list[Any], list[Any]]:
+    def next(self) -> tuple[list[Any], list[Any]]:
         """Takes a step, and returns responses of prompts and of texts.
 
         A text has one response for its next accepted token, and none if no token is accepted yet.
         """
         with self._proposer.reading():
-            return cast(tuple[list[Any], list[Any]], super()._next())
+            return cast(tuple[list[Any], list[Any]], super().next())
 
     def next_generated(self) -> list[Any]:
         """The next accepted tokens; nothing if there are no more texts."""
         while self._texts:
             _, responses = self.next()
             if responses:
-                return cast(list[Any], responses)
+                return responses
         return []
 
     def extract_cache(self, uids: list[int]) -> dict[int, Any]:
         """Copies of the caches of some texts, with the tokens in them."""
-        with mx.stream(self._stream):
+        with mx.stream(self.stream):
             return cast(dict[int, Any], super().extract_cache(uids))
 
     def remove(self, uids: list[int], return_prompt_caches: bool = False) -> dict[int, Any]:
         """Removes texts. Returns, where wanted, their caches with the tokens in them."""
-        with mx.stream(self._stream):
+        with mx.stream(self.stream):
             held = super().remove(uids, return_prompt_caches)
         for uid in uids:
             self._texts.pop(uid, None)
@@ -279,10 +272,11 @@ class _Prompts(compat.PromptProcessingBatch):
         with nullcontext() if self.reading is None else self.reading(self.uids, tokens):
             super().prompt(tokens)
 
-    def _copy(self) -> "_Prompts":
-        copied = cast(_Prompts, cast(Any, super())._copy())
-        copied.reading = self.reading
-        return copied
+    def split(self, indices: list[int]) -> "_Prompts":
+        """Takes some of the prompts out, and returns them."""
+        taken = cast(_Prompts, super().split(indices))
+        taken.reading = self.reading
+        return taken
 
     def generate(self, tokens: list[list[int]]) -> "_Prompts":
         """Has texts begin with the last tokens of their prompts."""

@@ -10,8 +10,8 @@ from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.phase import NO_HEAD, VERIFIED, Mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
+from ..models.compat import inner_batch, other_programs
 from ..models.compat import mlx_lm as compat
-from ..models.compat import other_programs
 from .use import Use
 
 # Attributes that a program may set between two texts.
@@ -45,7 +45,7 @@ class _Texts:
         return caches
 
 
-class _BatchGenerator(compat.BatchGenerator):
+class _BatchGenerator(inner_batch.SteppedBatchGenerator):
     """What has mlx-lm's name under `mlx_flashhead.run`; :func:`batch_class` makes it.
 
     What decodes is chosen when a text is added and none is in progress.
@@ -61,7 +61,7 @@ class _BatchGenerator(compat.BatchGenerator):
         super().__init__(model, **options)
         self._given = options
         self._as_made = self.sampler, self.logits_processors
-        self._own_batch = self._generation_batch
+        self._own_batch = inner_batch.decoded_texts(self)
         self._own: set[int] = set()  # the texts that mlx-lm's own decodes
 
     def _choose(self) -> VerifiedBatchGenerator | None:
@@ -92,7 +92,8 @@ class _BatchGenerator(compat.BatchGenerator):
                 self._mode = Mode.dense(sentence(error).removesuffix("."))
         self._verified = verified
         self._options = options
-        self._generation_batch = self._own_batch if verified is None else _Texts(verified)
+        shown = self._own_batch if verified is None else _Texts(verified)
+        inner_batch.set_decoded_texts(self, shown)
         return verified
 
     def _is_mlx_lms(self) -> bool:
@@ -122,19 +123,19 @@ class _BatchGenerator(compat.BatchGenerator):
             self._own.update(uids)
             return uids
         processors = other_programs.adapted(logits_processors)
-        verified._uid_count = self._uid_count
+        inner_batch.number_from(verified, inner_batch.next_uid(self))
         uids = verified.insert_segments(*first, processors, *stops, **named_stops)
-        self._uid_count = verified._uid_count
+        inner_batch.number_from(self, inner_batch.next_uid(verified))
         return uids
 
-    def _next(self) -> Any:
+    def step(self) -> Any:
         use = self._use
         if self._verified is not None:
             return self._verified.next()
         if use is None:
-            return super()._next()
+            return super().step()
         with use.announcing():
-            prompts, texts = super()._next()
+            prompts, texts = super().step()
         for response in texts:
             use.announce(self._mode)
             if response.finish_reason is not None:
