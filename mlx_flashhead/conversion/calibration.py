@@ -148,7 +148,8 @@ def read_windows(
         waiting = [i for i in waiting if starts[i + 1] > n_kept]
         for i in range(len(windows) - len(waiting)):
             states[i] = kept["states"][starts[i] : starts[i + 1]]
-        yield Progress(stage, n_kept, total, "token", kept=True)
+    # a bar is there before the first part, which may take long
+    yield Progress(stage, n_kept, total, "token", kept=True)
     n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
     longest = max(map(len, inputs), default=1)
     while waiting and (not spent or spent < seconds):

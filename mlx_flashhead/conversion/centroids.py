@@ -166,7 +166,8 @@ def _fit_residuals(
         total[:n_kept] = kept["total"]
         squares[:n_kept] = kept["squares"]
         cross[:n_kept] = kept["cross"]
-        yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
+    # a bar is there before the first part, which may take long
+    yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
     for start in range(n_kept, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
         slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0

@@ -101,7 +101,8 @@ def measure_positions(
     if n_kept:
         values[:, :, :n_kept] = kept["values"]
         dense_nll[:n_kept] = kept["nll"]
-        yield Progress("Measuring", n_kept, len(states), "position", kept=True)
+    # a bar is there before the first part, which may take long
+    yield Progress("Measuring", n_kept, len(states), "position", kept=True)
     for start in range(n_kept, len(states), size):
         part = slice(start, start + size)
         logits = dense_logits(states[part])
