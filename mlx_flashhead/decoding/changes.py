@@ -108,7 +108,7 @@ class Changes:
             occurrences=Counter(window(FREQUENCY)),
         )
 
-    @property
+    @cached_property
     def stretch(self) -> Stretch:
         """What the penalties may make of the distance of two logits."""
         if not self.penalties:

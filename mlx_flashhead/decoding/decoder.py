@@ -72,6 +72,7 @@ class Decoder:
         for sequence in sequences:
             sequence.joined = self._n_started
             sequence.vocab_size = logits.shape[-1]
+            self._proposer.begin(sequence)
             self._n_started += 1
         tokens = choose_densely(self._proposer, sequences, logits, [])
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
@@ -136,7 +137,8 @@ class Decoder:
             Whether the step was a single one.
         """
         self._proposer.n_steps += 1
-        latest = cast(mx.array, self._latest)
+        latest = self._latest
+        assert latest is not None
         guess = self._guess(latest)
         single = guess is None or not self._take_wide_step(self.sequences[0], latest, guess)
         if single:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -27,7 +28,6 @@ from .phase import (
     UNKNOWN_FUNCTION,
     VERIFIED,
     Mode,
-    Phase,
 )
 from .policy import DecodingPolicy, decoding_mode, policy_of
 from .settings import DecodingSettings
@@ -73,7 +73,7 @@ class Proposer:
         """Kinds of proposals that MLX has traced for the head so far."""
         return 0 if self.head is None else self.head.n_traced
 
-    @property
+    @cached_property
     def flash_head(self) -> FlashHead:
         """The model's FlashHead, where it has one.
 
@@ -97,6 +97,25 @@ class Proposer:
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)
 
+    def begin(self, text: Text) -> None:
+        """Decides before a text's first token whether it can be verified at all.
+
+        Its functions, the vocabulary, and what decodes the model's text stay what they are.
+        """
+        if text.why_dense is None:
+            text.why_dense = self._why_dense(text)
+
+    def _why_dense(self, text: Text) -> Mode | None:
+        """Why no token of a text can be verified; None if they can."""
+        if not self._mode.is_verified:
+            return self._mode
+        head = self.flash_head
+        if text.settings is None or text.changes is None or not self.verifies:
+            return UNKNOWN_FUNCTION
+        if text.settings.top_k >= head.vocab_size:  # mlx-lm raises an error of its own
+            return UNKNOWN_FUNCTION
+        return None if text.changes.fit(head.vocab_size) else UNKNOWN_FUNCTION
+
     def mode_for(self, text: Text, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
         """How a text's next tokens are decoded: verified if they may be proposed now, or why not.
 
@@ -106,20 +125,14 @@ class Proposer:
             pays: Whether texts like it gain by proposals at the time.
             several_draw: Whether several texts draw from MLX's random state.
         """
-        if text.guessed_instead:
+        if text.guesses is not None and text.guesses.instead:
             return DRAFTED
         if text.why_dense is not None:
             return text.why_dense
-        if not self._mode.is_verified:
-            return self._mode
-        if text.phase is Phase.DENSE:
-            return UNKNOWN_FUNCTION
-        if not self.can_verify(text):
-            return UNKNOWN_FUNCTION if self.pays(text) else SAMPLED_DENSE
-        if several_draw:
-            return SEVERAL_DRAW
         if not self.pays(text, n_texts):
             return SAMPLED_DENSE
+        if several_draw:
+            return SEVERAL_DRAW
         fits = n_texts == 1 or n_texts <= self.max_batch
         return VERIFIED if pays and fits else PAUSED
 
@@ -153,14 +166,8 @@ class Proposer:
         return not head.differs_in_batches(hidden_dtype(self.model))
 
     def can_verify(self, sequence: Text) -> bool:
-        """Whether a sequence's choices can be verified."""
-        if self.head is None or not self.verifies or sequence.phase is Phase.DENSE:
-            return False
-        if not self.pays(sequence, n_texts=2):
-            return False
-        if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
-            return False  # mlx-lm raises an error of its own
-        return sequence.changes is not None and sequence.changes.fit(self.head.vocab_size)
+        """Whether the choices of a sequence that has begun can be verified."""
+        return sequence.why_dense is None and self.pays(sequence, n_texts=2)
 
     def reading(self, states: list[mx.array] | None = None) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
@@ -246,30 +253,36 @@ class Proposer:
         head = self.flash_head
         vocab_size = head.vocab_size
         sampled = not all([sequence.greedy for sequence in sequences])
+        changed = not all([sequence.unchanged for sequence in sequences])
         draws: list[tuple[Draw, Key]] = []
         masks: list[np.ndarray | None] = []
         changes: list[ChangedTokens | None] = []
         counted: list[bool] = []  # whether a sequence knows the token of its state
         made = []
         for row, sequence in enumerate(sequences):
-            mask = self._mask(sequence)
+            pending = PendingToken(row=row)
             if sampled:
                 draws.append(sequence.draw_at(sequence.n_chosen))
-            masks.append(mask)
-            changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
-            counted.append(sequence.knows_latest)
-            pending = PendingToken(row=row, allowed=mask)
+            if changed:
+                pending.allowed = self._mask(sequence)
+                masks.append(pending.allowed)
+                few = with_few_allowed(sequence.changed_tokens(), pending.allowed, vocab_size)
+                changes.append(few)
+                counted.append(sequence.knows_latest)
             if guesses and row < len(guesses):
                 pending.token = guesses[row]
             made.append(pending)
             sequence.pending.append(pending)
+        adjustment = None
+        if changed:
+            adjustment = _adjustment(changes, counted, latest, vocab_size)
         proposal = head.propose(
             hidden,
             Draws.of(draws) if sampled else None,
             n_probes=self.settings.n_probes,
             depth=self.policy.depth,
             logit_map=cast(LogitMap, self.logit_map),
-            adjustment=_adjustment(changes, counted, latest, vocab_size),
+            adjustment=adjustment,
             allowed=mask_array(masks),
         )
         for pending in made:

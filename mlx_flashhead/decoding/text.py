@@ -94,9 +94,7 @@ class Text:
         # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
         self.mode: Mode = VERIFIED  # how its next tokens are decoded, since the latest round
-        self.why_dense: Mode | None = (
-            None  # where it is dense for another reason than its functions
-        )
+        self.why_dense: Mode | None = None  # once it is known that it stays dense to its end
         self.settings = draw_of(sampler)  # None where only the sampler itself knows
         # whether its sampler takes the likeliest token
         self.greedy = self.settings is not None and self.settings.greedy
@@ -104,7 +102,10 @@ class Text:
         self.draws_from_mlx = not self.greedy and type(sampler) is not Sampler
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
         known = self.settings is not None and self.changes is not None
-        self.phase = Phase.LEVEL if known else Phase.DENSE
+        self.unchanged = self.changes == Changes()  # whether its processors change nothing
+        self.phase = Phase.LEVEL if known else Phase.DENSE  # `enter` changes these three
+        self.ahead = False  # whether its tokens may be ahead of those handed out
+        self.proposing = False  # whether the FlashHead proposes its next tokens
         draws_by_seed = type(sampler) is Sampler and not self.greedy
         self.seed = cast(Sampler, sampler).new_seed() if draws_by_seed else 0
         self.guesses: Guesses | None = None  # of its tokens, for the time that it decodes alone
@@ -127,11 +128,6 @@ class Text:
                     processor.begin()
 
     # What the text depends on.
-
-    @property
-    def guessed_instead(self) -> bool:
-        """Whether its tokens are guessed in the place of proposals."""
-        return self.guesses is not None and self.guesses.instead
 
     @property
     def current_processors(self) -> Any:
@@ -191,16 +187,6 @@ class Text:
     # Whether it is ahead of what is handed out.
 
     @property
-    def ahead(self) -> bool:
-        """Whether its tokens may be ahead of those handed out."""
-        return self.phase in AHEAD_OF_CALLER
-
-    @property
-    def proposing(self) -> bool:
-        """Whether the FlashHead proposes its next tokens."""
-        return self.phase is Phase.AHEAD
-
-    @property
     def undisturbed(self) -> bool:
         """Whether what it depended on is still what it depends on.
 
@@ -230,12 +216,14 @@ class Text:
         Args:
             phase: The next one.
             snapshot: Of its caches as they are, where it begins to be ahead.
-            why: Why it is dense from now on.
+            why: Why it is dense from now on, to its end.
         """
-        before = self.phase
+        was_ahead = self.ahead
         self.phase = phase
+        self.ahead = phase in AHEAD_OF_CALLER
+        self.proposing = phase is Phase.AHEAD
         if self.ahead:
-            if before not in AHEAD_OF_CALLER:
+            if not was_ahead:
                 self.snapshots.append(cast(Snapshot, snapshot))
                 self._chain = DrawChain(self.n_chosen) if self.draws_from_mlx else None
             return
@@ -243,7 +231,8 @@ class Text:
             set_key(self._chain.state(self.n_chosen))
         self.snapshots.clear()
         self._chain = None
-        self.why_dense = why
+        if why is not None:
+            self.why_dense = why
 
     # Its tokens.
 

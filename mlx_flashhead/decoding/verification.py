@@ -107,9 +107,12 @@ def _verdict(proposer: Proposer, rows: list[Row]) -> Verdict:
     # before they are joined: with them a thread need not wait for the step that is running
     sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]
     changes = [sequence.changes for sequence, _, _ in rows]
+    draws = None
+    if not all([sequence.greedy for sequence, _, _ in rows]):
+        draws = Draws.of([sequence.draw_at(index) for sequence, _, index in rows])
     return head.verify(
         join(head, pending),
-        Draws.of([sequence.draw_at(index) for sequence, _, index in rows]),
+        draws,
         logit_map=cast(LogitMap, proposer.logit_map),
         allowed=mask_array([each.allowed for each in pending]),
         stretches=[Stretch() if each is None else each.stretch for each in changes],

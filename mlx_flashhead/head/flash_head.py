@@ -411,9 +411,10 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
-        rows, most_occurrences = self.steps.structure_of(draws, adjustment)
+        steps = self.steps
+        rows, most_occurrences = steps.structure_of(draws, adjustment)
         function = ProposalFunction(
-            steps=self.steps,
+            steps=steps,
             risk=self.risk,
             n_probes=n_probes,
             depth=depth,
@@ -452,7 +453,7 @@ class FlashHead:
     def verify(
         self,
         proposal: Proposal,
-        draws: Draws,
+        draws: Draws | None = None,
         *,
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
@@ -463,7 +464,7 @@ class FlashHead:
 
         Args:
             proposal: Of k rows.
-            draws: The draws of :meth:`propose`, of k rows.
+            draws: As of :meth:`propose`, of k rows.
             logit_map: As of :meth:`propose`.
             allowed: As of :meth:`propose`, of k rows.
             stretches: What biases and penalties make of the distances of each row's logits; by
@@ -474,6 +475,7 @@ class FlashHead:
             Says which tokens are accepted, and which are in doubt.
         """
         k = len(proposal.hidden)
+        draws = best_draws(k) if draws is None else draws
         return Verdict(
             steps=self.steps,
             proposal=proposal,

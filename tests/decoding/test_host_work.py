@@ -1,9 +1,10 @@
-"""What Python makes for a token where the head's steps are kernels."""
+"""What Python makes and calls for a token."""
 
 import math
 import sys
 
 import mlx.core as mx
+import mlx_lm.sample_utils
 import pytest
 from metal_emulator import Emulator
 
@@ -94,3 +95,51 @@ def test_a_token_takes_one_traced_call(monkeypatch, settings, n_arrays):
     assert counted.traced <= N_TOKENS
     assert counted.kernels <= 0.4 * N_TOKENS  # those of verifications
     assert counted.arrays <= n_arrays * N_TOKENS
+
+
+class Calls:
+    """Counts calls of the package's functions in a block, but for comprehensions.
+
+    Newer versions of Python call no function for these.
+    """
+
+    def __init__(self):
+        self.n = 0
+
+    def note(self, frame, event, _):
+        code = frame.f_code
+        own = "/mlx_flashhead/" in code.co_filename and not code.co_name.startswith("<")
+        self.n += own and event == "call"
+
+    def __enter__(self):
+        self._before = sys.getprofile()
+        sys.setprofile(self.note)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(self._before)
+
+
+@pytest.mark.parametrize(
+    "sampler, most_calls",
+    [
+        (None, 82),
+        (make_sampler(temp=0.7, top_p=0.95, seed=1), 105),
+        (mlx_lm.sample_utils.make_sampler(temp=0.7, top_p=0.95), 109),
+    ],
+    ids=["greedy", "own", "mlx-lm's"],
+)
+def test_a_token_takes_few_calls(sampler, most_calls):
+    flash = flash_of(tiny_model(num_hidden_layers=1))
+    policy = policy_of(flash.head)
+    policy.lockstep = True  # verifications come by numbers of tokens
+    policy.max_risk = math.inf
+    flash.head.n_probes = flash.head.n_clusters  # nothing is rejected
+    n_tokens = 2 * N_TOKENS
+    steps = flash.steps(sampler=sampler, max_tokens=2 * n_tokens, logprobs=False)
+    for _ in range(n_tokens):
+        next(steps)
+    with Calls() as calls:
+        for _ in range(n_tokens):
+            next(steps)
+    assert calls.n <= most_calls * n_tokens

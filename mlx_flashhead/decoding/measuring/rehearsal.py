@@ -100,6 +100,7 @@ def _rehearse_kind(proposer: Proposer, kind: Kind, hidden: mx.array) -> None:
 def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: int) -> None:
     """Proposes and verifies tokens of a text as the decoder does, with a state (1, D) for each."""
     text = _text(kind)
+    proposer.begin(text)
     if not proposer.can_verify(text):
         return
     before_all = Snapshot(0, [], [], [])
