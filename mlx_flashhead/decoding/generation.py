@@ -6,7 +6,6 @@ The choices are those of the dense model.
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from functools import partial
 from inspect import signature
 from typing import Any, Unpack, cast
 
@@ -15,7 +14,6 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
-from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.trained_drafter import TrainedDrafter
 from ..models.vlm import is_vlm
@@ -373,12 +371,12 @@ def _steps(
             prompt_cache=prompt_cache,
             **options,
         )
-    loop = partial(verified_steps, stream=stream, proposer=proposer, logprobs=logprobs)
-    if not mlx_lm_is_as_imported():  # whatever replaced its functions is for its own loop
-        loop = compat.module.generate_step
-    steps = loop(
+    steps = verified_steps(
         prompt,
         model,
+        stream,
+        proposer=proposer,
+        logprobs=logprobs,
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=logits_processors,

@@ -58,6 +58,9 @@ def verified_steps(
     handed out, between two tokens too where it can be trimmed, and MLX's random state is what
     mlx-lm would have left (`docs/lossless.md`).
 
+    Some text is left to mlx-lm's own loop (:func:`why_mlx_lms_own`). That loop takes no ``context``
+    and no ``prefill``: with these the normal head decodes such a text here.
+
     Args:
         prompt: Tokens (n,) of any integer dtype, which processors get as they are.
         model: Any model of mlx-lm.
@@ -75,12 +78,15 @@ def verified_steps(
     Raises:
         ValueError: As mlx-lm, or if a lookup is asked for that this model cannot have.
     """
-    if may_drop_out(model):
-        yield from _trained_steps(
+    context = list(context)
+    why_own = why_mlx_lms_own(model)
+    if why_own is not None and not context and prefill is None:
+        yield from _mlx_lms_steps(
             prompt,
             model,
             stream,
             announce,
+            why_own,
             max_tokens=max_tokens,
             sampler=sampler,
             logits_processors=logits_processors,
@@ -106,7 +112,6 @@ def verified_steps(
         return cast(mx.array, logits)
 
     # 1) The prompt is read. Its last logits choose the first token.
-    context = list(context)
     known = [*context, *cast(list[int], prompt.tolist())]
     before = known[: len(known) - n_begun]
     seen = mx.array(before, prompt.dtype) if context else _seen(prompt)
@@ -118,9 +123,9 @@ def verified_steps(
         limit=max_tokens,
         tokens=known[len(before) :],
     )
-    cache_is_known = are_known(cache)
-    if not (cache_is_known and mlx_lm_is_as_imported()):
-        sequence.enter(Phase.DENSE, why=REPLACED if cache_is_known else UNKNOWN_CACHE)
+    why_dense = why_own if are_known(cache) else UNKNOWN_CACHE
+    if why_dense is not None:
+        sequence.enter(Phase.DENSE, why=why_dense)
     check_lookup(proposer, cache)
     quantized_from = None if kv_bits is None else quantized_kv_start
     layers = _at_first_token(cache, len(known), quantization)
@@ -181,22 +186,36 @@ def _seen(prompt: mx.array) -> mx.array:
     return prompt if compat.PROCESSORS_SEE_PROMPT else prompt[-1:]
 
 
-def _trained_steps(
+def why_mlx_lms_own(model: Any) -> Mode | None:
+    """Why mlx-lm's own loop must decode a text of a model; None if it need not.
+
+    A model that is being trained draws numbers in each of its calls. And what has replaced
+    functions of mlx-lm is for its own loop, which looks them up.
+    """
+    if may_drop_out(model):
+        return TRAINED
+    if not mlx_lm_is_as_imported():
+        return REPLACED
+    return None
+
+
+def _mlx_lms_steps(
     prompt: mx.array,
     model: nn.Module,
     stream: Any,
     announce: Callable[[Mode], Any] | None,
+    mode: Mode,
     **options: Any,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
-    """The text of a model that is being trained: mlx-lm's own loop draws its numbers in turn."""
+    """The text of mlx-lm's own loop, announced as ``mode``."""
     progress = options.pop("prompt_progress_callback") or (lambda n_read, n_prompt: None)
-    steps: Any = compat.module.generate_step(
+    steps: Any = compat.generate_step(
         prompt, model, stream=stream, prompt_progress_callback=progress, **options
     )
     with closing(steps):
         for step in steps:
             if announce is not None:
-                announce(TRAINED)
+                announce(mode)
             yield step
 
 

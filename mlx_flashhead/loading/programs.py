@@ -17,14 +17,13 @@ from weakref import finalize
 from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
-from ..decoding.loop import verified_steps
-from ..decoding.phase import REPLACED, Mode
+from ..decoding.loop import verified_steps, why_mlx_lms_own
+from ..decoding.phase import Mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
 from ..interop.replace import Wrap, put_all_in_place
 from ..models.compat.mlx_lm import load_tokenizer, make_prompt_cache
-from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head
 from ..models.origin import local_origin
@@ -317,16 +316,17 @@ class _Patches:
         options = call.arguments
         model = options["model"]
         use = self._use_of(model)
+        own = why_mlx_lms_own(model)
+        if own is not None:
+            return None if use is None else use.follow(original(**options), own)
         drafter = self._drafters.get(id(model))
         if drafter is not None and options.get("input_embeddings") is None:
             return self._guessed(drafter, options, use)
         if use is None:
             return None
         mode = use.mode_of(model)
-        if not mlx_lm_is_as_imported():
-            mode = REPLACED
         looks_up = self._options.lookup != "off"
-        if mode in (REPLACED, BUILDING) or not (mode.is_verified or looks_up):
+        if mode == BUILDING or not (mode.is_verified or looks_up):
             return use.follow(original(**options), mode)
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         return verified_steps(**options, proposer=proposer, announce=use.announce)
@@ -361,8 +361,9 @@ class _Patches:
         if draft is None or options.get("logits_processors"):
             return None
         use = self._use_of(model) or draft
-        if not mlx_lm_is_as_imported():
-            return draft.follow(use.follow(original(**options), REPLACED))
+        own = why_mlx_lms_own(model)
+        if own is not None:
+            return draft.follow(use.follow(original(**options), own))
         # while the draft's FlashHead is being built its drafts are dense, and the text is the same
         is_built = get_flash_head(draft_model) is not None
         if is_built and not is_recognised(draft_model):

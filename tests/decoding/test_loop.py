@@ -1,9 +1,11 @@
 """The loop for one text: the dense model's tokens, whatever is proposed."""
 
+import importlib
 from itertools import count
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm import sample_utils
@@ -17,7 +19,7 @@ from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches, loop
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.loop import verified_steps
-from mlx_flashhead.decoding.phase import TRAINED, UNKNOWN_CACHE
+from mlx_flashhead.decoding.phase import REPLACED, TRAINED, UNKNOWN_CACHE
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
@@ -248,6 +250,27 @@ class DroppingOut(nn.Module):
 
     def __call__(self, x):
         return self.part(self.dropout(x))
+
+
+def test_what_replaces_a_function_of_mlx_lm_is_called(monkeypatch):
+    """mlx-lm's loop decodes the text, since it looks the function up."""
+    flash = make_flash(num_hidden_layers=2)
+    generate = importlib.import_module("mlx_lm.generate")
+    # 0.31 looks the name up in the module of the caches
+    place = generate if hasattr(generate, "make_prompt_cache") else mlx_lm.models.cache
+    made = []
+    original = place.make_prompt_cache
+
+    def make_prompt_cache(*arguments, **options):
+        made.append(original(*arguments, **options))
+        return made[-1]
+
+    expected = [token for token, _ in generate_step(mx.array(PROMPT), flash.model, max_tokens=12)]
+    monkeypatch.setattr(place, "make_prompt_cache", make_prompt_cache)
+    modes = []
+    assert flash.tokens(max_tokens=12, announce=modes.append) == expected
+    assert len(made) == 1
+    assert modes == 12 * [REPLACED]
 
 
 @pytest.mark.parametrize("sampler", [None, sample_utils.make_sampler(temp=1.0)])

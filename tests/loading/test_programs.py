@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from mlx_flashhead.decoding.phase import DRAFTED, REPLACED
+from mlx_flashhead.decoding.phase import DRAFTED, REPLACED, TRAINED
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import replace
 from mlx_flashhead.loading import programs, use
@@ -625,6 +625,18 @@ def test_a_replaced_name_of_mlx_lms_loop_is_called(under, plain, monkeypatch):
     assert steps_of(under.steps, under.model, prompts[0]) == expected
     assert len(made) == 1 and made[0][0].offset > len(prompts[0])
     assert under.lines() == [f"model: {REPLACED}."]
+
+
+def test_mlx_lms_loop_decodes_a_model_in_training(folder, plain, monkeypatch):
+    """The program's name for that loop is ours, which must not be taken for it."""
+    model, prompts, _ = plain
+    expected = steps_of(OWN["generate_step"], model, prompts[0])
+    under = Under(folder)
+    under.model.dropout = nn.Dropout(0.3)
+    under.model.train()
+    monkeypatch.setattr(generate, "generate_step", under.steps)
+    assert steps_of(under.steps, under.model, prompts[0]) == expected
+    assert under.lines() == [f"model: {TRAINED}."]
 
 
 def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):

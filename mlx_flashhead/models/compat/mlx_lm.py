@@ -16,7 +16,6 @@ from mlx_lm.generate import (
     GenerationResponse,
     PromptProcessingBatch,
     does_model_support_input_embeddings,
-    generate_step,
     generation_stream,
     maybe_quantize_kv_cache,
     wired_limit,
@@ -50,6 +49,7 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
     from mlx_lm.generate import (
         StopSequences,
         TextStateMachine,
+        generate_step,
         make_text_state_machine,
         speculative_generate_step,
     )
@@ -64,6 +64,7 @@ else:
     from .mlx_lm_0_31 import (  # type: ignore[assignment]
         DEFAULT_ALLOW_PATTERNS,
         TextStateMachine,
+        generate_step,
         load,
         load_processor,
         make_text_state_machine,

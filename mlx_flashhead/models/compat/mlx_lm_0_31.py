@@ -11,7 +11,8 @@ from mlx_lm import utils
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
-# This name may be replaced later on.
+# These names may be replaced later on.
+own_steps = module.generate_step
 drafted_steps = module.speculative_generate_step
 
 # From a state's name to its markers, each with the state after it.
@@ -48,6 +49,13 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
 
 load = checks_code(utils.load)
 sharded_load = checks_code(utils.sharded_load)
+
+
+def generate_step(
+    prompt: mx.array, model: Any, stream: Any = None, **options: Any
+) -> Iterator[Any]:
+    """Decodes in mlx-lm's loop, on its own stream."""
+    return own_steps(prompt, model, **options)
 
 
 def speculative_generate_step(
