@@ -5,10 +5,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from ..common.guarded import Guard, GuardError
+from .compat.tokenizers import has_function_for_template, inner_tokenizer
 
 _GUARD = Guard(Path(__file__).with_name("template_renderer.py"))
 
@@ -93,11 +93,9 @@ def _variables_read(template: str) -> tuple[str, ...]:
 
 def _jinja_template(tokenizer: Any, tools: Any) -> str | None:
     """The template; None where code of mlx-lm or of the model is in its place."""
-    inner = tokenizer
-    if isinstance(tokenizer, TokenizerWrapper):
-        if tokenizer._chat_template is not None:
-            return None
-        inner = tokenizer._tokenizer
+    if has_function_for_template(tokenizer):
+        return None
+    inner = inner_tokenizer(tokenizer)
     apply = getattr(type(inner), "apply_chat_template", None)
     if apply is not PreTrainedTokenizerBase.apply_chat_template or not inner.chat_template:
         return None

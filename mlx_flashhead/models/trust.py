@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from .compat.model_code import files_of
 from .flash_modules import FlashModule
 from .install import ROOT
 
@@ -39,9 +40,8 @@ def _is_libraries(cls: type) -> bool:
     if getattr(home, cls.__qualname__, None) is not cls:
         return False
     calls: list[Any] = [getattr(cls, name, None) for name in ("__call__", "as_linear")]
-    codes = [call.__code__ for call in calls if hasattr(call, "__code__")]
     from_library = cls.__module__.split(".")[0] in LIBRARIES
-    return from_library and all(_in_libraries(code.co_filename) for code in codes)
+    return from_library and all(map(_in_libraries, files_of(*calls)))
 
 
 @cache

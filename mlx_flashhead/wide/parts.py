@@ -3,11 +3,13 @@
 from collections.abc import Collection, Iterator
 from dataclasses import is_dataclass
 from operator import is_
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from ..models.compat.model_code import global_names, library_functions
 
 
 class ModelParts:
@@ -127,19 +129,3 @@ def _same(one: list[Any], other: list[Any], but_for: Collection[int] = ()) -> bo
     if not but_for:
         return all(map(is_, one, other))
     return all(i in but_for or one[i] is other[i] for i in range(len(one)))
-
-
-def library_functions(cls: type) -> Iterator[tuple[type, str, FunctionType]]:
-    """The functions that a class has of mlx-lm: the class of each, its name, and the function."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("mlx_lm."):
-            for name, value in vars(base).items():
-                if isinstance(value, FunctionType):
-                    yield base, name, value
-
-
-def global_names(function: FunctionType) -> list[str]:
-    """The names of globals that a function's code uses."""
-    nested = [each for each in function.__code__.co_consts if isinstance(each, CodeType)]
-    names = dict.fromkeys(name for code in [function.__code__, *nested] for name in code.co_names)
-    return [name for name in names if name in function.__globals__]

@@ -13,7 +13,7 @@ change, with other globals.
 
 import copy
 from collections.abc import Callable, Mapping
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,14 +21,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..head.row_products import row_products
+from ..models.compat.model_code import (
+    global_names,
+    is_attention,
+    is_rotation,
+    library_functions,
+    takes_cache,
+    with_globals,
+)
 from ..models.install import get_flash_head
-from .parts import containers, global_names, library_functions, settings_in
+from .parts import containers, settings_in
 from .positions import Positions, apart, apart_value, at
 from .stand_ins import KeyValueStandIn, PastStandIn, apart_stand_in
 from .states import call_layer, call_part, made_of
-
-UPDATE = "update_and_fetch"  # what an attention calls its cache's method
-ROTATES = ("self", "x", "offset")  # the arguments of a rotation
 
 
 class NoWideStepError(Exception):
@@ -280,22 +285,20 @@ def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
     """A class like the module's, but for what the twin does otherwise."""
     cls = type(module)
     mixin = _mixin_of(module)
-    call = _call_of(cls)
-    # an attention hands keys and values to a cache
-    apart_attention = apart and call is not None and UPDATE in call.co_names
+    apart_attention = apart and is_attention(cls)
     functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
     if apart and mixin is None:
         mixin = _ApartAttention if apart_attention else _Apart
     if functions:
         cls = type(cls.__name__, (cls,), functions)
-    around = (_around(module, call), mixin)
+    around = (_around(module), mixin)
     mixins = tuple(each for each in around if each is not None)
     return type(cls.__name__, (*mixins, cls), {}) if mixins else cls
 
 
-def _around(module: nn.Module, call: CodeType | None) -> type | None:
+def _around(module: nn.Module) -> type | None:
     """What is done around the calls of a module, so that a state can be made again."""
-    if call is not None and "cache" in call.co_varnames[: call.co_argcount]:
+    if takes_cache(type(module)):
         return _Layer
     own: list[Any] = list(dict.values(cast(Any, module)))
     has_weights = any(isinstance(each, mx.array) and each.ndim > 1 for each in own)
@@ -308,19 +311,12 @@ def _mixin_of(module: nn.Module) -> type | None:
         return _Linear
     if type(module) in (nn.Embedding, nn.QuantizedEmbedding):
         return _Embedding
-    call = _call_of(type(module))
-    if call is not None and call.co_varnames[:3] == ROTATES and "shape" in call.co_names:
+    if is_rotation(type(module)):
         return _Rotation
     weight = dict.get(cast(Any, module), "weight")
     if not isinstance(weight, mx.array) or weight.ndim != 2:
         return None
     return _Matrix if mx.issubdtype(weight.dtype, mx.floating) else None
-
-
-def _call_of(cls: type) -> CodeType | None:
-    """The code of a class's call, if it is mlx-lm's."""
-    calls = (function for _, name, function in library_functions(cls) if name == "__call__")
-    return next((call.__code__ for call in calls), None)
 
 
 def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,12 +339,5 @@ def _functions(
         used = {key: function.__globals__[key] for key in global_names(function)}
         exchanged = exchange(used)
         if exchanged and name not in copies:
-            copies[name] = FunctionType(
-                function.__code__,
-                {**function.__globals__, **exchanged},
-                name,
-                function.__defaults__,
-                function.__closure__,
-            )
-            copies[name].__kwdefaults__ = function.__kwdefaults__
+            copies[name] = with_globals(function, name, exchanged)
     return copies

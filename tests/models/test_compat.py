@@ -1,14 +1,17 @@
 """What a model is loaded with: its folder, the versions of mlx-lm, functions in others' place."""
 
+import ast
 import importlib
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 
+import mlx_flashhead
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.interop.replace import put_in_place
 from mlx_flashhead.models.compat import mlx_lm as mlx_lm_names
@@ -55,6 +58,28 @@ def test_the_names_of_mlx_lms_loops_are_there():
     for table in (recognised.LOOPS, recognised.BATCHES):
         for module, names in table.items():
             assert not set(names) - vars(importlib.import_module(module)).keys()
+
+
+INNER_NAMES = {
+    "_chat_template", "_generation_batch", "_idx", "_old_wired_limit", "_prompt_batch",
+    "_temporal_order", "_uid_count", "_unprocessed_sequences", "__code__", "co_consts",
+    "co_filename", "co_names", "co_varnames",
+}  # fmt: skip
+
+
+def test_inner_names_are_touched_in_compat_alone():
+    package = Path(mlx_flashhead.__file__).parent
+    found = set()
+    touched = set()
+    for file in package.rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)} & INNER_NAMES
+        if file.parent == package / "models" / "compat":
+            found |= names
+        elif names:
+            touched.add((file.relative_to(package), *names))
+    assert not touched
+    assert found | {"_old_wired_limit"} == INNER_NAMES
 
 
 @pytest.mark.parametrize(
