@@ -274,6 +274,7 @@ def attach_head(
     check_plain_product(location)
     if stored is None:
         stored = Build(model, tokenizer, source, options).wait()
+        options.say("FlashHead is built. Its first steps are tried on this machine …")
     return install_stored(model, stored, options, location)
 
 

@@ -47,6 +47,7 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     (entry,) = cache.entries()
     assert output == "" and f"It is kept in {entry.path}." in errors
     assert "Building the FlashHead of My-Model, which takes at most about" in errors
+    assert "FlashHead is built. Its first steps are tried on this machine" in errors
     assert "FlashHead: 100%" in errors
     assert entry.path.is_relative_to(flash_head_home)
     assert {path.name for path in entry.path.iterdir()} == {FILE_NAME, SETTINGS_NAME}
