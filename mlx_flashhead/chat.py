@@ -50,16 +50,26 @@ def main() -> None:
     args = parser.parse_args()
     _check_arguments(parser, args)
     # mlx-lm takes a second to import: mistakes and --help do without
+    from .chatting.conversation import FILES
+    from .chatting.session import COMMANDS, WITH_FILES
+    from .common.terminal import Terminal
+    from .loading.trials import trials_said
+
+    terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
+    with trials_said(terminal.say):
+        _chat(args, terminal)
+
+
+def _chat(args: Namespace, terminal: Any) -> None:
+    """Loads the model, and chats until the user leaves."""
     import mlx.core as mx
 
-    from .chatting.conversation import FILES, Conversation, last_conversation
-    from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
-    from .common.terminal import Terminal
+    from .chatting.conversation import Conversation, last_conversation
+    from .chatting.session import NO_FLASH_HEAD, ChatSession
     from .loading.background import build_beside
     from .loading.drafts import DraftOptions
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
-    from .loading.trials import say_trials
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
@@ -68,8 +78,6 @@ def main() -> None:
     drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
     drafting.check(args.model)
     folder = resolve(args.model)
-    terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
-    say_trials(terminal.say)
     if terminal.interactive:
         terminal.say(f"Loading {args.model} …")
     model, tokenizer, _ = load_with_head(

@@ -131,15 +131,14 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.head_options import LATER, HeadOptions
-    from .loading.trials import say_trials
+    from .loading.trials import trials_said
     from .models.compat.mlx_lm import generation_stream
     from .models.install import get_flash_head
 
     options = HeadOptions.from_flags(args)
-    say_trials(options.say)
     if args.seed is not None:
         mx.random.seed(args.seed)
-    with printable_output():
+    with printable_output(), trials_said(options.say):
         cache = _prompt_cache(args)
         loaded = _load(args, processes, options, cache)
         prompt, embeddings = _prompt(args, loaded, cache)

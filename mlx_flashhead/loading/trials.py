@@ -1,7 +1,8 @@
 """Says that steps of several tokens are tried, where nothing else is shown for that long."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ..wide.trial import ANNOUNCEMENT, log
 
@@ -24,11 +25,19 @@ class _Announced(logging.Handler):
             self._say(SENTENCE)
 
 
-def say_trials(say: Callable[[str], object]) -> None:
-    """From now on the first trial of this process is said.
+@contextmanager
+def trials_said(say: Callable[[str], object]) -> Iterator[None]:
+    """A block in which the first trial is said.
 
     Args:
         say: Takes the sentence.
     """
+    handler = _Announced(say)
+    level = log.level
     log.setLevel(logging.INFO)
-    log.addHandler(_Announced(say))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -95,7 +95,7 @@ def test_programs_get_the_flash_head(place, capsys):
         )
     shown = start_many(place, *HEAD, "many.py", *programs, typed="One\nq\n")
     output, errors = zip(*shown, strict=True)
-    assert output[0].splitlines() == 3 * ["_FlashEmbedding __main__"]
+    assert output[0].splitlines() == 3 * ["FlashEmbedding __main__"]
     assert output[1] == alone(capsys, place, "own_loop.py")
     assert "Text of model: dense: this program's loop cannot be verified" in errors[1]
     dense = alone(capsys, place, *text.split()).split("=====")[2]
@@ -123,7 +123,7 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
     (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     code, output, errors = start(place, *HEAD, "starter.py", "model")
-    assert (code, output.splitlines()) == (0, 3 * ["_FlashEmbedding __main__"]), errors
+    assert (code, output.splitlines()) == (0, 3 * ["FlashEmbedding __main__"]), errors
     assert errors.count("mine") == 3 and DENSE not in errors
 
     code, lines, errors = run("run", "--hook", "--flash-head", place / "head")
@@ -347,6 +347,7 @@ def test_a_first_use_in_a_script_ends_and_says_how_to_build(place, flash_head_ho
 def test_ctrl_c_skips_what_is_prepared(place, flash_head_home):
     child = at_a_terminal(place)
     child.expect_exact("Ctrl-C leaves, and it goes on next time.")
+    child.expect(r"FlashHead: +\d+%")
     child.sendintr()
     child.expect(pexpect.EOF)
     child.close()

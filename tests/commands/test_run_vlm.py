@@ -66,7 +66,7 @@ def test_programs_of_mlx_vlm(place, capsys):
         f"-m mlx_vlm.generate {words} --prompt What --image no_picture.png",
         typed="/image picture.png\nWhat is it?\n/exit\n", code=1,
     )  # fmt: skip
-    assert layers.split() == ["_FlashLinear", "_FlashLinear", "Module"]
+    assert layers.split() == ["FlashLinear", "FlashLinear", "Module"]
     assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)  # of other rows
     output, errors = zip(*shown, strict=True)
     assert output[0] == alone(capsys, place, "texts.py")

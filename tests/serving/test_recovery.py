@@ -70,7 +70,7 @@ class PanicError(BaseException):
     [
         (
             Engine,
-            "_receive _admit _take_out _read _begin _decode _store _build _take_turns",
+            "_receive _admit _take_out _read _begin _decode _store _take_built _take_turns",
         ),
         (LRUPromptCache, "fetch_nearest_cache insert_cache"),
         (Reading, "__init__ read _compute"),
