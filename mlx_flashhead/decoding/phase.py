@@ -5,8 +5,9 @@
       └──────────────▶ DENSE ◀──────────┘
 
 `Text.enter` alone changes a text's phase, `Decoder._change_phase` says when, and
-`Proposer.mode_for` whether and why. At each token that is handed out the caller finds what mlx-lm's
-loop would have left then.
+`Proposer.mode_for` whether and why. What holds from a text's first token to its last is decided
+once, by `Proposer.begin`. At each token that is handed out the caller finds what mlx-lm's loop
+would have left then.
 """
 
 from enum import Enum
