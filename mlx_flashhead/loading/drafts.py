@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ..decoding.random_state import random_key
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.fetch import resolve
+from ..models.fetch import reason, resolve
 from ..models.install import get_flash_head
 from ..models.own_drafter import load_own_drafter
 from ..models.trained_drafter import (
@@ -140,16 +140,32 @@ def check_draft(draft: str, target: str) -> None:
 
     Raises:
         ValueError: If it has another one, if a drafter was trained with another model, or if one of
-            the models does not exist.
+            the models does not exist or is damaged.
     """
     folders = [resolve(name, files=TOKENIZER_FILES) for name in (draft, target)]
     config, target_config = map(read_config, folders)
     if is_trained_drafter(config):
         check_drafter(config, draft, target_config, target)
         return
-    sizes = [load_tokenizer(folder).vocab_size for folder in folders]
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(
+            f"`draft_model` {draft} is neither a model nor a drafter, since no config.json there "
+            "says what it is (model_type): give the folder of one."
+        )
+    sizes = [
+        _vocab_size(folder, name) for folder, name in zip(folders, (draft, target), strict=True)
+    ]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"`draft_model` {draft} has another vocabulary than {target} ({sizes[0]:,} and "
             f"{sizes[1]:,} tokens): give a smaller model of the same family."
         )
+
+
+def _vocab_size(folder: Path, name: str) -> int:
+    try:
+        return int(load_tokenizer(folder).vocab_size)
+    except Exception as error:  # classes of tokenizers, and damaged files, raise any
+        raise ValueError(
+            f"The tokenizer of {name} cannot be loaded ({reason(error)}): check or fetch it again."
+        ) from error

@@ -39,8 +39,8 @@ def base_model(folder: Path, keyword: str) -> str:
             return bases[0]
     if origin.repo_id is None or in_cache:
         raise ValueError(
-            f"The card of {name} names no original (`base_model`), or cannot be fetched: name one "
-            f"with `{keyword}`."
+            f"The card of {name} names no original (as its base_model), or cannot be fetched: name "
+            f"one with `{keyword}`."
         )
     return origin.repo_id
 

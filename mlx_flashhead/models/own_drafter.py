@@ -22,7 +22,13 @@ from .locate import find_head
 from .origin import local_origin
 from .original import base_model, name_of_source, shown_name
 from .tensor_files import ENDING, Tensor, copy_tensors, read_json, selected_tensors
-from .trained_drafter import CONFIG, TrainedDrafter, check_installed, read_config
+from .trained_drafter import (
+    CONFIG,
+    TrainedDrafter,
+    check_installed,
+    is_trained_drafter,
+    read_config,
+)
 
 BITS = 8  # with 4, far fewer drafts are right
 
@@ -51,7 +57,7 @@ def load_own_drafter(
     """
     check_installed("An MTP layer")
     config = read_config(folder)
-    splitter = _splitter_of(config, folder)
+    splitter = _splitter_of(config, shown_name(folder))
     text_config = splitter.read_text_config(config)
     if any(True for _ in splitter.iter_selected(folder, text_config)):
         made, weights = _prepared(splitter, folder, config, str(folder))
@@ -64,12 +70,12 @@ def load_own_drafter(
     return drafter
 
 
-def _splitter_of(config: dict[str, Any], folder: Path) -> Any:
+def _splitter_of(config: dict[str, Any], name: str) -> Any:
     splitter = compat.drafter_splitter(config)
     if splitter is None or splitter.output_model_type not in compat.available_drafters():
         raise ValueError(
-            f"{shown_name(folder)} is a {config.get('model_type')!r} model, whose MTP layer the "
-            "installed mlx-vlm cannot run: leave `mtp` out."
+            f"{name} is a {config.get('model_type')!r} model, whose MTP layer the installed "
+            "mlx-vlm cannot run: leave `mtp` out."
         )
     return splitter
 
@@ -137,7 +143,11 @@ def _fetch(
     """Fetches the tensors of the original's MTP layer, and keeps them in 8 bits."""
     original = base_model(folder, "mtp") if source is True else name_of_source(source)
     config = read_json(original, CONFIG)
-    splitter = _splitter_of(config, folder)
+    if is_trained_drafter(config):
+        raise ValueError(
+            f"{original} is a drafter itself: give it as `draft_model`, and leave `mtp` out."
+        )
+    splitter = _splitter_of(config, original)
     find_original_head(find_head(model), folder, original, "mtp")
     tensors = _tensors(splitter, original, config)
     n_bytes = sum(tensor.nbytes for tensor in tensors)

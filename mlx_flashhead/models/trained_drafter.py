@@ -144,6 +144,10 @@ def load_trained_drafter(folder: Path, source: str) -> TrainedDrafter:
     """
     config = read_config(folder)
     _check_kind(config, source)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"The drafter {source} has no weights (*.safetensors): check or fetch it again."
+        )
     try:
         module = compat.load_drafter(folder)
     except Exception as error:  # mlx-vlm's code of drafters, and of damaged settings, raises any
@@ -184,15 +188,20 @@ def _check_fits(
 
 def _shape(config: dict[str, Any]) -> Shape:
     """The shape of a model, or of the text's side of it."""
-    text = config.get("text_config") or config
+    text = _text_config(config) or config
     family = str(text.get("model_type") or config.get("model_type") or "").removesuffix("_text")
     sizes = [text.get(name) or config.get(name) for name in ("hidden_size", "vocab_size")]
     return Shape(family, *sizes)
 
 
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
 def _shape_of_drafter(config: dict[str, Any]) -> Shape:
     """The shape of the targets that a drafter was trained with."""
-    text = config.get("text_config") or {}
+    text = _text_config(config)
     own = re.sub("_(unified_assistant|assistant|mtp)$", "", str(config.get("model_type")))
     shape = _shape({"text_config": {"model_type": own} | text})
     widths = [config.get(name) for name in ("backbone_hidden_size", "target_hidden_size")]

@@ -19,6 +19,7 @@ from mlx_flashhead.models import own_drafter
 from mlx_flashhead.models.own_drafter import load_own_drafter
 from mlx_flashhead.models.trained_drafter import TrainedDrafter
 from model_folders import VOCAB_SIZE, contents, write_tokenizer
+from refusals import refused
 from trained_drafters import FAMILIES, drafter_config, tiny_module, tiny_target, write_drafter
 
 KINDS = sorted({kind for *_, kind in FAMILIES.values()})
@@ -122,6 +123,36 @@ def test_damaged_weights_are_one_sentence(tmp_path):
         load_draft(str(folder))
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "{nope", '{"model_type": 5}', None])
+def test_a_folder_that_is_no_drafter_is_one_sentence(tmp_path, content):
+    target = write_target(tmp_path / "target")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    refused(lambda: check_draft(str(folder), str(target)), ".*neither a model nor a drafter")
+
+
+@pytest.mark.parametrize("broken", ["draft", "target"])
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path, broken):
+    folders = [write_target(tmp_path / name) for name in ("draft", "target")]
+    (tmp_path / broken / "tokenizer.json").write_text("nothing")
+    refused(lambda: check_draft(*map(str, folders)), f"The tokenizer of .*{broken} cannot be load")
+
+
+def test_a_drafter_without_weights_is_one_sentence(tmp_path):
+    folder = write_drafter(tmp_path / "drafter", "qwen3_5")
+    (folder / "model.safetensors").unlink()
+    refused(lambda: load_draft(str(folder)), "The drafter .* has no weights")
+
+
+def test_a_drafter_with_damaged_settings_is_one_sentence(tmp_path):
+    folder = write_drafter(tmp_path / "drafter", "qwen3_5", text_config=5)
+    refused(lambda: load_draft(str(folder)), "mlx-vlm cannot load the drafter")
+    target = write_target(tmp_path / "target")
+    check_draft(str(folder), str(target))  # what it was trained with is not known
+
+
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypatch):
     folder = write_drafter(tmp_path / "drafter", "qwen3_5")
     model = write_target(tmp_path / "model", mtp=True)
@@ -212,6 +243,8 @@ def test_mistakes_are_one_sentence_each(hub, original, tmp_path, monkeypatch):
     weights["language_model.lm_head.weight"] += 1
     mx.save_safetensors(str(other / "model.safetensors"), weights, {"format": "mlx"})
     assert "is not the original of coarse" in refusal(coarse, other)
+    drafter = write_drafter(tmp_path / "drafter", "qwen3_5")
+    assert "drafter is a drafter itself: give it as" in refusal(coarse, drafter)
     hub.put("maker/Original", contents(original))
     hub.cut_at = 3000
     assert refusal(coarse)

@@ -253,7 +253,7 @@ def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
     weights = (original / "model.safetensors").read_bytes()
     hub.put("maker/Coarse", contents(folder))
     for base, there, said in (
-        ("[]", None, "The card of Coarse names no original (`base_model`), or cannot be"),
+        ("[]", None, "The card of Coarse names no original (as its base_model), or"),
         ("maker/Coarse", None, "maker/Coarse has no embed_tokens.weight of 258 rows of width 64"),
         ("maker/Gone", None, "no such repository on the Hugging Face Hub"),
         ("maker/Damaged", b"\xff" * 100, "is damaged or no safetensors"),
