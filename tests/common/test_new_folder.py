@@ -101,7 +101,7 @@ def test_signal_to_a_real_conversion(dense, converted, tmp_path):
     command += ["--calibration-positions", "100000000"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         seen = b""
-        while seen.count(b"token/s") < 2:  # the bar moves: the conversion is well under way
+        while seen.count(b"%|") < 2:  # the bar moves: the conversion is well under way
             part = os.read(process.stderr.fileno(), 4096)
             assert part, seen
             seen += part
