@@ -352,11 +352,7 @@ class _Patches:
         model = options["model"]
         draft_model = options["draft_model"]
         if isinstance(draft_model, TrainedDrafter):
-            draft_model.check_target(model)
-            proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
-            use = self._use_of(model)
-            announce = None if use is None else use.announce
-            return drafted_steps(**options, proposer=proposer, announce=announce)
+            return self._drafted(draft_model, options)
         draft = self._use_of(draft_model)
         if draft is None or options.get("logits_processors"):
             return None
@@ -371,6 +367,18 @@ class _Patches:
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         steps = drafted_steps(**options, proposer=proposer, announce=use.announce)
         return draft.follow(use.follow(steps))
+
+    def _drafted(self, drafter: TrainedDrafter, options: dict[str, Any]) -> Iterator[Any]:
+        """A text with a trained drafter that was named to the program.
+
+        It fails where that is another model's: no loop of mlx-lm could take the drafter.
+        """
+        model = options["model"]
+        drafter.check_target(model)
+        proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
+        use = self._use_of(model)
+        announce = None if use is None else use.announce
+        yield from drafted_steps(**options, proposer=proposer, announce=announce)
 
     def batches(self, original: Any) -> Any:
         """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""

@@ -22,7 +22,7 @@ from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import replace
 from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.batches import CHANGED
-from mlx_flashhead.loading.head_options import BUILD, LATER, HeadOptions
+from mlx_flashhead.loading.head_options import BUILD, DENSE, LATER, HeadOptions
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
 from mlx_flashhead.models.install import get_flash_head
@@ -189,6 +189,17 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert others[-2].startswith("With FlashHead: model, ")
     assert others[-1] == "Text of model: verified."
     assert "build" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_another_models_trained_drafter_ends_the_text_with_a_sentence(plain):
+    """Mlx-lm's own loop could not take it."""
+    pytest.importorskip("mlx_vlm")
+    trained_drafters = importlib.import_module("trained_drafters")
+    patches = programs._Patches(HeadOptions(missing=DENSE))
+    steps = patches.loop(patches.drafted_loop, generate.speculative_generate_step)
+    drafter = trained_drafters.tiny_drafter("qwen3_5")
+    with pytest.raises(ValueError, match="give the drafter that was trained with it"):
+        next(steps(mx.array([5, 9, 77]), plain[0], drafter, max_tokens=8))
 
 
 def test_a_drafted_text_is_the_same_before_its_flash_head_is_built_and_after(
