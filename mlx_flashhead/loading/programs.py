@@ -204,15 +204,15 @@ class _Patches:
         drafting = DraftOptions(options.draft_model, options.mtp)
         try:
             drafting.check(str(folder))
-            drafter = drafting.load(model, folder, options, trust_remote_code=False)
+            name = options.draft_model
+            # loading a model would come here again
+            if name and not is_trained_drafter(read_config(resolve(name, files=[CONFIG]))):
+                raise ValueError(
+                    f"{name} is a model of its own: name it to the program, which drafts with it."
+                )
+            drafter: TrainedDrafter = drafting.load(model, folder, options, trust_remote_code=False)
         except (ValueError, OSError) as error:
             options.say(f"Without drafts: {sentence(error)}")
-            return None
-        if not isinstance(drafter, TrainedDrafter):
-            options.say(
-                f"Without drafts: {options.draft_model} is a model of its own: name it to the "
-                "program, which drafts with it."
-            )
             return None
         self._drafters[id(model)] = drafter
         finalize(model, self._drafters.pop, id(model), None).atexit = False

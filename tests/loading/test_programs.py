@@ -191,6 +191,20 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert "build" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_smaller_model_is_left_to_the_program(folder, monkeypatch):
+    """It was loaded again and again, since each load of a model looked for its drafter."""
+    said = []
+    monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
+    name = str(folder / "model")
+    patches = programs._Patches(HeadOptions(missing=DENSE, draft_model=name))
+    monkeypatch.setattr("mlx_flashhead.loading.drafts.load_with_head", pytest.fail)
+    patches.load(mlx_lm.load)(name)
+    assert [text for text in said if text.startswith("Without drafts")] == [
+        f"Without drafts: {name} is a model of its own: name it to the program, which drafts with "
+        "it."
+    ]
+
+
 def test_another_models_trained_drafter_ends_the_text_with_a_sentence(plain):
     """Mlx-lm's own loop could not take it."""
     pytest.importorskip("mlx_vlm")
