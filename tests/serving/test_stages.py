@@ -1,6 +1,7 @@
 """Sequences: prompts are read a chunk at a time, as far as no cache holds them already, and each
 is generated as if it were alone, in a batch or by itself."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from engines import (
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.loading.background import build_beside
+from mlx_flashhead.loading.background import POLL_SECONDS, build_beside
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
 from mlx_flashhead.serving.answer_text import PromptProgress, Token
@@ -230,6 +231,7 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick)
         jobs = [submit(engine, SHORT, 30) for _ in range(3)]
         assert [tokens_of(job) for job in jobs] == [expected] * 3
         seen.add(served.decoding())
+        time.sleep(4 * POLL_SECONDS)  # in which nobody waits, so that the build goes on
     assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected
     assert engine.close(60)
