@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..decoding.batch import VerifiedBatchGenerator
-from ..decoding.loop import verified_steps
+from ..decoding.loop import verified_tokens
 from ..decoding.proposer import Proposer
 from ..decoding.sampler import Processor, make_sampler
 from ..decoding.settings import DecodingSettings
@@ -86,7 +86,7 @@ def with_flash_head(model: nn.Module, *, verify: bool) -> Variant:
     proposer = Proposer(model, DecodingSettings(verify=verify))
     return Variant(
         model,
-        steps=partial(verified_steps, proposer=proposer, logprobs=False),
+        steps=partial(verified_tokens, proposer=proposer, logprobs=False),
         generator=partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False),
         make_sampler=make_sampler,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..decoding.loop import verified_steps
+from ..decoding.loop import verified_tokens
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
@@ -148,7 +148,7 @@ def _texts(model: nn.Module, prompt: list[int]) -> Iterator[tuple[str, dict[str,
     ):
         make_processors = partial(sample_utils.make_logits_processors, repetition_penalty=penalty)
         proposer = Proposer(model, DecodingSettings(lookup="on"))
-        steps = partial(verified_steps, proposer=proposer, logprobs=False)
+        steps = partial(verified_tokens, proposer=proposer, logprobs=False)
         run = 2 * prompt, 1, N_TOKENS, SAMPLERS[sampler], make_processors
         texts = []
         for variant in (dense, dense._replace(model=model, steps=steps)):

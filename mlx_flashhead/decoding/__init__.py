@@ -14,7 +14,7 @@ A text that decodes alone may take several tokens a step:
     states   ← twin(latest token and guess, stand-ins for the caches)       wide/
     accepted as far as the guess is what is chosen                          decoder.py
 
-`loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
+`loop.py` drives one text, `batch.py` several, `generation.py` puts them under mlx-lm's
 functions. `policy.py` has the settings for a head on this machine,
 `measuring/` measures once what the machine gains, and `pace.py` goes by the text at hand.
 `sampler.py` says which samplers and processors can be verified; all others are decoded by the

@@ -21,7 +21,7 @@ from .caches import BatchCaches, are_known
 from .decoder import Decoder
 from .guessing.guesses import check_lookup, guesses_of
 from .guessing.trained import TrainedDrafts
-from .phase import CHANGED, UNKNOWN_CACHE, Mode, Phase
+from .phase import DISTURBED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
 from .text import Text, mode_of, own_processors
 
@@ -45,10 +45,10 @@ class Response:
 
 
 @dataclass
-class _BatchText:
+class _Entry:
     """A text of the batch, from its insertion to its end."""
 
-    sequence: Text
+    text: Text
     prompt: list[int]
     matcher: Any  # finds what ends it
     drafts: TrainedDrafts | None = None  # which have heard its prompt but for the last token
@@ -57,7 +57,7 @@ class _BatchText:
     @property
     def tokens(self) -> list[int]:
         """Its tokens as far as they are handed out, after those of its prompt."""
-        return self.prompt + self.sequence.tokens[: self.sequence.n_yielded]
+        return self.prompt + self.text.tokens[: self.text.n_yielded]
 
 
 def check_batched_lookup(proposer: Proposer, max_kv_size: int | None = None) -> None:
@@ -83,7 +83,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         proposer: Proposes the tokens; None makes one for the model.
         sampler: The sampler of texts that give none; None takes the likeliest token.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
-        announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
+        announce: Called for each token with how it was decoded, as by :func:`verified_tokens`.
         drafter: Guesses the tokens of a text that decodes alone.
         num_draft_tokens: Tokens that it guesses at a time, at most.
         **options: The other keywords are mlx-lm's.
@@ -105,7 +105,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self.sampler = sampler
         self.logprobs = logprobs
         self._proposer = Proposer(model) if proposer is None else proposer
-        self._texts: dict[int, _BatchText] = {}
+        self._entries: dict[int, _Entry] = {}
         self._drafter = drafter
         self._n_drafts = num_draft_tokens
         prompts = _Prompts.empty(model, sampler, self.prefill_step_size)
@@ -113,12 +113,12 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             self._proposer.hear_states()
             prompts.reading = self._hearing
         inner_batch.set_prompts(self, prompts)
-        texts = _Generation(self._proposer, self._texts, announce)
-        inner_batch.set_decoded_texts(self, texts)
+        generation = _Generation(self._proposer, self._entries, announce)
+        inner_batch.set_decoded_texts(self, generation)
 
     def uids(self) -> list[int]:
         """The numbers of the texts that have not ended."""
-        return list(self._texts)
+        return list(self._entries)
 
     def insert_segments(
         self,
@@ -172,14 +172,14 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             parts, limits, own_caches, held, samplers, logits_processors, stops
         )
         for waiting in inner_batch.waiting_texts(self):
-            if waiting.uid not in self._texts:
-                self._texts[waiting.uid] = self._new_text(waiting)
+            if waiting.uid not in self._entries:
+                self._entries[waiting.uid] = self._new_entry(waiting)
         return cast(list[int], uids)
 
-    def _new_text(self, waiting: inner_batch.Waiting) -> _BatchText:
+    def _new_entry(self, waiting: inner_batch.Waiting) -> _Entry:
         sampler = waiting.sampler
         prompt = [*waiting.held, *(token for part in waiting.segments for token in part)]
-        sequence = Text(
+        text = Text(
             self.sampler if sampler is None else sampler,
             own_processors(waiting.processors or ()),
             mx.array(prompt, mx.int32),
@@ -188,20 +188,20 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             uid=waiting.uid,
             ids_dtype=mx.int32,
         )
-        sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
+        text.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
         if not are_known(waiting.cache):
-            sequence.enter(Phase.DENSE, why=UNKNOWN_CACHE)
-        text = _BatchText(sequence, prompt, compat.as_stop_sequences(waiting.stops).matcher())
+            text.enter(Phase.DENSE, why=UNKNOWN_CACHE)
+        entry = _Entry(text, prompt, compat.as_stop_sequences(waiting.stops).matcher())
         if self._drafter is not None:
-            text.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
+            entry.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
             if waiting.held:
-                text.drafts.hear(waiting.held, None)
-        return text
+                entry.drafts.hear(waiting.held, None)
+        return entry
 
     def take_drafts(self, uid: int, drafts: TrainedDrafts) -> None:
         """Has a text guessed by drafts that have heard the tokens that its cache holds."""
         self._proposer.hear_states()
-        self._texts[uid].drafts = drafts
+        self._entries[uid].drafts = drafts
 
     @contextmanager
     def _hearing(self, uids: list[int], tokens: list[list[int]]) -> Iterator[None]:
@@ -214,7 +214,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             yield
         whole = mx.concatenate(states, axis=1)[0] if len(uids) == 1 and states else None
         for uid, own in zip(uids, tokens, strict=True):
-            drafts = self._texts[uid].drafts
+            drafts = self._entries[uid].drafts
             if drafts is not None and own:
                 drafts.hear(own, whole)
 
@@ -228,7 +228,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
 
     def next_generated(self) -> list[Any]:
         """The next accepted tokens; nothing if there are no more texts."""
-        while self._texts:
+        while self._entries:
             _, responses = self.next()
             if responses:
                 return responses
@@ -244,7 +244,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         with mx.stream(self.stream):
             held = super().remove(uids, return_prompt_caches)
         for uid in uids:
-            self._texts.pop(uid, None)
+            self._entries.pop(uid, None)
         return cast(dict[int, Any], held)
 
 
@@ -290,11 +290,11 @@ class _Generation:
     def __init__(
         self,
         proposer: Proposer,
-        texts: dict[int, _BatchText],
+        entries: dict[int, _Entry],
         announce: Callable[[Mode], Any] | None,
     ):
         self._proposer = proposer
-        self._texts = texts  # those whose prompts are being read, too
+        self._entries = entries  # those whose prompts are being read, too
         self._announce = announce
         self._decoder = Decoder(proposer, BatchCaches(), self._feed)
 
@@ -303,39 +303,39 @@ class _Generation:
         return cast(mx.array, model(tokens, cache=layers))
 
     def __len__(self) -> int:
-        return len(self._decoder.sequences)
+        return len(self._decoder.texts)
 
     @property
     def uids(self) -> list[int]:
-        return [sequence.uid for sequence in self._decoder.sequences]
+        return [text.uid for text in self._decoder.texts]
 
     @property
     def tokens(self) -> list[list[int]]:
-        return [self._texts[uid].tokens for uid in self.uids]
+        return [self._entries[uid].tokens for uid in self.uids]
 
     @property
     def prompt_cache(self) -> list[Any]:
         return self._decoder.caches.layers
 
     def extract_cache(self, idx: int) -> list[Any]:
-        return self._decoder.handed_out_cache(self._decoder.sequences[idx])
+        return self._decoder.handed_out_cache(self._decoder.texts[idx])
 
     def filter(self, keep: list[int]) -> None:
-        sequences = self._decoder.sequences
-        self._decoder.drop([s for row, s in enumerate(sequences) if row not in keep])
+        texts = self._decoder.texts
+        self._decoder.drop([s for row, s in enumerate(texts) if row not in keep])
 
     def extend(self, prompts: _Prompts) -> None:
         """Adds texts whose prompts have been read."""
-        texts = [self._texts[uid] for uid in prompts.uids]
-        sequences = [text.sequence for text in texts]
+        entries = [self._entries[uid] for uid in prompts.uids]
+        texts = [entry.text for entry in entries]
         states: list[mx.array] = []
         with self._proposer.reading(states):
             logits = self._feed(prompts.last, prompts.prompt_cache)[:, -1, :]
-        alone = prompts.prompt_cache if len(texts) == 1 and not len(self) else None
-        for row, text in enumerate(texts):
-            if text.drafts is not None:
-                self._begin_drafts(text, states[-1][row] if states else None, alone)
-        self._decoder.start(sequences, prompts.prompt_cache, logits)
+        alone = prompts.prompt_cache if len(entries) == 1 and not len(self) else None
+        for row, entry in enumerate(entries):
+            if entry.drafts is not None:
+                self._begin_drafts(entry, states[-1][row] if states else None, alone)
+        self._decoder.start(texts, prompts.prompt_cache, logits)
 
     def next(self) -> list[Response]:
         """Hands out tokens that are left from before, or else takes a step."""
@@ -344,8 +344,8 @@ class _Generation:
         if not responses:
             self._guess_for_one_alone()
             self._decoder.round()
-            for sequence in self._decoder.sequences:
-                sequence.leave_state()  # also where it has no token yet
+            for text in self._decoder.texts:
+                text.leave_state()  # also where it has no token yet
             responses = self._hand_out()
         return responses
 
@@ -356,30 +356,30 @@ class _Generation:
         state, their draws depend on when any other begins and ends.
         """
         decoder = self._decoder
-        ahead = [sequence for sequence in decoder.sequences if sequence.ahead]
-        changed = [sequence for sequence in ahead if not sequence.undisturbed]
-        decoder.several_draw = sum(t.sequence.draws_from_mlx for t in self._texts.values()) > 1
+        ahead = [text for text in decoder.texts if text.ahead]
+        changed = [text for text in ahead if not text.undisturbed]
+        decoder.several_draw = sum(t.text.draws_from_mlx for t in self._entries.values()) > 1
         settled = ahead if decoder.several_draw else changed
         if settled:
             decoder.settle(settled)
-        for sequence in changed:
-            sequence.enter(Phase.DENSE, why=CHANGED)
+        for text in changed:
+            text.enter(Phase.DENSE, why=DISTURBED)
 
     def _begin_drafts(
-        self, text: _BatchText, state: mx.array | None, layers: list[Any] | None
+        self, entry: _Entry, state: mx.array | None, layers: list[Any] | None
     ) -> None:
         """Lets a text be guessed at its first token.
 
         Args:
-            text: The text.
+            entry: The text.
             state: (1, D), what its prompt's last token has left.
             layers: Its caches, if it is alone.
         """
-        drafts = cast(TrainedDrafts, text.drafts)
+        drafts = cast(TrainedDrafts, entry.drafts)
         drafts.caches = lambda: self._decoder.caches.layers
-        *before, last = text.prompt
+        *before, last = entry.prompt
         guesses = guesses_of(self._proposer, before, drafts, layers=layers, has_heard=True)
-        text.sequence.guesses = guesses
+        entry.text.guesses = guesses
         if guesses is not None:
             guesses.hear([last], state)
             if layers is not None:  # which are of another kind once a text was taken back
@@ -388,45 +388,45 @@ class _Generation:
 
     def _guess_for_one_alone(self) -> None:
         """Gives a text that decodes alone what guesses its tokens, once."""
-        sequence = self._decoder.sequences[0]
-        text = self._texts[sequence.uid]
-        if len(self) == 1 and not text.decoded_alone and sequence.guesses is None:
-            text.decoded_alone = True
-            layers = self._decoder.caches.layers if sequence.n_yielded == 0 else None
-            read = [*text.prompt, *sequence.fed]
-            sequence.guesses = guesses_of(self._proposer, read, layers=layers)
+        text = self._decoder.texts[0]
+        entry = self._entries[text.uid]
+        if len(self) == 1 and not entry.decoded_alone and text.guesses is None:
+            entry.decoded_alone = True
+            layers = self._decoder.caches.layers if text.n_yielded == 0 else None
+            read = [*entry.prompt, *text.fed]
+            text.guesses = guesses_of(self._proposer, read, layers=layers)
 
     def _hand_out(self) -> list[Response]:
         """Hands out one accepted token of each text that has one.
 
         Ended texts leave together, since mlx-lm's caches are copied each time.
         """
-        responses = [self._response(s) for s in self._decoder.sequences if s.ready]
+        responses = [self._response(s) for s in self._decoder.texts if s.ready]
         ended = [response for response in responses if response.finish_reason is not None]
-        texts = [self._texts.pop(response.uid) for response in ended]
-        for response, text in zip(ended, texts, strict=True):
-            response.prompt_cache = self._decoder.handed_out_cache(text.sequence)
-            response.all_tokens = text.tokens
-        self._decoder.drop([text.sequence for text in texts])
+        entries = [self._entries.pop(response.uid) for response in ended]
+        for response, entry in zip(ended, entries, strict=True):
+            response.prompt_cache = self._decoder.handed_out_cache(entry.text)
+            response.all_tokens = entry.tokens
+        self._decoder.drop([entry.text for entry in entries])
         return responses
 
-    def _response(self, sequence: Text) -> Response:
-        text = self._texts[sequence.uid]
-        pending = self._decoder.hand_out(sequence)
+    def _response(self, text: Text) -> Response:
+        entry = self._entries[text.uid]
+        pending = self._decoder.hand_out(text)
         token = cast(int, pending.token)
         if self._announce is not None:
-            self._announce(mode_of(sequence, sequence.n_yielded))
-        reason = "length" if sequence.n_yielded >= sequence.limit else None
-        if text.matcher.advance(token):
+            self._announce(mode_of(text, text.n_yielded))
+        reason = "length" if text.n_yielded >= text.limit else None
+        if entry.matcher.advance(token):
             reason = "stop"
         return Response(
-            sequence.uid,
+            text.uid,
             token,
             NO_LOGPROBS if pending.logprobs is None else pending.logprobs,
             reason,
             None,
             None,
             bool(pending.guessed),
-            getattr(text.matcher, "match_sequence", None),
-            getattr(text.matcher, "current_state", None),
+            getattr(entry.matcher, "match_sequence", None),
+            getattr(entry.matcher, "current_state", None),
         )

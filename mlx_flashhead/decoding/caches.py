@@ -33,7 +33,7 @@ class Snapshot:
     layers: list[Any]  # each layer's cache as it was then; None for one that is trimmed to here
     copies: list[Any]  # a copy of each; None where it is None
     offsets: list[int | None]  # the length of each layer's cache, where it is known
-    row: int | None = None  # of the sequence, in caches of a batch
+    row: int | None = None  # of the text, in caches of a batch
 
 
 def copied_layers(cache: list[Any], quantized_from: int | None = None) -> list[Any]:
@@ -58,7 +58,7 @@ def rollback(
     target: int,
     replay: Callable[[mx.array], Any],
 ) -> None:
-    """Brings a sequence's caches back from ``n_cached`` tokens to the first ``target``.
+    """Brings a text's caches back from ``n_cached`` tokens to the first ``target``.
 
     Args:
         cache: The caches of the layers, changed in place. Layers that were replaced since the

@@ -22,7 +22,7 @@ from .guessing.draft_model import DraftModel
 from .guessing.guesser import Guesser
 from .guessing.guesses import has_wide_steps
 from .guessing.trained import trained_drafts
-from .loop import GuessedTokens, verified_steps, with_guesses
+from .loop import GuessedTokens, verified_tokens, with_guesses
 from .phase import MAY_DIFFER, Mode
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
@@ -30,7 +30,7 @@ from .sampler import Processor, Sampler, SamplerFunction, draw_of
 log = logging.getLogger("mlx_flashhead")
 
 
-def drafted_steps(
+def drafted_tokens(
     prompt: mx.array,
     model: Any,
     draft_model: Any,
@@ -58,7 +58,7 @@ def drafted_steps(
         prompt_cache: Caches of both models, which hold the ``context`` already.
         context: Tokens that come before the prompt.
         announce: Called with how the text is decoded.
-        **options: Further keywords of :func:`verified_steps`, such as ``max_tokens``.
+        **options: Further keywords of :func:`verified_tokens`, such as ``max_tokens``.
 
     The other arguments are those of ``speculative_generate_step``.
 
@@ -91,10 +91,10 @@ def drafted_steps(
             **options,
         )
         with closing(plain):
-            for step in plain:
+            for token in plain:
                 if announce is not None:
                     announce(MAY_DIFFER)
-                yield step
+                yield token
         return
     context = list(context)
     guesser = None
@@ -105,7 +105,7 @@ def drafted_steps(
         )
     else:
         _log_once_without_drafts(known)
-    steps = verified_steps(
+    tokens = verified_tokens(
         prompt,
         model,
         stream,
@@ -119,7 +119,7 @@ def drafted_steps(
         **options,
     )
     try:
-        yield from with_guesses(steps, proposer)
+        yield from with_guesses(tokens, proposer)
     finally:
         caches[: len(layers)] = layers  # which may have been quantized on the way
 

@@ -18,7 +18,7 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.trained_drafter import TrainedDrafter
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator, check_batched_lookup
-from .drafting import drafted_steps
+from .drafting import drafted_tokens
 from .guessing.draft_model import draft_report
 from .guessing.trained import drafter_report
 from .keywords import (
@@ -31,7 +31,7 @@ from .keywords import (
     check_keywords,
     check_prompt,
 )
-from .loop import GuessedTokens, verified_steps, with_guesses
+from .loop import GuessedTokens, verified_tokens, with_guesses
 from .proposer import Proposer
 from .sampler import SamplerFunction
 from .settings import DecodingSettings
@@ -358,7 +358,7 @@ def _steps(
     if draft_model is not None:
         if input_embeddings is not None:
             raise ValueError("Speculative decoding does not support input embeddings.")
-        return drafted_steps(
+        return drafted_tokens(
             prompt,
             model,
             draft_model,
@@ -371,7 +371,7 @@ def _steps(
             prompt_cache=prompt_cache,
             **options,
         )
-    steps = verified_steps(
+    steps = verified_tokens(
         prompt,
         model,
         stream,

@@ -15,7 +15,7 @@ from .caches import OwnCaches, are_known
 from .decoder import Decoder
 from .guessing.guesser import Guesser
 from .guessing.guesses import Guesses, check_lookup, guesses_of
-from .phase import CHANGED, REPLACED, TRAINED, UNKNOWN_CACHE, Mode, Phase
+from .phase import DISTURBED, REPLACED, TRAINED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .text import PendingToken, Text, mode_of
@@ -27,7 +27,7 @@ CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 GuessedTokens = Generator[tuple[int, Any, bool], None, None]
 
 
-def verified_steps(
+def verified_tokens(
     prompt: mx.array,
     model: nn.Module,
     stream: Any = compat.generation_stream,
@@ -81,7 +81,7 @@ def verified_steps(
     context = list(context)
     why_own = why_mlx_lms_own(model)
     if why_own is not None and not context and prefill is None:
-        yield from _mlx_lms_steps(
+        yield from _mlx_lms_tokens(
             prompt,
             model,
             stream,
@@ -115,7 +115,7 @@ def verified_steps(
     known = [*context, *cast(list[int], prompt.tolist())]
     before = known[: len(known) - n_begun]
     seen = mx.array(before, prompt.dtype) if context else _seen(prompt)
-    sequence = Text(
+    text = Text(
         sampler,
         logits_processors,
         seen if len(seen) else None,
@@ -125,11 +125,11 @@ def verified_steps(
     )
     why_dense = why_own if are_known(cache) else UNKNOWN_CACHE
     if why_dense is not None:
-        sequence.enter(Phase.DENSE, why=why_dense)
+        text.enter(Phase.DENSE, why=why_dense)
     check_lookup(proposer, cache)
     quantized_from = None if kv_bits is None else quantized_kv_start
     layers = _at_first_token(cache, len(known), quantization)
-    sequence.guesses = guesses_of(proposer, context, guesser, quantized_from, layers=layers)
+    text.guesses = guesses_of(proposer, context, guesser, quantized_from, layers=layers)
     caches = OwnCaches(cache, quantized_from)
     decoder = Decoder(proposer, caches, feed)
     progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
@@ -140,34 +140,34 @@ def verified_steps(
             lambda tokens, embeddings: feed(tokens, cache, embeddings),
             cache,
             proposer=proposer,
-            guesses=sequence.guesses,
+            guesses=text.guesses,
             embeddings=input_embeddings,
             step_size=prefill_step_size,
             progress=progress,
             loop=prefill,
         )
-        decoder.start([sequence], cache, logits)
+        decoder.start([text], cache, logits)
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
-    text = _Handover(decoder, sequence, caches, stream, shared)
+    handover = _Handover(decoder, text, caches, stream, shared)
     try:
-        while sequence.n_yielded != sequence.limit:
+        while text.n_yielded != text.limit:
             # 2) The decoder makes tokens until some are accepted.
-            pending = text.next_token()
-            n_given = sequence.n_yielded - n_begun
+            pending = handover.next_token()
+            n_given = text.n_yielded - n_begun
             if n_given == 1:
                 progress(n_prompt, n_prompt)
             if announce is not None:
-                announce(mode_of(sequence, n_given))
+                announce(mode_of(text, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
-            text.show()
+            handover.show()
             yield cast(int, pending.token), pending.logprobs
-            text.resume()
+            handover.resume()
             if n_given % CLEAR_EVERY == 1:
                 mx.clear_cache()
     finally:
-        text.end()
+        handover.end()
 
 
 def _at_first_token(
@@ -199,7 +199,7 @@ def why_mlx_lms_own(model: Any) -> Mode | None:
     return None
 
 
-def _mlx_lms_steps(
+def _mlx_lms_tokens(
     prompt: mx.array,
     model: nn.Module,
     stream: Any,
@@ -209,14 +209,14 @@ def _mlx_lms_steps(
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """The text of mlx-lm's own loop, announced as ``mode``."""
     progress = options.pop("prompt_progress_callback") or (lambda n_read, n_prompt: None)
-    steps: Any = compat.generate_step(
+    tokens: Any = compat.generate_step(
         prompt, model, stream=stream, prompt_progress_callback=progress, **options
     )
-    with closing(steps):
-        for step in steps:
+    with closing(tokens):
+        for token in tokens:
             if announce is not None:
                 announce(mode)
-            yield step
+            yield token
 
 
 def _read_prompt(
@@ -316,14 +316,14 @@ def _read_by(loop: Callable[..., Iterable[Any]], cache: list[Any]) -> mx.array:
     return taken[-1]
 
 
-def with_guesses(steps: Iterator[tuple[int, Any]], proposer: Proposer) -> GuessedTokens:
+def with_guesses(tokens: Iterator[tuple[int, Any]], proposer: Proposer) -> GuessedTokens:
     """The tokens and log-probabilities of a loop, and whether each token was guessed.
 
     It is ``from_draft`` of mlx-lm's responses. The loop ends with this generator.
     """
     n_guessed = 0
-    with closing(cast(Any, steps)):
-        for token, logprobs in steps:
+    with closing(cast(Any, tokens)):
+        for token, logprobs in tokens:
             guessed = proposer.n_guessed.total() > n_guessed
             n_guessed = proposer.n_guessed.total()
             yield token, logprobs, guessed
@@ -335,8 +335,8 @@ _ahead_in: WeakKeyDictionary[Any, "_Handover"] = WeakKeyDictionary()
 
 def _take_from_earlier(cache: Any) -> None:
     """Has the texts that are ahead in these caches leave them as their callers have the tokens."""
-    for text in {_ahead_in[layer] for layer in cache if layer in _ahead_in}:
-        text.bring_back()
+    for handover in {_ahead_in[layer] for layer in cache if layer in _ahead_in}:
+        handover.bring_back()
 
 
 class _Handover:
@@ -345,13 +345,13 @@ class _Handover:
     def __init__(
         self,
         decoder: Decoder,
-        sequence: Text,
+        text: Text,
         caches: OwnCaches,
         stream: Any,
         shared: bool,
     ):
         self._decoder = decoder
-        self._sequence = sequence
+        self._text = text
         self._caches = caches
         self._stream = stream
         self._shared = shared  # whether the caller has the caches, too
@@ -360,49 +360,49 @@ class _Handover:
 
     def next_token(self) -> PendingToken:
         with mx.stream(self._stream):
-            while not self._sequence.ready:
+            while not self._text.ready:
                 self._decoder.round()
-        return self._decoder.hand_out(self._sequence)
+        return self._decoder.hand_out(self._text)
 
     def show(self) -> None:
         """Leaves everything to the caller as mlx-lm's loop would leave it at this token.
 
         Caches that cannot be trimmed stay ahead, until the text ends or another one begins in them.
         """
-        sequence = self._sequence
-        if self._shared and sequence.ahead:
-            n_ahead = sequence.n_cached - sequence.n_yielded
-            if not self._caches.show(n_ahead, sequence.snapshots[0]):
+        text = self._text
+        if self._shared and text.ahead:
+            n_ahead = text.n_cached - text.n_yielded
+            if not self._caches.show(n_ahead, text.snapshots[0]):
                 self._ahead_in = list(self._caches.layers)
                 _ahead_in.update(dict.fromkeys(self._ahead_in, self))
         self._shown = True
 
     def resume(self) -> None:
         """Goes on, with what the caller has changed since :meth:`show`."""
-        sequence = self._sequence
+        text = self._text
         as_shown = self._take_caches()
-        if sequence.ahead and not (as_shown and sequence.undisturbed):
+        if text.ahead and not (as_shown and text.undisturbed):
             with mx.stream(self._stream):
-                self._decoder.settle([sequence], caches_changed=not as_shown)
-            sequence.enter(Phase.DENSE, why=CHANGED)
+                self._decoder.settle([text], caches_changed=not as_shown)
+            text.enter(Phase.DENSE, why=DISTURBED)
         self._shown = False
 
     def end(self) -> None:
         """Leaves the caches and MLX's random state as at the token handed out last."""
-        if self._take_caches() and self._shared and self._sequence.ahead:
+        if self._take_caches() and self._shared and self._text.ahead:
             self.bring_back()
         if not self._shown:
-            self._sequence.leave_state()
-        sequence = self._sequence
-        if sequence.guesses is not None:
+            self._text.leave_state()
+        text = self._text
+        if text.guesses is not None:
             with mx.stream(self._stream):
-                sequence.guesses.take_back(sequence.n_cached - sequence.n_yielded)
-                sequence.guesses.leave()
+                text.guesses.take_back(text.n_cached - text.n_yielded)
+                text.guesses.leave()
 
     def bring_back(self) -> None:
         """Rolls the caches back to the token handed out last."""
         with mx.stream(self._stream):
-            self._decoder.handed_out_cache(self._sequence)
+            self._decoder.handed_out_cache(self._text)
 
     def _take_caches(self) -> bool:
         for layer in self._ahead_in:

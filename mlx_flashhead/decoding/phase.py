@@ -74,7 +74,7 @@ UNKNOWN_FUNCTION = Mode.dense("its sampler, or one of its processors, cannot be 
 UNKNOWN_CACHE = Mode.dense("its caches are not mlx-lm's own")
 TRAINED = Mode.dense("the model is being trained, and leaves out values at random")
 REPLACED = Mode.dense("functions of mlx-lm were replaced")
-CHANGED = Mode.dense(
+DISTURBED = Mode.dense(
     "between tokens the program uses the text's caches, processors or random state"
 )
 MAY_DIFFER = Mode.dense(

@@ -1,4 +1,4 @@
-"""Proposes the tokens of sequences, by the policy of their head."""
+"""Proposes the tokens of texts, by the policy of their head."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -33,11 +33,11 @@ from .policy import DecodingPolicy, decoding_mode, policy_of
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 
-CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
+CPU_BATCH = 32  # texts at once up to which proposals pay on a CPU
 
 
 class Proposer:
-    """Proposes the tokens of one loop's sequences.
+    """Proposes the tokens of one loop's texts.
 
     Args:
         model: Of mlx-lm, with a FlashHead or without.
@@ -86,9 +86,9 @@ class Proposer:
 
     @property
     def max_batch(self) -> int:
-        """The number of sequences at once up to which proposals are made.
+        """The number of texts at once up to which proposals are made.
 
-        C/p sequences read as many rows as the dense head, which reads each row once.
+        C/p texts read as many rows as the dense head, which reads each row once.
         """
         if self.head is None:
             return 0
@@ -136,38 +136,38 @@ class Proposer:
         fits = n_texts == 1 or n_texts <= self.max_batch
         return VERIFIED if pays and fits else PAUSED
 
-    def pace_of(self, sequences: list[Text]) -> Pace | None:
+    def pace_of(self, texts: list[Text]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
         adapts = self.verifies and policy.adapts and not policy.lockstep
         if not adapts or self.settings.n_probes is not None:
             return None
-        sampled = any(not sequence.greedy for sequence in sequences)
-        by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
-        key = sampled, by_mlx_lm, len(sequences)
+        sampled = any(not text.greedy for text in texts)
+        by_mlx_lm = any(text.draws_from_mlx for text in texts)
+        key = sampled, by_mlx_lm, len(texts)
         if key not in policy.paces:
-            tuning = policy.tuning if len(sequences) == 1 else None
+            tuning = policy.tuning if len(texts) == 1 else None
             policy.paces[key] = Pace(None if tuning is None else tuning.dense_seconds)
         return policy.paces[key]
 
-    def pays(self, sequence: Text, n_texts: int = 1) -> bool:
-        """Whether proposals may pay for a sequence that is one of ``n_texts``.
+    def pays(self, text: Text, n_texts: int = 1) -> bool:
+        """Whether proposals may pay for a text that is one of ``n_texts``.
 
         One sampled text was measured when the head was tuned. Several were not: their pace decides,
         but not where each row of a batch whose dense tokens may be verified later costs a product
         of its own.
         """
         policy = self.policy
-        if sequence.greedy or self.settings.n_probes is not None or not policy.sampled_dense:
+        if text.greedy or self.settings.n_probes is not None or not policy.sampled_dense:
             return True
         if n_texts == 1 or not policy.adapts or policy.lockstep:
             return False
         head = cast(FlashHead, self.head)
         return not head.differs_in_batches(hidden_dtype(self.model))
 
-    def can_verify(self, sequence: Text) -> bool:
-        """Whether the choices of a sequence that has begun can be verified."""
-        return sequence.why_dense is None and self.pays(sequence, n_texts=2)
+    def can_verify(self, text: Text) -> bool:
+        """Whether the choices of a text that has begun can be verified."""
+        return text.why_dense is None and self.pays(text, n_texts=2)
 
     def reading(self, states: list[mx.array] | None = None) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
@@ -233,7 +233,7 @@ class Proposer:
 
     def propose(
         self,
-        sequences: list[Text],
+        texts: list[Text],
         hidden: mx.array,
         latest: mx.array | None = None,
         guesses: list[int] | None = None,
@@ -241,10 +241,10 @@ class Proposer:
         """Tokens that are pending then, lazy.
 
         Args:
-            sequences: R of them; in a wide step the same one R times.
+            texts: R of them; in a wide step the same one R times.
             hidden: (R, D), their states.
             latest: (R,), the tokens of these states, which may not be computed yet; None where the
-                sequences know all of their tokens.
+                texts know all of their tokens.
             guesses: What is expected as the first tokens that are proposed, in a wide step.
 
         Returns:
@@ -252,27 +252,27 @@ class Proposer:
         """
         head = self.flash_head
         vocab_size = head.vocab_size
-        sampled = not all([sequence.greedy for sequence in sequences])
-        changed = not all([sequence.unchanged for sequence in sequences])
+        sampled = not all([text.greedy for text in texts])
+        changed = not all([text.unchanged for text in texts])
         draws: list[tuple[Draw, Key]] = []
         masks: list[np.ndarray | None] = []
         changes: list[ChangedTokens | None] = []
-        counted: list[bool] = []  # whether a sequence knows the token of its state
+        counted: list[bool] = []  # whether a text knows the token of its state
         made = []
-        for row, sequence in enumerate(sequences):
+        for row, text in enumerate(texts):
             pending = PendingToken(row=row)
             if sampled:
-                draws.append(sequence.draw_at(sequence.n_chosen))
+                draws.append(text.draw_at(text.n_chosen))
             if changed:
-                pending.allowed = self._mask(sequence)
+                pending.allowed = self._mask(text)
                 masks.append(pending.allowed)
-                few = with_few_allowed(sequence.changed_tokens(), pending.allowed, vocab_size)
+                few = with_few_allowed(text.changed_tokens(), pending.allowed, vocab_size)
                 changes.append(few)
-                counted.append(sequence.knows_latest)
+                counted.append(text.knows_latest)
             if guesses and row < len(guesses):
                 pending.token = guesses[row]
             made.append(pending)
-            sequence.pending.append(pending)
+            text.pending.append(pending)
         adjustment = None
         if changed:
             adjustment = _adjustment(changes, counted, latest, vocab_size)
@@ -289,14 +289,14 @@ class Proposer:
             pending.proposal = proposal
         return proposal.tokens
 
-    def _mask(self, sequence: Text) -> np.ndarray | None:
-        """Returns what a mask of the sequence allows at its next place.
+    def _mask(self, text: Text) -> np.ndarray | None:
+        """Returns what a mask of the text allows at its next place.
 
         It waits for the latest token. If the mask allowed no scored token in that one's place, it
         will be rejected, and nothing is masked after it.
         """
-        changes = sequence.changes
-        pending = sequence.pending
+        changes = text.changes
+        pending = text.pending
         if changes is None or changes.mask is None:
             return None
         last = pending[-1] if pending else None
@@ -304,7 +304,7 @@ class Proposer:
             risks = cast(list[float], last.proposal.risk.tolist())
             if risks[last.row] == NOTHING_ALLOWED:
                 return None
-        return changes.mask.allowed(sequence.context(sequence.n_chosen), self.flash_head.vocab_size)
+        return changes.mask.allowed(text.context(text.n_chosen), self.flash_head.vocab_size)
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them, where a map describes that."""

@@ -18,7 +18,7 @@ FEW = 4
 
 
 class VerifySchedule:
-    """Has the pending tokens of some sequences verified, and accepts up to the first rejected one.
+    """Has the pending tokens of some texts verified, and accepts up to the first rejected one.
 
     The first verifications come after few tokens, so that text begins to flow early, and each later
     one after twice as many; after half as many where a token was rejected, since those after it
@@ -26,7 +26,7 @@ class VerifySchedule:
 
     Args:
         proposer: Has proposed the tokens.
-        snapshot: Takes snapshots of the caches of some sequences as they are.
+        snapshot: Takes snapshots of the caches of some texts as they are.
     """
 
     def __init__(self, proposer: Proposer, snapshot: Callable[[list[Text]], list[Snapshot]]):
@@ -48,25 +48,25 @@ class VerifySchedule:
         # Arrays of pending tokens, which are computed with the next step.
         self.joined: list[mx.array] = []
 
-    def step(self, sequences: list[Text]) -> None:
-        """Accepts what is decided after a step, which has read tokens of each sequence.
+    def step(self, texts: list[Text]) -> None:
+        """Accepts what is decided after a step, which has read tokens of each text.
 
-        Afterwards the caller rolls back the caches of sequences with a rejected token.
+        Afterwards the caller rolls back the caches of texts with a rejected token.
         """
         self.joined = []
         verification = self._verification
         if verification is not None:
-            n_read = max([sequence.n_read for sequence in sequences], default=0)
+            n_read = max([text.n_read for text in texts], default=0)
             if verification.ready or n_read >= MAX_READ:
                 self._accept()
         ends = False
-        for sequence in sequences:
-            ends |= self._note_read(sequence)
-            _accept_dense(sequence)
+        for text in texts:
+            ends |= self._note_read(text)
+            _accept_dense(text)
         if ends and self._verification is not None:
             self._accept()
-        waiting = [sequence for sequence in sequences if sequence.n_read]
-        due = self._due or not all([sequence.proposing for sequence in waiting])
+        waiting = [text for text in texts if text.n_read]
+        due = self._due or not all([text.proposing for text in waiting])
         if waiting and self._verification is None and (ends or due):
             self._launch(waiting)
             if ends:
@@ -82,62 +82,62 @@ class VerifySchedule:
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 
-    def flush(self, sequence: Text) -> None:
-        """Accepts the sequence's tokens that are read, up to a rejected one, without delay."""
+    def flush(self, text: Text) -> None:
+        """Accepts the text's tokens that are read, up to a rejected one, without delay."""
         if self._verification is not None:
             self._accept()
-        if sequence.n_read and not sequence.rejected:
-            first = sequence.pending[0]
+        if text.n_read and not text.rejected:
+            first = text.pending[0]
             if first.proposal is None:
-                sequence.accept()
+                text.accept()
             else:
-                self._launch([sequence])
+                self._launch([text])
                 self._accept()
 
-    def forget(self, sequences: list[Text]) -> None:
-        """Verifies the pending tokens of some sequences no more."""
+    def forget(self, texts: list[Text]) -> None:
+        """Verifies the pending tokens of some texts no more."""
         if self._verification is not None:
-            self._verification.forget(sequences)
-        for sequence in sequences:
-            self._risks.pop(sequence, None)
+            self._verification.forget(texts)
+        for text in texts:
+            self._risks.pop(text, None)
         self._unjoined = [
             pending
             for pending in self._unjoined
-            if not any(pending in sequence.pending for sequence in sequences)
+            if not any(pending in text.pending for text in texts)
         ]
 
-    def _note_read(self, sequence: Text) -> bool:
+    def _note_read(self, text: Text) -> bool:
         """Takes note of pending tokens that are read, once. Returns whether one ends the text.
 
         What the dense logits chose needs no note where nothing is pending before it. Nothing is
         read after a token that was rejected.
         """
-        n_read = sequence.n_read
+        n_read = text.n_read
         n_noted = n_read
-        while n_noted and not sequence.pending[n_noted - 1].noted:
+        while n_noted and not text.pending[n_noted - 1].noted:
             n_noted -= 1
         proposed = n_noted > 0
         ends = False
         for place in range(n_noted, n_read):
-            pending = sequence.pending[place]
+            pending = text.pending[place]
             if pending.proposal is not None:
                 proposed = True
             if not proposed:
                 continue
-            self._wait_for(sequence, pending)
-            if len(sequence.tokens) + place + 1 == sequence.limit:
+            self._wait_for(text, pending)
+            if len(text.tokens) + place + 1 == text.limit:
                 ends = True
             if pending.token in self._proposer.flash_head.eos_token_ids:
                 ends = True
         return ends
 
-    def _wait_for(self, sequence: Text, pending: PendingToken) -> None:
+    def _wait_for(self, text: Text, pending: PendingToken) -> None:
         """Has a token of a text wait for the next launch."""
         pending.noted = True
         if self._n_waiting == 0:
             self._since = time.perf_counter()
         self._n_waiting += 1
-        self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
+        self._risks[text] = self._risks.get(text, 0.0) + pending.risk
         if pending.proposal is not None:
             self._unjoined.append(pending)
 
@@ -157,31 +157,31 @@ class VerifySchedule:
         waited = time.perf_counter() - self._since
         return self._n_waiting >= few and waited >= seconds and not policy.lockstep
 
-    def _launch(self, sequences: list[Text]) -> None:
+    def _launch(self, texts: list[Text]) -> None:
         self._n_launched = self._n_waiting
         self._n_waiting = 0
         self._risks = {}
         self._limit = min(2 * self._limit, self._proposer.policy.max_pending)
         self._unjoined = []
-        snapshots = self._snapshot(sequences)
-        self._verification = Verification(self._proposer, sequences, snapshots)
+        snapshots = self._snapshot(texts)
+        self._verification = Verification(self._proposer, texts, snapshots)
 
     def _accept(self) -> None:
-        """Waits for the verification. A sequence that goes on keeps the snapshot of its launch."""
+        """Waits for the verification. A text that goes on keeps the snapshot of its launch."""
         verification = self._verification
         assert verification is not None
         self._verification = None
         self.n_verified += 1
-        for sequence, snapshot in verification.snapshots.items():
-            verification.accept(sequence)
-            if sequence.rejected:
+        for text, snapshot in verification.snapshots.items():
+            verification.accept(text)
+            if text.rejected:
                 self._limit = max(self._n_launched // 2, self._proposer.policy.first_pending)
                 continue
-            sequence.snapshots.append(snapshot)
-            _accept_dense(sequence)
+            text.snapshots.append(snapshot)
+            _accept_dense(text)
 
 
-def _accept_dense(sequence: Text) -> None:
+def _accept_dense(text: Text) -> None:
     """Accepts what the dense logits chose, up to the first token that was proposed."""
-    while sequence.n_read and sequence.pending[0].proposal is None:
-        sequence.accept()
+    while text.n_read and text.pending[0].proposal is None:
+        text.accept()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class PendingToken:
-    """A token that was chosen for a sequence and is not accepted yet."""
+    """A token that was chosen for a text and is not accepted yet."""
 
     proposal: Proposal | None = None  # None where the dense logits chose the token
     row: int = 0  # its row in the proposal
@@ -395,9 +395,9 @@ class Text:
         return token
 
 
-def mode_of(sequence: Text, n_handed_out: int) -> Mode:
+def mode_of(text: Text, n_handed_out: int) -> Mode:
     """How the latest of the tokens that were handed out since a text's prompt was decoded."""
-    return FIRST if n_handed_out == 1 and sequence.mode.is_verified else sequence.mode
+    return FIRST if n_handed_out == 1 and text.mode.is_verified else text.mode
 
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:

@@ -15,25 +15,25 @@ from .proposer import Proposer
 from .sampler import normalized
 from .text import PendingToken, Text
 
-Row = tuple[Text, PendingToken, int]  # a sequence, its pending token, its place in the text
+Row = tuple[Text, PendingToken, int]  # a text, its pending token, its place in the text
 
 
 class Verification:
     """A verification of the pending tokens that are read.
 
     It is launched when made, and read by :meth:`accept`. ``snapshots`` are the caches of the
-    ``sequences`` as they are now.
+    ``texts`` as they are now.
     """
 
-    def __init__(self, proposer: Proposer, sequences: list[Text], snapshots: list[Any]):
+    def __init__(self, proposer: Proposer, texts: list[Text], snapshots: list[Any]):
         self._proposer = proposer
-        self.snapshots = dict(zip(sequences, snapshots, strict=True))
-        self.counts = {sequence: sequence.n_read for sequence in sequences}
+        self.snapshots = dict(zip(texts, snapshots, strict=True))
+        self.counts = {text: text.n_read for text in texts}
         self._rows: list[Row] = [
-            (sequence, sequence.pending[i], len(sequence.tokens) + i)
-            for sequence, n in self.counts.items()
+            (text, text.pending[i], len(text.tokens) + i)
+            for text, n in self.counts.items()
             for i in range(n)
-            if sequence.pending[i].proposal is not None
+            if text.pending[i].proposal is not None
         ]
         self._verdict: Verdict | None = None  # until it is read
         self._has_logprobs = False
@@ -52,35 +52,35 @@ class Verification:
     def _note_logprobs(self, verdict: Verdict) -> None:
         """Notes the log-probabilities of the rows. They are lazy, since few are read."""
         self._has_logprobs = True
-        for row, (sequence, pending, index) in enumerate(self._rows):
-            if sequence.logprobs:
-                logits = sequence.process(verdict.logits(row), sequence.context(index))
+        for row, (text, pending, index) in enumerate(self._rows):
+            if text.logprobs:
+                logits = text.process(verdict.logits(row), text.context(index))
                 pending.logprobs = normalized(logits)[0]
 
-    def forget(self, sequences: list[Text]) -> None:
-        """Drops what was launched for some sequences."""
-        for sequence in sequences:
-            self.snapshots.pop(sequence, None)
+    def forget(self, texts: list[Text]) -> None:
+        """Drops what was launched for some texts."""
+        for text in texts:
+            self.snapshots.pop(text, None)
 
-    def accept(self, sequence: Text) -> None:
-        """Waits for the verification and accepts the sequence's tokens up to a rejected one.
+    def accept(self, text: Text) -> None:
+        """Waits for the verification and accepts the text's tokens up to a rejected one.
 
         The dense choice takes its place, and nothing is pending any more.
         """
         if self._verdict is not None:
             self._decide(self._verdict)
             self._verdict = None
-        for _ in range(self.counts[sequence]):
-            pending = sequence.pending[0]
+        for _ in range(self.counts[text]):
+            pending = text.pending[0]
             if pending in self._choices:
                 token, logprobs = self._choices[pending]
-                pending.logprobs = logprobs if sequence.logprobs else None
-                sequence.rejected = token != pending.token
+                pending.logprobs = logprobs if text.logprobs else None
+                text.rejected = token != pending.token
                 pending.token = token
-            sequence.accept()
-            if sequence.rejected:
+            text.accept()
+            if text.rejected:
                 self._proposer.n_rejected += 1
-                sequence.pending.clear()
+                text.pending.clear()
                 return
 
     def _decide(self, verdict: Verdict) -> None:
@@ -89,12 +89,12 @@ class Verification:
         if not self._has_logprobs:
             self._note_logprobs(verdict)
         chosen = {}
-        for (sequence, pending, index), doubt in zip(self._rows, in_doubt, strict=True):
-            if doubt and sequence in self.snapshots:
+        for (text, pending, index), doubt in zip(self._rows, in_doubt, strict=True):
+            if doubt and text in self.snapshots:
                 proposal = cast(Proposal, pending.proposal)
                 hidden = proposal.hidden[pending.row : pending.row + 1]
                 logits = self._proposer.dense_row(hidden)
-                chosen[pending] = sequence.choose(logits, index)
+                chosen[pending] = text.choose(logits, index)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
             self._choices[pending] = (cast(int, token.item()), logprobs)
@@ -106,10 +106,10 @@ def _verdict(proposer: Proposer, rows: list[Row]) -> Verdict:
     pending = [each for _, each, _ in rows]
     # before they are joined: with them a thread need not wait for the step that is running
     sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]
-    changes = [sequence.changes for sequence, _, _ in rows]
+    changes = [text.changes for text, _, _ in rows]
     draws = None
-    if not all([sequence.greedy for sequence, _, _ in rows]):
-        draws = Draws.of([sequence.draw_at(index) for sequence, _, index in rows])
+    if not all([text.greedy for text, _, _ in rows]):
+        draws = Draws.of([text.draw_at(index) for text, _, index in rows])
     return head.verify(
         join(head, pending),
         draws,

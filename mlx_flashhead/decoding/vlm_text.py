@@ -8,12 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
-from .loop import verified_steps
+from .loop import verified_tokens
 from .phase import Mode
 from .proposer import Proposer
 
 
-def vlm_steps(
+def vlm_tokens(
     original: Callable[..., Iterator[Any]],
     input_ids: mx.array,
     model: nn.Module,
@@ -50,7 +50,7 @@ def vlm_steps(
     names = ("max_tokens", "logprobs")
     taken = {name: options[name] for name in names if name in options}
     rest = {name: value for name, value in options.items() if name not in (*names, "prompt_cache")}
-    return verified_steps(
+    return verified_tokens(
         input_ids[0],
         text,  # type: ignore[arg-type]
         stream,

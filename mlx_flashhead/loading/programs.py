@@ -16,12 +16,12 @@ from weakref import finalize
 
 from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
-from ..decoding.drafting import drafted_steps
-from ..decoding.loop import verified_steps, why_mlx_lms_own
+from ..decoding.drafting import drafted_tokens
+from ..decoding.loop import verified_tokens, why_mlx_lms_own
 from ..decoding.phase import Mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
-from ..decoding.vlm_text import vlm_steps
+from ..decoding.vlm_text import vlm_tokens
 from ..interop.replace import Wrap, put_all_in_place
 from ..models.compat.mlx_lm import load_tokenizer, make_prompt_cache
 from ..models.fetch import hub_sentence, resolve
@@ -329,7 +329,7 @@ class _Patches:
         if mode == BUILDING or not (mode.is_verified or looks_up):
             return use.follow(original(**options), mode)
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
-        return verified_steps(**options, proposer=proposer, announce=use.announce)
+        return verified_tokens(**options, proposer=proposer, announce=use.announce)
 
     def _guessed(
         self, drafter: TrainedDrafter, options: dict[str, Any], use: Use | None
@@ -341,7 +341,7 @@ class _Patches:
         limit = given.pop("max_kv_size", None)
         given["prompt_cache"] = given.get("prompt_cache") or make_prompt_cache(model, limit)
         announce = None if use is None else use.announce
-        steps = drafted_steps(**given, draft_model=drafter, proposer=proposer, announce=announce)
+        steps = drafted_tokens(**given, draft_model=drafter, proposer=proposer, announce=announce)
         with closing(steps):
             for token, logprobs, _ in steps:
                 yield token, logprobs
@@ -365,7 +365,7 @@ class _Patches:
         if is_built and not is_recognised(draft_model):
             return None
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
-        steps = drafted_steps(**options, proposer=proposer, announce=use.announce)
+        steps = drafted_tokens(**options, proposer=proposer, announce=use.announce)
         return draft.follow(use.follow(steps))
 
     def _drafted(self, drafter: TrainedDrafter, options: dict[str, Any]) -> Iterator[Any]:
@@ -378,7 +378,7 @@ class _Patches:
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         use = self._use_of(model)
         announce = None if use is None else use.announce
-        yield from drafted_steps(**options, proposer=proposer, announce=announce)
+        yield from drafted_tokens(**options, proposer=proposer, announce=announce)
 
     def batches(self, original: Any) -> Any:
         """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""
@@ -395,5 +395,5 @@ class _Patches:
         if mode.is_verified:
             mode = ONLY_GREEDY
             ids, _, pixel_values, mask = call.args
-            loop = vlm_steps(original, ids, model, pixel_values, mask, call.kwargs, use.announce)
+            loop = vlm_tokens(original, ids, model, pixel_values, mask, call.kwargs, use.announce)
         return loop or use.follow(original(*call.args, **call.kwargs), mode)

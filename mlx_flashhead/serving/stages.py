@@ -11,9 +11,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..decoding.batch import VerifiedBatchGenerator
-from ..decoding.drafting import drafted_steps
+from ..decoding.drafting import drafted_tokens
 from ..decoding.guessing.trained import TrainedDrafts
-from ..decoding.loop import verified_steps, with_guesses
+from ..decoding.loop import verified_tokens, with_guesses
 from ..decoding.proposer import Proposer
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
@@ -195,12 +195,12 @@ class Single:
         draft_model = job.served.draft_model or job.served.drafter
         proposer = Proposer(model, job.settings)
         loop: Any = partial(
-            verified_steps,
+            verified_tokens,
             max_tokens=-1,  # without a limit, so that a step is launched after the last token
         )
         if draft_model is not None:
             loop = partial(
-                drafted_steps,
+                drafted_tokens,
                 draft_model=draft_model,
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.fields.num_draft_tokens,

@@ -31,10 +31,10 @@ def misses(monkeypatch):
     rejected = []
     accept = Verification.accept
 
-    def counting(self, sequence):
-        accept(self, sequence)
-        if sequence.rejected:
-            rejected.append(sequence)
+    def counting(self, text):
+        accept(self, text)
+        if text.rejected:
+            rejected.append(text)
 
     monkeypatch.setattr(Verification, "accept", counting)
     return rejected

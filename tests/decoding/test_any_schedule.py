@@ -58,13 +58,13 @@ def chance(monkeypatch):
     chance = random.Random(1)
     hand_out = Text.hand_out
 
-    def checked(sequence):
-        pending = hand_out(sequence)
-        if sequence.ahead:
-            assert sequence.snapshots[0].n_tokens <= sequence.n_yielded
+    def checked(text):
+        pending = hand_out(text)
+        if text.ahead:
+            assert text.snapshots[0].n_tokens <= text.n_yielded
         else:
-            assert sequence.level
-            assert sequence.n_cached == sequence.n_yielded
+            assert text.level
+            assert text.n_cached == text.n_yielded
         return pending
 
     monkeypatch.setattr(Text, "hand_out", checked)

@@ -392,11 +392,11 @@ def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
         pass
     assert not taken
     proposer = Proposer(pair.flash.model)
-    sequences = []
+    texts = []
     enter = Text.enter
 
     def noting(own, *of_phase):
-        sequences.append(own)
+        texts.append(own)
         enter(own, *of_phase)
 
     monkeypatch.setattr(Text, "enter", noting)
@@ -404,7 +404,7 @@ def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
         proposer=proposer, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=N_TOKENS
     )
     for _ in steps:
-        most = max(most, len(sequences[0].snapshots))
+        most = max(most, len(texts[0].snapshots))
     assert proposer.n_verifications and most <= 2
     assert len(taken) <= proposer.n_verifications + 1
     held = [copy for copies in taken for copy in copies if copy is not None]

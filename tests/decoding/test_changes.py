@@ -215,8 +215,8 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
 )
 def test_what_is_known_of_processors(processors, known):
     assert (Changes.of(processors) is not None) == known
-    sequence = Text(make_sampler(), processors, mx.array(PROMPT))
-    assert (sequence.phase is Phase.LEVEL) == known
+    text = Text(make_sampler(), processors, mx.array(PROMPT))
+    assert (text.phase is Phase.LEVEL) == known
 
 
 def test_a_settings_change_counts_from_the_next_text_on():

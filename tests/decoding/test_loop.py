@@ -18,7 +18,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches, loop
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.phase import REPLACED, TRAINED, UNKNOWN_CACHE
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
@@ -338,7 +338,7 @@ def test_one_evaluation_a_token(flash, monkeypatch):
     launched = recorded_calls(monkeypatch, mx, "async_eval")
     proposer = Proposer(flash.model, DecodingSettings(n_probes=26))
     prompt = mx.array(PROMPT, dtype=mx.uint32)
-    tokens = list(verified_steps(prompt, flash.model, proposer=proposer, max_tokens=40))
+    tokens = list(verified_tokens(prompt, flash.model, proposer=proposer, max_tokens=40))
     mlx_lm_prefill = 1
     after_last = 1
     assert len(tokens) == 40 and proposer.n_verifications >= 3

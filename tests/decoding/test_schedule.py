@@ -11,7 +11,7 @@ from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.decoder import Decoder
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.schedule import VerifySchedule
@@ -62,9 +62,9 @@ def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, n_texts):
     counts = []
     launch = VerifySchedule._launch
 
-    def launched(schedule, sequences):
-        counts.extend(sequence.n_read for sequence in sequences)
-        launch(schedule, sequences)
+    def launched(schedule, texts):
+        counts.extend(text.n_read for text in texts)
+        launch(schedule, texts)
 
     def read(pending, token):
         pending.token = token
@@ -234,5 +234,5 @@ def test_a_wrapped_model_is_dense(flash):
     assert not Proposer(around).verifies and Proposer(flash.model).verifies
     prompt = mx.array(PROMPT)
     expected = [token for token, _ in generate_step(prompt, around, max_tokens=20)]
-    steps = verified_steps(prompt, around, proposer=Proposer(around), max_tokens=20)
+    steps = verified_tokens(prompt, around, proposer=Proposer(around), max_tokens=20)
     assert [token for token, _ in steps] == expected

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from tiny_models import install_index, tiny_index, tiny_model
@@ -47,7 +47,7 @@ class Flash:
             self.model, DecodingSettings(verify=verify, dense=dense, n_probes=n_probes)
         )
         options = {"proposer": proposer, "max_tokens": N_TOKENS} | options
-        return verified_steps(mx.array(prompt), self.model, **options)
+        return verified_tokens(mx.array(prompt), self.model, **options)
 
     def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):
         """The tokens of each text of a batch, and the responses that ended them."""

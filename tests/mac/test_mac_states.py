@@ -9,7 +9,7 @@ from mlx_lm.generate import generate_step
 
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.wide import trial
@@ -50,5 +50,5 @@ def test_wide_steps_of_layers_with_kernels_of_mlx_lm(gpu, name, kernels, monkeyp
     monkeypatch.setattr(WideSteps, "feed", noted)
     proposer = Proposer(flash, DecodingSettings(lookup="on"))
     options = {"proposer": proposer, "max_tokens": N_TOKENS}
-    assert [token for token, _ in verified_steps(mx.array(prompt), flash, **options)] == expected
+    assert [token for token, _ in verified_tokens(mx.array(prompt), flash, **options)] == expected
     assert widths and (kernels() is None or kernel in kernels())

@@ -7,7 +7,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from flash_loops import make_flash
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
-from mlx_flashhead.decoding.drafting import drafted_steps
+from mlx_flashhead.decoding.drafting import drafted_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from model_pair import make_pair
@@ -108,7 +108,7 @@ def steps(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
         "prompt_cache": cache,
     }
     options |= {"max_tokens": n_tokens}
-    given = list(drafted_steps(mx.array(prompt), target.model, draft, **settings, **options))
+    given = list(drafted_tokens(mx.array(prompt), target.model, draft, **settings, **options))
     assert [token for token, *_ in given] == target.tokens(dense=True, prompt=prompt, **options)
     return sum(drafted for *_, drafted in given)
 

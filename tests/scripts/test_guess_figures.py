@@ -10,7 +10,7 @@ import wide_times
 from apple_estimates import README_CHIPS, README_DENSE, README_EXPERTS
 from flash_loops import PROMPT
 from guesses import Always, WherePaid, counted, replay, tasks
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.wide.step import MAX_WIDTH
@@ -71,7 +71,7 @@ def test_the_steps_are_the_decoders(n_tokens):
     model = tiny_model(num_hidden_layers=1)
     model.model.embed_tokens.weight[9:] *= 0
     proposer = Proposer(model, DecodingSettings(lookup="on"))
-    steps = verified_steps(mx.array(PROMPT), model, proposer=proposer, max_tokens=n_tokens)
+    steps = verified_tokens(mx.array(PROMPT), model, proposer=proposer, max_tokens=n_tokens)
     text = [token for token, _ in steps]
     replayed = replay(PROMPT, text, Always(MAX_WIDTH))
     assert proposer.n_guessed.total() == replayed.accepted > 20

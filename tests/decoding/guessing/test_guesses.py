@@ -18,12 +18,12 @@ from mlx_flashhead import batch_generate, get_flash_head, make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import batch, decoder
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.drafting import drafted_steps
+from mlx_flashhead.decoding.drafting import drafted_tokens
 from mlx_flashhead.decoding.guessing import guesses
 from mlx_flashhead.decoding.guessing.guesser import Guesser, Offer
 from mlx_flashhead.decoding.guessing.guesses import best_offer
 from mlx_flashhead.decoding.guessing.worth import Worth
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
@@ -235,7 +235,7 @@ def _note(text, token, logprobs):
 
 
 def ours(lookup="on", guesser=None, **settings):
-    return lambda prompt, model, **options: verified_steps(
+    return lambda prompt, model, **options: verified_tokens(
         prompt,
         model,
         proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings)),
@@ -367,7 +367,7 @@ def test_a_draft_model_changes_nothing(models, draft, i):
     mx.random.seed(3)
     cache = make_prompt_cache(target) + make_prompt_cache(drafting) if i else None
     proposer = Proposer(target)
-    steps = drafted_steps(
+    steps = drafted_tokens(
         mx.array(PROMPT),
         target,
         drafting,
@@ -396,7 +396,7 @@ def test_a_model_may_have_layers_without_caches(draft):
     cache += make_prompt_cache(draft)
     prompt = mx.array(PROMPT)
     proposer = Proposer(target)
-    steps = drafted_steps(
+    steps = drafted_tokens(
         prompt, target, draft, proposer=proposer, prompt_cache=cache, max_tokens=9
     )
     assert [token for token, *_ in steps] == plain.tokens and proposer.n_steps
@@ -410,7 +410,7 @@ def test_a_drafted_text_that_is_closed_leaves_quantized_caches(draft, start):
     cache = make_prompt_cache(target) + make_prompt_cache(draft)
     prompt = mx.array(PROMPT)
     options |= {"proposer": Proposer(target), "prompt_cache": cache}
-    steps = drafted_steps(prompt, target, draft, **options)
+    steps = drafted_tokens(prompt, target, draft, **options)
     assert [next(steps)[0] for _ in range(5)] == plain.tokens
     steps.close()
     assert mx.array_equal(target(mx.array([[77]]), cache=cache[:2])[0, -1], plain.after)
@@ -423,7 +423,7 @@ def test_a_draft_models_cache_serves_the_next_turn(draft):
     held = list(PROMPT)
     for turn in ([], [5, 9, 77], [60]):
         prompt = held[-1:] + turn if turn else held
-        steps = drafted_steps(
+        steps = drafted_tokens(
             mx.array(prompt),
             target,
             drafting,
@@ -444,7 +444,7 @@ def test_a_draft_models_cache_serves_the_next_turn_whatever_came_before():
     cache = make_prompt_cache(model) + make_prompt_cache(model)
     for turn in (PROMPT, [5, 9, 77], [60]):
         proposer = Proposer(model)
-        steps = drafted_steps(
+        steps = drafted_tokens(
             mx.array(turn),
             model,
             copy.deepcopy(model),  # all of its drafts are right
@@ -464,7 +464,7 @@ def test_a_draft_of_fewer_tokens_than_top_k():
     for make in (sample_utils.make_sampler, make_sampler):
         options = {"sampler": make(temp=1.0, top_k=80), "max_tokens": 9}
         texts = []
-        for steps_of in (partial(drafted_steps, draft_model=draft), verified_steps):
+        for steps_of in (partial(drafted_tokens, draft_model=draft), verified_tokens):
             mx.random.seed(3)
             steps = steps_of(mx.array(PROMPT), target, proposer=Proposer(target), **options)
             texts.append([token for token, *_ in steps])
@@ -485,9 +485,9 @@ def test_a_kept_cache_whose_chunk_is_full_takes_single_steps(drafted):
     proposer = Proposer(model, DecodingSettings(lookup="on"))
     options = {"proposer": proposer, "max_tokens": 9}
     if drafted:
-        steps = drafted_steps(mx.array([7]), model, draft, prompt_cache=ours, **options)
+        steps = drafted_tokens(mx.array([7]), model, draft, prompt_cache=ours, **options)
     else:
-        steps = verified_steps(mx.array([7]), model, prompt_cache=ours[: len(plain)], **options)
+        steps = verified_tokens(mx.array([7]), model, prompt_cache=ours[: len(plain)], **options)
     assert [token for token, *_ in steps] == [token for token, _ in expected]
 
 
@@ -506,11 +506,11 @@ def test_what_is_not_established(monkeypatch, caplog):
     model.__class__ = OddHeads
     settings = DecodingSettings(lookup="on")
     with pytest.raises(ValueError, match="`lookup` is 'on', but a step of several tokens"):
-        next(verified_steps(mx.array(PROMPT), model, proposer=Proposer(model, settings)))
+        next(verified_tokens(mx.array(PROMPT), model, proposer=Proposer(model, settings)))
     with pytest.raises(ValueError, match="`lookup` is 'on', but a step of several tokens"):
         batch_generate(model, SimpleNamespace(eos_token_ids=[]), [PROMPT, PROMPT], lookup="on")
     modes = []
-    steps = drafted_steps(
+    steps = drafted_tokens(
         mx.array(PROMPT),
         model,
         draft,
@@ -550,7 +550,7 @@ def test_steps_are_tried_before_a_text_alone(trials, options, n_trials):
     model = tiny_model(num_hidden_layers=2)
     proposer = Proposer(model, DecodingSettings(lookup="on"))
     n_tokens, tokens = trials
-    for token, _ in verified_steps(
+    for token, _ in verified_tokens(
         mx.array(PROMPT), model, proposer=proposer, max_tokens=30, **options
     ):
         tokens.append(token)
@@ -610,7 +610,7 @@ def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
         kind = kind_of(make_prompt_cache(model))
         WideSteps.of(model).established[kind] = Established({2: cost, 4: cost, 8: cost})
         proposer = Proposer(model)
-        steps = verified_steps(
+        steps = verified_tokens(
             mx.array(PROMPT),
             model,
             proposer=proposer,

@@ -14,10 +14,10 @@ pytest.importorskip("mlx_vlm")
 
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.drafting import drafted_steps
+from mlx_flashhead.decoding.drafting import drafted_tokens
 from mlx_flashhead.decoding.guessing import trained
 from mlx_flashhead.decoding.guessing.trained import TrainedDrafts
-from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.models.compat.mlx_vlm import length_of_pairs
@@ -59,7 +59,7 @@ def drafted(model, drafter, n_drafts=3, *, prompt=PROMPT, max_tokens=TOKENS, **o
     mx.random.seed(3)
     proposer = Proposer(model, DecodingSettings())
     options |= {"num_draft_tokens": n_drafts, "max_tokens": max_tokens, "proposer": proposer}
-    steps = drafted_steps(mx.array(prompt), model, drafter, **options)
+    steps = drafted_tokens(mx.array(prompt), model, drafter, **options)
     tokens = [(token, mx.random.state[0].tolist()) for token, *_ in steps]
     return tokens, proposer
 
@@ -121,7 +121,7 @@ def without_drafts(model, **options):
     mx.random.seed(3)
     proposer = Proposer(model, DecodingSettings(lookup="off"))
     options |= {"proposer": proposer, "max_tokens": TOKENS}
-    return [token for token, _ in verified_steps(mx.array(PROMPT), model, **options)]
+    return [token for token, _ in verified_tokens(mx.array(PROMPT), model, **options)]
 
 
 def test_sampled_drafts_are_drawn_as_the_text_is():

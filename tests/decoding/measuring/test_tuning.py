@@ -64,13 +64,13 @@ def clock(monkeypatch):
     launch = VerifySchedule._launch
 
     def advanced(decoder):
-        (text,) = decoder.sequences
+        (text,) = decoder.texts
         advance(decoder)
         Clock.now += (Clock.step if text.proposing else DENSE) * Clock.slow
 
-    def launched(schedule, sequences):
+    def launched(schedule, texts):
         Clock.now += VERIFICATION * Clock.slow
-        launch(schedule, sequences)
+        launch(schedule, texts)
 
     def timed(*given, of_machine=tuning.token_seconds, **named):
         Clock.slow = next(Clock.slower)
