@@ -12,7 +12,7 @@ if [ "$1" = --oldest ]; then
   make_venv .venv-oldest -r scripts/oldest.txt
   exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/decoding \
     tests/head/test_{dense_kernels,mlx_order}.py \
-    tests/serving/test_{decoding,engine,http,recovery}.py \
+    tests/serving/test_{stages,engine,http,recovery}.py \
     tests/models/test_{compat,install}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"
 fi
