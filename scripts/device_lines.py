@@ -38,10 +38,12 @@ BEHIND = (
     "decoding/measuring/rehearsal.py",
     "head/dense_kernels.py",
     "head/kernel_inputs.py",
+    "head/kernel_texts.py",
     "head/kernels.py",
     "head/metal_steps.py",
     "head/rounding.py",
     "head/row_products.py",
+    "head/stored_rows.py",
     "head/trial.py",
     "wide/trial.py",
 )

@@ -18,8 +18,10 @@ import numpy as np
 from .clustered import ALWAYS_PROBED, ClusteredRows
 
 # The constants of the same names in metal/flash_head/adjust.h.
-ADJUST_HEAD = 3  # words of a row before its tokens'
-ADJUST_TOKEN = 3  # words of a token: its id, the bits of its bias, how it occurs
+# A row begins with so many words.
+ADJUST_HEAD = 3
+# Each of its tokens has so many: its id, the bits of its bias, how it occurs.
+ADJUST_TOKEN = 3
 
 # How a token occurs: two bits, and a count above them.
 REPEATED = 1
@@ -64,15 +66,23 @@ class ChangedTokens:
     @property
     def most_occurrences(self) -> int:
         """How often a token may be charged by the frequency penalty, with the latest one."""
-        return max(self.occurrences.values(), default=0) + 1 if self.frequency else 0
+        if not self.frequency:
+            return 0
+        return max(self.occurrences.values(), default=0) + 1
 
 
 class Adjustment(NamedTuple):
-    """What biases and penalties change, for R rows of at most K tokens each."""
+    """What biases and penalties change, for R rows of at most K tokens each.
 
-    words: mx.array  # (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32; metal/flash_head/adjust.h has them
-    latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
-    # as often as a token occurs, with the latest one, or more; 0 without a frequency penalty
+    Attributes:
+        words: (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32, as metal/flash_head/adjust.h has them.
+        latest: (R,) uint32, the latest token, which may not be computed yet; V for none.
+        most_occurrences: A token occurs at most so often, the latest one counted; 0 without a
+            frequency penalty.
+    """
+
+    words: mx.array
+    latest: mx.array
     most_occurrences: int
 
     @classmethod
@@ -93,7 +103,9 @@ class Adjustment(NamedTuple):
         changes = [row or ChangedTokens() for row in rows]
         token_ids = [change.token_ids for change in changes]
         n_tokens = max(1, *map(len, token_ids))
-        multiple = FEW_MULTIPLE if n_tokens <= FEW_TOKENS else TOKENS_MULTIPLE
+        multiple = TOKENS_MULTIPLE
+        if n_tokens <= FEW_TOKENS:
+            multiple = FEW_MULTIPLE
         n_tokens = _filled_up(n_tokens, multiple)
         words = np.zeros((len(rows), ADJUST_HEAD + ADJUST_TOKEN * n_tokens), np.uint32)
         for row, change, ids in zip(words, changes, token_ids, strict=True):
@@ -131,37 +143,52 @@ def _write(
     present = set(change.present)
     biases = [change.biases.get(token, 0.0) for token in token_ids]
     tokens[:n_tokens, 1] = np.array(biases, np.float32).view(np.uint32)
-    tokens[:n_tokens, 2] = [
-        REPEATED * (token in repeated)
-        + PRESENT * (token in present)
-        + OCCURS * change.occurrences.get(token, 0)
-        for token in token_ids
-    ]
+    counts = []
+    for token in token_ids:
+        count = OCCURS * change.occurrences.get(token, 0)
+        if token in repeated:
+            count |= REPEATED
+        if token in present:
+            count |= PRESENT
+        counts.append(count)
+    tokens[:n_tokens, 2] = counts
     tokens[n_tokens:] = tokens[n_tokens - 1]
 
 
 class _Tokens(NamedTuple):
-    """An adjustment as arrays of R rows, the latest token among the others."""
+    """An adjustment as arrays of R rows, the latest token among the others.
 
-    ids: mx.array  # (R, K + 1) uint32, V where there is none
-    biases: mx.array  # (R, K + 1) float32
-    counts: mx.array  # (R, K + 1) uint32
-    penalties: mx.array  # (R, ADJUST_HEAD) float32
+    Attributes:
+        ids: (R, K + 1) uint32, V where there is none.
+        biases: (R, K + 1) float32.
+        counts: (R, K + 1) uint32.
+        penalties: (R, ADJUST_HEAD) float32.
+    """
+
+    ids: mx.array
+    biases: mx.array
+    counts: mx.array
+    penalties: mx.array
 
 
 def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
     words = adjustment.words
     tokens = words[:, ADJUST_HEAD:].reshape(len(words), -1, ADJUST_TOKEN)
     ids = tokens[..., 0]
+    biases = tokens[..., 1].view(mx.float32)
+    counts = tokens[..., 2]
     latest = adjustment.latest[:, None]
     is_latest = ids == latest
-    counts = mx.where(is_latest, (tokens[..., 2] | REPEATED | PRESENT) + OCCURS, tokens[..., 2])
-    # the latest token has a place of its own, unless it is one of the others
-    other = mx.where(is_latest.any(axis=1, keepdims=True), vocab_size, latest).astype(mx.uint32)
+    with_latest = (counts | REPEATED | PRESENT) + OCCURS
+    counts = mx.where(is_latest, with_latest, counts)
+    # The latest token has a place of its own, unless it is one of the others.
+    is_known = is_latest.any(axis=1, keepdims=True)
+    other = mx.where(is_known, vocab_size, latest).astype(mx.uint32)
+    no_bias = mx.zeros(other.shape)
     once = mx.full(other.shape, REPEATED + PRESENT + OCCURS, mx.uint32)
     return _Tokens(
         ids=mx.concatenate([ids, other], axis=1),
-        biases=mx.concatenate([tokens[..., 1].view(mx.float32), mx.zeros(other.shape)], axis=1),
+        biases=mx.concatenate([biases, no_bias], axis=1),
         counts=mx.concatenate([counts, once], axis=1),
         penalties=words[:, :ADJUST_HEAD].view(mx.float32),
     )
@@ -171,10 +198,13 @@ def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRow
     """The scores (R, C), raised for the clusters of tokens that change, so that they are probed."""
     ids = _unpacked(adjustment, clustered.vocab_size).ids
     clusters = _slots(ids, clustered) // clustered.cluster_size
-    # a place without a token raises a column that is cut off
-    padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
+    # A place without a token raises a column that is cut off.
+    column = mx.zeros((len(scores), 1))
+    padded = mx.concatenate([scores, column], axis=-1)
     clusters = mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
-    return mx.put_along_axis(padded, clusters, mx.array(ALWAYS_PROBED, mx.float32), axis=-1)[:, :-1]
+    top = mx.array(ALWAYS_PROBED, mx.float32)
+    raised = mx.put_along_axis(padded, clusters, top, axis=-1)
+    return raised[:, :-1]
 
 
 def _slots(ids: mx.array, clustered: ClusteredRows) -> mx.array:
@@ -203,7 +233,8 @@ def adjusted_logits(
     # Places that hold no token go there.
     nowhere = flat.shape[1] - 1
     index = mx.where(tokens.ids < clustered.vocab_size, index, nowhere)
-    changed = _changed(mx.take_along_axis(flat, index, axis=1), tokens, adjustment.most_occurrences)
+    before = mx.take_along_axis(flat, index, axis=1)
+    changed = _changed(before, tokens, adjustment.most_occurrences)
     flat = mx.put_along_axis(flat, index, changed, axis=1)
     return flat[:, :-1].reshape(logits.shape)
 

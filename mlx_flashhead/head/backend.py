@@ -47,7 +47,9 @@ def choose_backend(requested: str | None = None) -> str:
     """
     name = named_backend(requested)
     if name is None:
-        return METAL if gpu_is_default() else PORTABLE
+        if gpu_is_default():
+            return METAL
+        return PORTABLE
     if name not in (METAL, PORTABLE):
         raise ValueError(f"Unknown FlashHead backend {name!r}: choose {METAL} or {PORTABLE}.")
     if name == METAL and not mx.metal.is_available():

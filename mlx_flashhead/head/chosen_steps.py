@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .backend import BACKEND_VARIABLE, METAL, PORTABLE, choose_backend, log, named_backend
 from .clustered import ClusteredRows
-from .kernels import FEWER_THREADS
+from .kernel_texts import FEWER_THREADS
 from .logit_map import IDENTITY, LogitMap, all_values
 from .metal_steps import MetalSteps
 from .steps import PortableSteps
@@ -38,8 +38,10 @@ class ChosenSteps:
     def __init__(self, clustered: ClusteredRows, requested: str | None):
         self._clustered = clustered
         self.steps, self.reason = make_steps(clustered, requested)
-        # as long as this head lives, pickled or not
-        self._requested = PORTABLE if self.steps.name == PORTABLE else requested
+        # A head without kernels has none for its life, pickled or not.
+        self._requested = requested
+        if self.steps.name == PORTABLE:
+            self._requested = PORTABLE
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the kernels, which belong to this process."""
@@ -80,7 +82,7 @@ class ChosenSteps:
         if trouble and TOO_MANY_THREADS in trouble and steps.row_threads > FEWER_THREADS:
             steps = MetalSteps(steps.clustered, steps.metal_kernel, FEWER_THREADS)
             self.steps = steps
-            # a second trial of a map comes after one without it, whose kernels are others now
+            # A second trial of a map comes after one without it, whose kernels are others now.
             for tried in dict.fromkeys((IDENTITY, logit_map)):
                 trouble = find_trouble(steps, dtype, n_probes, tried)
                 if trouble is not None:
@@ -125,8 +127,9 @@ class ChosenSteps:
         expected = logit_map(values).astype(mx.float32)
         try:
             found = self.steps.mapped(values, logit_map).astype(mx.float32)
-            off = mx.abs(found - expected) > logit_map.slack(dtype) / 4 * mx.abs(expected)
-            return not off.any().item()
+            allowed = logit_map.slack(dtype) / 4 * mx.abs(expected)
+            is_off = mx.abs(found - expected) > allowed
+            return not is_off.any().item()
         # The kernel does not run on this device.
         except RuntimeError:
             return False

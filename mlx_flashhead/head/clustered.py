@@ -10,16 +10,23 @@ from .matrix import Matrix
 # Bias of clusters that are always probed: above every real score, finite and exact in float32.
 ALWAYS_PROBED = 1e30
 
-PIECES = 4096  # rows are laid out by columns in this number of pieces, of which ten exist at once
+# Rows are laid out by columns in this number of pieces, of which ten exist at once.
+PIECES = 4096
 
 
 @dataclass(frozen=True)
 class Centroids:
-    """The centroids of the clusters, by whose scores the clusters are chosen."""
+    """The centroids of the clusters, by whose scores the clusters are chosen.
 
-    matrix: Matrix  # (C, D), without a bias of its own
-    bias: mx.array  # (C,) float32, added to the scores
-    tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
+    Attributes:
+        matrix: (C, D), without a bias of its own.
+        bias: (C,) float32, added to the scores.
+        tail_offset: (C,) float32, added to a score for the logit of the cluster's tokens.
+    """
+
+    matrix: Matrix
+    bias: mx.array
+    tail_offset: mx.array
 
     @property
     def routing_bytes(self) -> int:
@@ -45,14 +52,22 @@ class Centroids:
 
 @dataclass(frozen=True)
 class ClusteredRows:
-    """Rows stored once, each cluster one contiguous block."""
+    """Rows stored once, each cluster one contiguous block.
 
-    rows: Matrix  # arrays of shape (C, cluster_size, …); a padded slot repeats a real row
-    token_ids: mx.array  # (C, cluster_size) uint32; V marks a padded slot
-    slot_of: mx.array  # (V,) uint32, the slot c·cluster_size + i that holds a token
+    Attributes:
+        rows: Arrays of shape (C, cluster_size, …). A padded slot repeats a real row.
+        token_ids: (C, cluster_size) uint32. V marks a padded slot.
+        slot_of: (V,) uint32, the slot c·cluster_size + i that holds a token.
+        centroids: The centroids of the clusters.
+        route_bias: (C,) float32, the centroids' bias, ALWAYS_PROBED for forced clusters.
+        by_column: Whether each cluster's (n, D) weight lies in memory as (D, n), for a CPU's BLAS.
+    """
+
+    rows: Matrix
+    token_ids: mx.array
+    slot_of: mx.array
     centroids: Centroids
-    route_bias: mx.array  # (C,) float32, the centroids' bias, ALWAYS_PROBED for forced clusters
-    # whether each cluster's (n, D) weight lies in memory as (D, n), for a CPU's BLAS
+    route_bias: mx.array
     by_column: bool = False
 
     @property
@@ -110,7 +125,8 @@ class ClusteredRows:
                 f"{rows.hidden_size} columns: convert the model again."
             )
         slot_of = order[:vocab_size]
-        forced = slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]]
+        forced_ids = [i for i in always_probed_ids if 0 <= i < vocab_size]
+        forced = slot_of[forced_ids]
         route_bias = np.array(centroids.bias, dtype=np.float32)
         route_bias[forced // cluster_size] = ALWAYS_PROBED
         ids = mx.array(token_ids.astype(np.uint32))
@@ -149,13 +165,18 @@ class ClusteredRows:
         They are gathered anew (lazily) at each call. The ids are integers of any shape, which
         becomes the leading axes.
         """
-        slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
+        slots = self.slot_of
+        if token_ids is not None:
+            slots = mx.take(slots, token_ids)
         if self.by_column:
             clusters, numbers = mx.divmod(slots, self.cluster_size)
             return self.rows.map(lambda array: array[clusters, numbers])
-        return self.rows.map(
-            lambda array: mx.take(array.reshape(-1, *array.shape[2:]), slots, axis=0)
-        )
+
+        def in_slots(array: mx.array) -> mx.array:
+            flat = array.reshape(-1, *array.shape[2:])
+            return mx.take(flat, slots, axis=0)
+
+        return self.rows.map(in_slots)
 
     def embeddings(self, token_ids: mx.array) -> mx.array:
         """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
@@ -163,7 +184,7 @@ class ClusteredRows:
             return self.token_rows(token_ids).dequantized()
         slots = mx.take(self.slot_of, token_ids)
         clusters, numbers = mx.divmod(slots, self.cluster_size)
-        # at once: a step on a CPU does it each time
+        # A step on a CPU embeds each time: it does without `token_rows`.
         return self.rows.weight[clusters, numbers]
 
 

@@ -32,10 +32,12 @@ from importlib.metadata import version as version_of
 
 from .matrix import Matrix
 
-Version = tuple[int, ...]  # of MLX, three numbers
+# A version of MLX, three numbers.
+Version = tuple[int, ...]
 
 LANES = 32
-ROWS_AT_ONCE = 8  # of a threadgroup of qmv and qmv_fast
+# A threadgroup of qmv or qmv_fast takes so many rows.
+ROWS_AT_ONCE = 8
 # Columns of a pack, by bits, where a pack is not a word of 32 bits.
 PACKS = {3: 8, 5: 8, 6: 4}
 QUAD_WIDTHS = (64, 128)
@@ -83,7 +85,8 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
         n_rows: How many rows are multiplied at once.
         version: MLX's; the installed one if None.
     """
-    version = mlx_version() if version is None else version
+    if version is None:
+        version = mlx_version()
     width = rows.hidden_size
     if not rows.quantized:
         if width <= 64:
@@ -91,16 +94,35 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
         return DenseKernel("gemv")
     bits = rows.bits
     added = 1
-    if rows.biases is not None and (bits == 1 or (bits != 8 and version < ANY_ROWS)):
-        added = 8 if bits in (1, 3, 5) else 4
+    if rows.biases is not None:
+        added = _added(bits, version)
     if width in QUAD_WIDTHS and bits in QUAD_BITS:
         return DenseKernel("qmv_quad", added=added, scored=False)
-    packs = 1 if bits <= 2 else 2
-    # the columns of which MLX asks for whole blocks where it takes so many packs at once
-    block = LANES * packs * pack_columns(bits) * (2 if bits == 1 else 1)
-    if version < BLOCKS_BY_BITS:
-        block = 512
+    packs = 2
+    if bits <= 2:
+        packs = 1
     takes_rows = version >= ANY_ROWS or n_rows % ROWS_AT_ONCE == 0
-    if takes_rows and width % block == 0:
+    if takes_rows and width % _block(bits, packs, version) == 0:
         return DenseKernel("qmv_fast", packs, added)
     return DenseKernel("qmv", 1, added)
+
+
+def _block(bits: int, packs: int, version: Version) -> int:
+    """The columns of which MLX asks for whole blocks where it takes so many packs at once."""
+    if version < BLOCKS_BY_BITS:
+        return 512
+    block = LANES * packs * pack_columns(bits)
+    if bits == 1:
+        return 2 * block
+    return block
+
+
+def _added(bits: int, version: Version) -> int:
+    """Hidden values that meet the offsets of affine rows as one sum in the product's dtype."""
+    if bits == 8:
+        return 1
+    if bits > 1 and version >= ANY_ROWS:
+        return 1
+    if bits in (1, 3, 5):
+        return 8
+    return 4

@@ -34,7 +34,8 @@ OTHER_SUMS = (
     "This version of MLX multiplies reordered rows in another order of sums: where FlashHead needs "
     "dense logits it puts the rows in order first, which takes longer."
 )
-Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
+# Hidden states (..., D) → logits (..., V).
+Projection = Callable[[mx.array], mx.array]
 
 
 class _OfThread(threading.local):
@@ -80,7 +81,7 @@ class FlashHead:
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
     ):
-        # as a CPU's BLAS reads rows faster
+        # A CPU's BLAS reads such rows faster.
         by_column = (
             choose_backend(backend) == PORTABLE
             and rows.weight.dtype == mx.float32
@@ -94,7 +95,8 @@ class FlashHead:
         self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self.n_probes = n_probes
-        self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
+        if unverified_probes is not None:
+            self.unverified_probes = unverified_probes
         # Whether a plain call is the dense head's.
         self._verified = True
         self._draw_temperature: float | None = None
@@ -107,13 +109,15 @@ class FlashHead:
         self.gathers_rows = mx.metal.is_available() and (
             dense_kernel(rows, rows.n_rows) != dense_kernel(rows, token_ids.size)
         )
-        # makes the logits of calls that nobody intercepts, from this head or a copy of it
+        # Makes the logits of calls that nobody intercepts, from this head or a copy of it.
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: traces, measures, and who intercepts calls."""
-        here = ("_of_thread", "_traced", "_roundings")
-        return {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
+        state = {**vars(self), "projection": None}
+        for name in ("_of_thread", "_traced", "_roundings"):
+            del state[name]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -311,7 +315,9 @@ class FlashHead:
             return project(hidden)
         if self.projection is not None:
             return self.projection(self, hidden)
-        return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
+        if self._verified:
+            return self.dense_logits(hidden)
+        return self.unverified_logits(hidden)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
         """The dense head's logits: hidden (..., D) → (..., V).
@@ -350,12 +356,14 @@ class FlashHead:
 
         The arguments are those of :meth:`settings`, which gives their values if they are None.
         """
-        n_probes = self.unverified_probes if n_probes is None else n_probes
-        temperature = self._draw_temperature if draw_temperature is None else draw_temperature
-        if n_probes == self.n_clusters and temperature is None:
+        if n_probes is None:
+            n_probes = self.unverified_probes
+        if draw_temperature is None:
+            draw_temperature = self._draw_temperature
+        if n_probes == self.n_clusters and draw_temperature is None:
             return self.dense_logits(hidden)
         states = hidden.reshape(-1, hidden.shape[-1])
-        logits = unverified_logits(self.steps, states, n_probes, temperature)
+        logits = unverified_logits(self.steps, states, n_probes, draw_temperature)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(
@@ -375,7 +383,8 @@ class FlashHead:
         if token_ids is None:
             return logits
         scored = self.clustered.token_rows(token_ids).matmul(hidden).astype(logits.dtype)
-        return mx.put_along_axis(logits, mx.broadcast_to(token_ids, scored.shape), scored, axis=-1)
+        index = mx.broadcast_to(token_ids, scored.shape)
+        return mx.put_along_axis(logits, index, scored, axis=-1)
 
     def propose(
         self,
@@ -407,32 +416,37 @@ class FlashHead:
             The tokens, with the scored tokens' logits by which they were chosen: as the model gives
             them, adjusted, and the lowest finite value of those that are not allowed.
         """
-        draws = best_draws(len(hidden)) if draws is None else draws
-        n_probes = self.n_probes if n_probes is None else n_probes
+        if draws is None:
+            draws = best_draws(len(hidden))
+        if n_probes is None:
+            n_probes = self.n_probes
+        adjusted = []
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
+            adjusted = [adjustment.words, adjustment.latest]
+        masks = []
+        if allowed is not None:
+            masks = [allowed]
         steps = self.steps
-        rows, most_occurrences = steps.structure_of(draws, adjustment)
+        structure, most_occurrences = steps.structure_of(draws, adjustment)
         function = ProposalFunction(
             steps=steps,
             risk=self.risk,
             n_probes=n_probes,
             depth=depth,
-            rows=rows,
+            structure=structure,
             logit_map=logit_map,
             most_occurrences=most_occurrences,
         )
-        arrays = (
-            hidden,
-            draws.inputs,
-            [] if adjustment is None else [adjustment.words, adjustment.latest],
-            [] if allowed is None else [allowed],
-        )
+        arrays = (hidden, draws.inputs, adjusted, masks)
         # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
         # a mask, which the host makes for each token, that does not pay.
         if allowed is None or self.backend == METAL:
-            return Proposal(hidden, *self._traced.of(function)(*arrays))
-        return Proposal(hidden, *function(*arrays))
+            made = self._traced.of(function)(*arrays)
+        else:
+            made = function(*arrays)
+        tokens, probes, logits, risk = made
+        return Proposal(hidden, tokens, probes, logits, risk)
 
     def joined(
         self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow], tokens: Sequence[int]
@@ -441,9 +455,8 @@ class FlashHead:
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [proposal.filled(most) for proposal in proposals]
         hidden, probes, logits = self.steps.join(filled, rows)
-        return Proposal(
-            hidden, mx.array(list(tokens), mx.uint32), probes, logits, mx.zeros(len(rows))
-        )
+        chosen = mx.array(list(tokens), mx.uint32)
+        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
 
     @property
     def joined_early(self) -> int:
@@ -475,7 +488,8 @@ class FlashHead:
             Says which tokens are accepted, and which are in doubt.
         """
         k = len(proposal.hidden)
-        draws = best_draws(k) if draws is None else draws
+        if draws is None:
+            draws = best_draws(k)
         return Verdict(
             steps=self.steps,
             proposal=proposal,
@@ -490,7 +504,10 @@ class FlashHead:
     def rounding(self, dtype: mx.Dtype, k: int) -> Rounding:
         """The bounds for products of ``k`` states of ``dtype``, measured by now or else at once."""
         by_size = self.measure_rounding(dtype)
-        return next((by_size[size] for size in by_size if size >= k), by_size[max(by_size)])
+        for size, rounding in by_size.items():
+            if size >= k:
+                return rounding
+        return by_size[max(by_size)]
 
     def measure_rounding(self, dtype: mx.Dtype) -> dict[int, Rounding]:
         """The bounds for products of states, by class of their number. Evaluates once."""

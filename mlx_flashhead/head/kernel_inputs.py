@@ -13,7 +13,8 @@ import numpy as np
 
 from .adjustment import ADJUST_HEAD
 
-SHORTEST = 8  # elements, or rows, from which an array is passed like all longer ones
+# From so many elements, or rows, on an array is passed like all longer ones.
+SHORTEST = 8
 
 # The constants of the same names in metal/flash_head/constants.h.
 MIN_PROBES = SHORTEST

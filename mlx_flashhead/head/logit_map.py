@@ -4,7 +4,6 @@ Gemma 2 to 4, Cohere, Granite, nanochat and others give logits that are a rising
 head's. Each step that looks at logits applies these numbers to what it looks at.
 """
 
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,11 +13,15 @@ import numpy as np
 
 from .margins import MAP_ULPS
 
-Function = Callable[[mx.array], mx.array]  # logits of any shape → as many
+# Logits of any shape → as many.
+Function = Callable[[mx.array], mx.array]
 
-NEAR_CAP = 1 - 1e-6  # of a cap, above which its inverse is cut off
-HUGE = 1e30  # a logit at which a softcap is reached
-N_VALUES = 1 << 16  # on which a map is confirmed; in 16 bits these are all values
+# The inverse of a cap is cut off above this share of the cap.
+NEAR_CAP = 1 - 1e-6
+# At such a logit a softcap is reached.
+HUGE = 1e30
+# A map is confirmed on so many values. In 16 bits these are all.
+N_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,24 @@ class LogitMap:
     """A rising map of each logit by itself, the steps in this order, each rounded to ``dtype``.
 
     y = cap · tanh(x · multiplier / divisor / cap), without the steps that change nothing.
+
+    Attributes:
+        multiplier: Of the logits.
+        divisor: Of what that gives.
+        cap: Of what that gives; 0: none.
+        dtype: Of the result: the logits are cast first. None: as they are.
     """
 
     multiplier: float = 1.0
     divisor: float = 1.0
-    cap: float = 0.0  # 0: none
-    dtype: mx.Dtype | None = None  # of the result; the logits are cast first. None: as they are
+    cap: float = 0.0
+    dtype: mx.Dtype | None = None
 
     def __call__(self, logits: mx.array) -> mx.array:
         """The mapped logits, by the operations that the models use: any shape → the same."""
-        mapped = logits if self.dtype is None else logits.astype(self.dtype)
+        mapped = logits
+        if self.dtype is not None:
+            mapped = mapped.astype(self.dtype)
         if self.multiplier != 1:
             mapped = mapped * self.multiplier
         if self.divisor != 1:
@@ -57,7 +68,14 @@ class LogitMap:
     @property
     def n_roundings(self) -> int:
         """Operations that round their result."""
-        return (self.multiplier != 1) + (self.divisor != 1) + 3 * (self.cap != 0)
+        n_roundings = 0
+        if self.multiplier != 1:
+            n_roundings += 1
+        if self.divisor != 1:
+            n_roundings += 1
+        if self.cap != 0:
+            n_roundings += 3
+        return n_roundings
 
     def result_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of mapped logits of ``dtype``."""
@@ -87,16 +105,20 @@ class LogitMap:
         """
         mapped = self.result_dtype(dtype)
 
-        def bits(number: float, *, if_not: float) -> int:
-            value = mx.array(number, mapped).astype(mx.float32).item()
-            return 0 if number == if_not else struct.unpack("<i", struct.pack("<f", value))[0]
+        arguments: dict[str, Any] = {"MAPPED": mapped, "MULTIPLIER": 0, "DIVISOR": 0, "CAP": 0}
+        if self.multiplier != 1:
+            arguments["MULTIPLIER"] = _bits(self.multiplier, mapped)
+        if self.divisor != 1:
+            arguments["DIVISOR"] = _bits(self.divisor, mapped)
+        if self.cap != 0:
+            arguments["CAP"] = _bits(self.cap, mapped)
+        return arguments
 
-        return {
-            "MAPPED": mapped,
-            "MULTIPLIER": bits(self.multiplier, if_not=1.0),
-            "DIVISOR": bits(self.divisor, if_not=1.0),
-            "CAP": bits(self.cap, if_not=0.0),
-        }
+
+def _bits(number: float, dtype: mx.Dtype) -> int:
+    """The bits of a number, rounded to a dtype, as a float32."""
+    value = mx.array(number, dtype).astype(mx.float32)
+    return cast(int, value.view(mx.int32).item())
 
 
 IDENTITY = LogitMap()
@@ -132,19 +154,27 @@ def all_values(dtype: mx.Dtype) -> mx.array:
 
 def _rises(candidate: LogitMap, rising: mx.array) -> bool:
     mapped = candidate(rising).astype(mx.float32)
-    slack = candidate.slack(rising.dtype) * mx.abs(mapped[1:])
-    return bool((mapped[1:] >= mapped[:-1] - slack).all().item())
+    lower = mapped[:-1]
+    higher = mapped[1:]
+    slack = candidate.slack(rising.dtype) * mx.abs(higher)
+    rises = higher >= lower - slack
+    return bool(rises.all().item())
 
 
 def _candidates(function: Function, dtype: mx.Dtype, result: mx.Dtype) -> Iterator[LogitMap]:
     """Maps that ``function`` may be, by what it makes of a tiny and a huge logit in float32."""
-    cast_to = None if dtype == result else result
-    probes = function(mx.array([2.0**-10, HUGE], mx.float32)).astype(mx.float32)
-    tiny, huge = cast(list[float], probes.tolist())
+    cast_to = None
+    if dtype != result:
+        cast_to = result
+    given = mx.array([2.0**-10, HUGE], mx.float32)
+    made = function(given).astype(mx.float32)
+    tiny, huge = cast(list[float], made.tolist())
     slope = tiny * 2.0**10
     if not (slope > 0 and huge > 0 and np.isfinite([slope, huge]).all()):
         return
-    cap = huge if huge < slope * HUGE / 2 else 0.0
+    cap = 0.0
+    if huge < slope * HUGE / 2:
+        cap = huge
     for multiplier in _near(slope):
         yield LogitMap(multiplier=multiplier, cap=cap, dtype=cast_to)
     for divisor in _near(1 / slope):
@@ -153,8 +183,13 @@ def _candidates(function: Function, dtype: mx.Dtype, result: mx.Dtype) -> Iterat
 
 def _near(number: float) -> list[float]:
     """Numbers that ``number`` may be but for rounding: those of few digits first."""
-    short = [float(f"{number:.{digits}g}") for digits in range(1, 8)]
-    close = [rounded for rounded in short if abs(rounded / number - 1) < 1e-5]
+    near = []
+    for digits in range(1, 8):
+        short = float(f"{number:.{digits}g}")
+        if abs(short / number - 1) < 1e-5:
+            near.append(short)
     spacing = 2.0**-24
-    around = [float(np.float32(number * (1 + i * spacing))) for i in range(-8, 9)]
-    return list(dict.fromkeys([*close, *around]))
+    for i in range(-8, 9):
+        around = np.float32(number * (1 + i * spacing))
+        near.append(float(around))
+    return list(dict.fromkeys(near))

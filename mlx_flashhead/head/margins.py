@@ -10,35 +10,45 @@ import mlx.core as mx
 
 # Logits.
 
-FLOAT32 = 2.0**-24  # half the spacing of float32, relative
-ULPS = 2  # spacings of 16 bits, relative: each of two logits is rounded to the nearest
-MEASURED_TIMES = 4  # a distance that was measured on a few states counts so many times
+# Half the spacing of float32, relative.
+FLOAT32 = 2.0**-24
+# Spacings of 16 bits, relative: each of two logits is rounded to the nearest.
+ULPS = 2
+# A distance that was measured on a few states counts so many times.
+MEASURED_TIMES = 4
 # Products of several float32 states on an M5 and later: its matrix units take TF32, which keeps ten
 # bits after the first. Rounded to the nearest each factor lies off by 2^-11, cut off by 2^-10.
 # Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp and quantized.cpp.
 TF32 = 2.0**-9
-MAP_ULPS = 8  # spacings of float32 by which a tangent may fail to rise, or differ from MLX's
+# Spacings of float32 by which a tangent may fail to rise, or differ from MLX's.
+MAP_ULPS = 8
 # Spacings of 16 bits by which mlx-lm's samplers may draw from another log-probability: half of one
 # each for it, for 1 / temperature, and for the product.
 DRAW_SPACINGS = 1.5
-IN_16_BITS = 1e-6  # a dtype with a larger spacing has 16 bits
+# A dtype with a larger spacing has 16 bits.
+IN_16_BITS = 1e-6
 
 # Sums over all tokens, relative.
 
-MASS_MARGIN = 1e-4  # of masses in the screen: sums of many exponentials, in any order
-MASS_ROUNDING = 2e-4  # of masses in mlx-lm's filters: two such sums
+# Of masses in the screen: sums of many exponentials, in any order.
+MASS_MARGIN = 1e-4
+# Of masses in mlx-lm's filters: two such sums.
+MASS_ROUNDING = 2e-4
 # An addition of floats loses at most half a spacing of the sum, and no more than is added. MLX adds
 # the weights of a draw, and so does the screen.
 SUM_ROUNDING = 2.0**-23
-EXP_UNITS = 64  # spacings by which an exponential, or a product with the sum, may lie off
+# Spacings by which an exponential, or a product with the sum, may lie off.
+EXP_UNITS = 64
 
 # The smallest numbers above 0: what an exponential may lose beside its rounding.
 SMALLEST_FLOAT16 = 2.0**-24
-SMALLEST_FLOAT32 = 2.0**-126  # that is not flushed to 0, of bfloat16 too
+# This one is not flushed to 0. It is bfloat16's, too.
+SMALLEST_FLOAT32 = 2.0**-126
 
 # Noise.
 
-NOISE_MARGIN = 1e-5  # of a noisy logit, or of 1 if that is more: two logarithms differ by so much
+# Two logarithms differ by so much of a noisy logit, or of 1 if that is more.
+NOISE_MARGIN = 1e-5
 
 
 def merging_distance(log_mass: mx.array, logit: mx.array, epsilon: float) -> mx.array:

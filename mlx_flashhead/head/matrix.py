@@ -9,22 +9,32 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
+# The arrays of rows, in the order in which MLX and the kernels take them.
+ARRAYS = ("weight", "scales", "biases")
 FLOATS = None
 AFFINE = "affine"
 GROUPS = (32, 64, 128)
-DEFAULT_GROUP = 64  # MLX's own default
+# MLX's own default.
+DEFAULT_GROUP = 64
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows: floats, or one of MLX's quantizations."""
+    """A format of rows: floats, or one of MLX's quantizations.
 
-    mode: str | None  # MLX's quantization mode; None for floats
-    bits: int  # per weight, without scales
-    group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
-    arrays: tuple[str, ...]  # their names, in the order in which MLX and the kernels take them
-    metal: str | None  # the kernels' function that makes rows of the arrays, if they read it
+    Attributes:
+        mode: MLX's quantization mode; None for floats.
+        bits: Bits per weight, without scales.
+        group_sizes: Columns that may share a scale; empty for floats.
+        arrays: Names of the arrays, in the order in which MLX and the kernels take them.
+        metal: The kernels' function that makes rows of the arrays; None if they do not read them.
+    """
+
+    mode: str | None
+    bits: int
+    group_sizes: tuple[int, ...]
+    arrays: tuple[str, ...]
+    metal: str | None
 
     def __str__(self) -> str:
         """Says the format in words before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
@@ -38,9 +48,15 @@ FP_ROWS = "fp_rows<D, BITS, GROUP, WORDS>"
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
 FORMATS = (
-    *(Format(FLOATS, bits, (), ARRAYS[:1], "dense_rows<D>") for bits in (32, 16)),
-    *(Format(AFFINE, bits, GROUPS, ARRAYS, AFFINE_ROWS) for bits in (8, 6, 5, 4)),
-    *(Format(AFFINE, bits, GROUPS, ARRAYS, None) for bits in (3, 2, 1)),
+    Format(FLOATS, 32, (), ARRAYS[:1], "dense_rows<D>"),
+    Format(FLOATS, 16, (), ARRAYS[:1], "dense_rows<D>"),
+    Format(AFFINE, 8, GROUPS, ARRAYS, AFFINE_ROWS),
+    Format(AFFINE, 6, GROUPS, ARRAYS, AFFINE_ROWS),
+    Format(AFFINE, 5, GROUPS, ARRAYS, AFFINE_ROWS),
+    Format(AFFINE, 4, GROUPS, ARRAYS, AFFINE_ROWS),
+    Format(AFFINE, 3, GROUPS, ARRAYS, None),
+    Format(AFFINE, 2, GROUPS, ARRAYS, None),
+    Format(AFFINE, 1, GROUPS, ARRAYS, None),
     Format("mxfp8", 8, (32,), ARRAYS[:2], FP_ROWS),
     Format("mxfp4", 4, (32,), ARRAYS[:2], FP_ROWS),
     Format("nvfp4", 4, (16,), ARRAYS[:2], FP_ROWS),
@@ -49,20 +65,33 @@ FORMATS = (
 
 def affine_group(width: int, first: int = DEFAULT_GROUP) -> int | None:
     """The group for affine rows of ``width`` columns: ``first``, else 32; None if neither fits."""
-    return next((size for size in (first, min(GROUPS)) if width % size == 0), None)
+    for size in (first, min(GROUPS)):
+        if width % size == 0:
+            return size
+    return None
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (V, D) as a model stores it; in cluster order it is (C, cluster_size, D)."""
+    """A matrix (V, D) as a model stores it; in cluster order it is (C, cluster_size, D).
 
-    weight: mx.array  # (V, D) float32/float16/bfloat16, or (V, D·bits/32) uint32 when quantized
-    scales: mx.array | None = None  # (V, D/group_size), float or uint8 by mode
-    biases: mx.array | None = None  # (V, D/group_size) quantization offsets of affine rows
-    bias: mx.array | None = None  # (V,) added to the products
-    group_size: int = 0  # columns that share a scale; 0 when not quantized
-    bits: int = 0  # per weight; 0 when not quantized
-    mode: str = AFFINE  # MLX's quantization mode; see the table of formats
+    Attributes:
+        weight: (V, D) float32, float16 or bfloat16; (V, D·bits/32) uint32 when quantized.
+        scales: (V, D/group_size), floats or uint8 by mode.
+        biases: (V, D/group_size), the quantization offsets of affine rows.
+        bias: (V,), added to the products.
+        group_size: Columns that share a scale; 0 when not quantized.
+        bits: Bits per weight; 0 when not quantized.
+        mode: MLX's quantization mode, as the table of formats has it.
+    """
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bias: mx.array | None = None
+    group_size: int = 0
+    bits: int = 0
+    mode: str = AFFINE
 
     @property
     def quantized(self) -> bool:
@@ -76,9 +105,13 @@ class Matrix:
         Raises:
             ValueError: If the table has none.
         """
-        mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
+        mode = None
+        bits = 8 * self.weight.itemsize
+        if self.quantized:
+            mode = self.mode
+            bits = self.bits
         for known in FORMATS:
-            if (known.mode, known.bits) == (mode, bits):
+            if known.mode == mode and known.bits == bits:
                 return known
         raise ValueError(
             f"Rows of the format '{bits}-bit {mode or 'float'}' are not supported: the formats are "
@@ -94,7 +127,9 @@ class Matrix:
     def hidden_size(self) -> int:
         """The number of columns D, whatever the bits of a weight."""
         width = self.weight.shape[-1]
-        return width * 32 // self.bits if self.quantized else width
+        if self.quantized:
+            return width * 32 // self.bits
+        return width
 
     @property
     def nbytes(self) -> int:
@@ -124,22 +159,16 @@ class Matrix:
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
-        weight, scales, *biases = mx.quantize(
-            self.weight, group_size=group_size, bits=bits, mode=mode
-        )
-        return replace(
-            self,
-            weight=weight,
-            scales=scales,
-            biases=biases[0] if biases else None,
-            group_size=group_size,
-            bits=bits,
-            mode=mode,
-        )
+        made = mx.quantize(self.weight, group_size=group_size, bits=bits, mode=mode)
+        rows = replace(self, group_size=group_size, bits=bits, mode=mode, biases=None)
+        arrays: dict[str, Any] = dict(zip(ARRAYS, made, strict=False))
+        return replace(rows, **arrays)
 
     def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""
-        values = self.weight if self.scales is None else self.scales
+        values = self.weight
+        if self.scales is not None:
+            values = self.scales
         # Such scales are powers of two.
         if values.dtype == mx.uint8:
             return hidden_dtype
@@ -148,7 +177,9 @@ class Matrix:
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
         dtype = self.product_dtype(hidden_dtype)
-        return dtype if self.bias is None else mx.result_type(dtype, self.bias.dtype)
+        if self.bias is not None:
+            dtype = mx.result_type(dtype, self.bias.dtype)
+        return dtype
 
     def matmul(self, hidden: mx.array) -> mx.array:
         """Logits of all rows: hidden (..., D) → (..., V)."""
@@ -158,18 +189,23 @@ class Matrix:
                 return hidden @ columns
             # That is what nn.Linear does: a CPU rounds it once.
             return mx.addmm(self.bias, hidden, columns)
-        stored = self.weight, self.scales, self.biases
-        logits = mx.quantized_matmul(hidden, *stored, transpose=True, **self.quantization)
-        return logits if self.bias is None else logits + self.bias
+        logits = mx.quantized_matmul(
+            hidden, self.weight, self.scales, self.biases, transpose=True, **self.quantization
+        )
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The weight as floats (V, D), of the dense layer's dtype or of ``dtype``, rounded once."""
         if self.scales is None:
-            return self.weight if dtype is None else self.weight.astype(dtype)
+            if dtype is None:
+                return self.weight
+            return self.weight.astype(dtype)
         scales = self.scales
         biases = self.biases
         if dtype is not None and biases is not None:
-            # mx.dequantize rounds to the dtype of the scales, which products do not
+            # MLX's `dequantize` rounds to the dtype of the scales, which products do not.
             scales = scales.astype(dtype)
             biases = biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
@@ -181,10 +217,14 @@ class Matrix:
         """
         if self.biases is None:
             return None
-        rounded = self.map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float16))
-        pairs = zip(rounded.arrays().values(), self.arrays().values(), strict=True)
-        same = all(mx.array_equal(one.astype(other.dtype), other) for one, other in pairs)
-        return rounded if same else None
+        rounded: dict[str, Any] = {}
+        for name, array in self.arrays().items():
+            if array.dtype == mx.uint32:
+                continue
+            rounded[name] = array.astype(mx.float16)
+            if not mx.array_equal(rounded[name].astype(array.dtype), array):
+                return None
+        return replace(self, **rounded)
 
     def sample(self) -> "Matrix":
         """64 evenly spaced rows, which identify the rows without reading them all. Lazy."""
@@ -205,11 +245,12 @@ class Matrix:
 
 def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
     """The array as numpy float32, from any float dtype (numpy has no bfloat16)."""
-    array = array.astype(mx.float32) if isinstance(array, mx.array) else array
+    if isinstance(array, mx.array):
+        array = array.astype(mx.float32)
     return np.asarray(array, np.float32)
 
 
 def to_mlx(array: np.ndarray) -> mx.array:
     """An array of numpy as one of MLX."""
-    # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
+    # Of a numpy array itself `mx.array` loses a Ctrl-C that comes meanwhile.
     return mx.array(memoryview(array))  # type: ignore[arg-type]

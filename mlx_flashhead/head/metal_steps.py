@@ -18,7 +18,7 @@ from .kernel_inputs import (
     no_mask,
     nothing_changed,
 )
-from .kernels import (
+from .kernel_texts import (
     EXPAND_TOKENS,
     JOINED,
     ROUTE_SIMDGROUPS,
@@ -27,18 +27,20 @@ from .kernels import (
     SCREEN_CLUSTERS,
     TALLIED,
     WIDE_THREADS,
-    StoredRows,
-    make_kernels,
 )
+from .kernels import make_kernels
 from .logit_map import IDENTITY, LogitMap
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
+from .stored_rows import StoredRows
 
-SHARED_POSITIONS = 4  # that share one reading of the centroids
+# So many positions share one reading of the centroids.
+SHARED_POSITIONS = 4
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
-DRAWN = Noise(temperature=1.0)  # any draw of a kernel
+# It stands for any draw of a kernel.
+DRAWN = Noise(temperature=1.0)
 
 # A proposal with tolerances: of the product, of scored logits, and relative.
 ScreenInputs = tuple[Proposal, mx.array, mx.array, mx.array]
@@ -57,7 +59,8 @@ class MetalSteps(PortableSteps):
     """
 
     name = "metal"
-    joined_early = JOINED - 1  # so that the launch joins the results of these, and the last tokens
+    # The launch joins the results of these, and the last tokens.
+    joined_early = JOINED - 1
 
     def __init__(
         self,
@@ -73,9 +76,9 @@ class MetalSteps(PortableSteps):
         self.reads_rows = clustered.rows.format.metal is not None
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._stored_centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
-        self._stored_rows = (
-            StoredRows(clustered.rows, clustered.vocab_size, version) if self.reads_rows else None
-        )
+        self._stored_rows: StoredRows | None = None
+        if self.reads_rows:
+            self._stored_rows = StoredRows(clustered.rows, clustered.vocab_size, version)
         self._kernels = make_kernels(
             clustered, self._stored_centroids, self._stored_rows, self.metal_kernel, row_threads
         )
@@ -88,10 +91,12 @@ class MetalSteps(PortableSteps):
         self, draws: Draws, adjustment: Adjustment | None
     ) -> tuple[tuple[Draw, ...], int | None]:
         """What changes the launches of a proposal: kernels read all settings from arrays."""
-        rows = draws.structure
+        structure = draws.structure
         if draws.have_kernels and not draws.all_greedy:
-            rows = (DRAWN,) * len(rows)
-        return rows, None if adjustment is None else 0
+            structure = (DRAWN,) * len(structure)
+        if adjustment is None:
+            return structure, None
+        return structure, 0
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores all clusters: hidden (R, D) → (R, C) float32."""
@@ -99,18 +104,23 @@ class MetalSteps(PortableSteps):
         n_clusters = self.clustered.n_clusters
         if n_positions >= MATRIX_FROM:
             return super().route(hidden)
-        shared = 1 if n_positions == 1 else SHARED_POSITIONS
-        groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
+        shared = SHARED_POSITIONS
+        if n_positions == 1:
+            shared = 1
+        x = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS))
+        y = -(-n_positions // shared)
         arrays = [hidden, *self._stored_centroids.arrays, self.clustered.route_bias]
         result = (n_positions, n_clusters), mx.float32
-        return self._kernels["route"](arrays, *groups, result, H=shared, SUM=mx.float32)[0]
+        (scores,) = self._kernels["route"](arrays, x, y, result, H=shared, SUM=mx.float32)
+        return scores
 
     def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
         """Maps each of the values (n,), at least 8 of them, as the kernels do."""
         groups = -(-len(values) // WIDE_THREADS)
         result = values.shape, logit_map.result_dtype(values.dtype)
         template = logit_map.template(values.dtype)
-        return self._kernels["map"]([values], groups, 1, result, **template)[0]
+        (mapped,) = self._kernels["map"]([values], groups, 1, result, **template)
+        return mapped
 
     def select(
         self,
@@ -120,11 +130,12 @@ class MetalSteps(PortableSteps):
         depth: float = NO_DEPTH,
         logit_map: LogitMap = IDENTITY,
         adjustment: Adjustment | None = None,
-        mass: bool = True,  # which costs a kernel nothing
+        mass: bool = True,
     ) -> Selection:
         """Selects the ``n_probes`` best clusters of each row, ascending, and the tail.
 
-        Where scores differ by less than 1/64 nat, the lower id counts as the better cluster.
+        Where scores differ by less than 1/64 nat, the lower id counts as the better cluster. The
+        mass costs a kernel nothing, and is always there.
         """
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
@@ -142,11 +153,14 @@ class MetalSteps(PortableSteps):
             name = "select_forced"
             more = [adjustment.words, long_enough(adjustment.latest), self.clustered.slot_of]
         arrays = [scores, *more, mx.array(n_probes, mx.uint32), mx.array(depth, mx.float32)]
-        probes, unscored, *made = self._kernels[name](
-            arrays, 1, n_positions, *results, **logit_map.template(mx.float32)
-        )
+        template = logit_map.template(mx.float32)
+        made = self._kernels[name](arrays, 1, n_positions, *results, **template)
+        probes, unscored = made[:2]
         left = Unscored(unscored[:, :1], unscored[:, 1:2])
-        return Selection(probes, made[0] if words else None, left, unscored)
+        selection = Selection(probes, None, left, unscored)
+        if words:
+            selection = selection._replace(words=made[2])
+        return selection
 
     def score(
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
@@ -162,7 +176,9 @@ class MetalSteps(PortableSteps):
         raw = rows.logits_dtype(hidden.dtype)
         results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
         product = rows.product_dtype(hidden.dtype)
-        sums = product if self._stored_rows.kernel.added > 1 else mx.float32
+        sums = mx.float32
+        if self._stored_rows.kernel.added > 1:
+            sums = product
         template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
         arrays = [hidden, probes, self.clustered.token_ids, *self._stored_rows.arrays]
         logits, best = self._kernels["score"](arrays, n_probed, n_positions, *results, **template)
@@ -186,13 +202,11 @@ class MetalSteps(PortableSteps):
         mask = no_mask(self.clustered.vocab_size)
         if allowed is not None:
             mask = long_enough(allowed).reshape(-1, allowed.shape[-1])
+        arrays = [probes, self.clustered.token_ids, logits, words, latest, mask]
+        groups = -(-n_probed // WIDE_THREADS)
         results = (logits.shape, logits.dtype), ((n_positions, n_probed), mx.float32)
         logits, best = self._kernels["adjust"](
-            [probes, self.clustered.token_ids, logits, words, latest, mask],
-            -(-n_probed // WIDE_THREADS),
-            n_positions,
-            *results,
-            T=logits.dtype,
+            arrays, groups, n_positions, *results, T=logits.dtype
         )
         return Candidates(logits, best)
 
@@ -203,9 +217,10 @@ class MetalSteps(PortableSteps):
         logits = candidates.logits
         vocab_size = self.clustered.vocab_size
         arrays = [selection.words, self.clustered.slot_of, logits, candidates.best]
-        groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), len(logits)
+        groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS))
         result = (len(logits), vocab_size), logits.dtype
-        return self._kernels["expand"](arrays, *groups, result)[0]
+        (expanded,) = self._kernels["expand"](arrays, groups, len(logits), result)
+        return expanded
 
     def choose(
         self,
@@ -221,20 +236,25 @@ class MetalSteps(PortableSteps):
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
         n_positions = len(logits)
+        # Where tokens are masked, the filters do not count what was not scored.
+        counted = 1.0
+        if masked:
+            counted = 0.0
+        settings, top_k, keys = draws.inputs
         arrays = [
-            *(selection.probes, self.clustered.token_ids, logits, candidates.best),
-            *(selection.unscored_input, *draws.inputs),
-            mx.array([*risk, 0.0 if masked else 1.0]),
+            selection.probes,
+            self.clustered.token_ids,
+            logits,
+            candidates.best,
+            selection.unscored_input,
+            settings,
+            top_k,
+            keys,
+            mx.array([*risk, counted]),
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
-        tokens, chances = self._kernels["sample"](
-            arrays,
-            1,
-            n_positions,
-            *results,
-            T=logits.dtype,
-            **logit_map.template(logits.dtype),
-        )
+        template = {"T": logits.dtype, **logit_map.template(logits.dtype)}
+        tokens, chances = self._kernels["sample"](arrays, 1, n_positions, *results, **template)
         return tokens, chances
 
     def join(
@@ -243,22 +263,29 @@ class MetalSteps(PortableSteps):
         """Joins the states, probes and logits of some rows of the proposals."""
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
             return super().join(proposals, rows)
-        sources = [*proposals, *[proposals[0]] * (JOINED - len(proposals))]
-        arrays = [array for p in sources for array in (p.hidden, p.probes, p.logits)]
-        results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
-        filled = [*rows, *[rows[-1]] * (SHORTEST - len(rows))]
+        first = proposals[0]
+        unused = [first] * (JOINED - len(proposals))
+        arrays = []
+        for source in [*proposals, *unused]:
+            arrays += [source.hidden, source.probes, source.logits]
+        results = []
+        for array in (first.hidden, first.probes, first.logits):
+            shape = (len(rows), *array.shape[1:])
+            results.append((shape, array.dtype))
+        missing = SHORTEST - len(rows)
+        filled = [*rows, *[rows[-1]] * missing]
         arrays.append(mx.array(filled, mx.uint32))
-        return tuple(self._kernels["join"](arrays, JOINED, len(rows), *results))
+        joined = self._kernels["join"](arrays, JOINED, len(rows), *results)
+        return tuple(joined)
 
     def tolerances(
         self, hidden: mx.array, longest: float, product: float, scored: float
     ) -> tuple[mx.array, mx.array]:
         """Computes how far logits of states (k, D) may be off: two arrays (k,) float32."""
+        k = len(hidden)
         shares = mx.array([product, scored, longest], mx.float32)
-        result = (len(hidden),), mx.float32
-        of_product, of_scored = self._kernels["tolerance"](
-            [hidden, shares], 1, len(hidden), result, result
-        )
+        result = (k,), mx.float32
+        of_product, of_scored = self._kernels["tolerance"]([hidden, shares], 1, k, result, result)
         return of_product, of_scored
 
     def screen(
@@ -277,24 +304,34 @@ class MetalSteps(PortableSteps):
         """
         if not draws.have_kernels:
             return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
-        proposal, *tolerances = inputs = screen_inputs(proposal, tolerance)
+        inputs = screen_inputs(proposal, tolerance)
         parts = self.tallies(slots, inputs, draws, logit_map, allowed)
+        proposal, of_product, of_scored, relative = inputs
         settings, top_k, keys = draws.inputs
+        arrays = [
+            parts,
+            proposal.probes,
+            self.clustered.token_ids,
+            proposal.logits,
+            proposal.tokens,
+            settings,
+            top_k,
+            keys,
+            of_product,
+            of_scored,
+            relative,
+            mx.array(epsilon, mx.float32),
+        ]
         n_states = len(slots)
-        sure, known = self._kernels["certain"](
-            [
-                *(parts, proposal.probes, self.clustered.token_ids, proposal.logits),
-                *(proposal.tokens, settings, top_k, keys, *tolerances),
-                mx.array(epsilon, mx.float32),
-            ],
-            1,
-            n_states,
-            ((n_states,), mx.bool_),
-            ((n_states, 3), mx.float32),
-            T=proposal.logits.dtype,
-            **logit_map.template(slots.dtype),
+        results = ((n_states,), mx.bool_), ((n_states, 3), mx.float32)
+        template = {"T": proposal.logits.dtype, **logit_map.template(slots.dtype)}
+        sure, known = self._kernels["certain"](arrays, 1, n_states, *results, **template)
+        return Screen(
+            certain=sure,
+            largest=known[:, 0],
+            best_unscored=known[:, 1],
+            unscored_mass=known[:, 2],
         )
-        return Screen(sure, *(known[:, i] for i in range(3)))
 
     def tallies(
         self,
@@ -310,32 +347,40 @@ class MetalSteps(PortableSteps):
             (k, parts, TALLIED) float32: of each part of the clusters the largest logit, the best
             that was not scored, and so on.
         """
-        proposal, *tolerances = inputs
+        proposal, of_product, of_scored, relative = inputs
         settings, _, keys = draws.inputs
-        n_states = len(slots)
-        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
         slot_of = self.clustered.slot_of
         # Without a mask it is any array, which is not read.
-        mask = slot_of if allowed is None else long_enough(allowed)
-        return self._kernels["screen"](
-            [
-                *(slots, proposal.probes, self.clustered.token_ids, slot_of, proposal.logits),
-                *(proposal.tokens, settings, keys, *tolerances, mask),
-            ],
-            n_parts,
-            n_states,
-            ((n_states, n_parts, TALLIED), mx.float32),
-            MASKED=allowed is not None,
-            **logit_map.template(slots.dtype),
-        )[0]
+        mask = slot_of
+        if allowed is not None:
+            mask = long_enough(allowed)
+        arrays = [
+            slots,
+            proposal.probes,
+            self.clustered.token_ids,
+            slot_of,
+            proposal.logits,
+            proposal.tokens,
+            settings,
+            keys,
+            of_product,
+            of_scored,
+            relative,
+            mask,
+        ]
+        n_states = len(slots)
+        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
+        result = (n_states, n_parts, TALLIED), mx.float32
+        template = {"MASKED": allowed is not None, **logit_map.template(slots.dtype)}
+        (tallies,) = self._kernels["screen"](arrays, n_parts, n_states, result, **template)
+        return tallies
 
 
 def screen_inputs(proposal: Proposal, tolerance: Tolerance) -> ScreenInputs:
     """What both kernels of a screen take of a proposal and a tolerance, none of it short."""
     filled = proposal.filled(MIN_PROBES)
-    return (
-        filled._replace(tokens=long_enough(filled.tokens)),
-        long_enough(tolerance.product),
-        long_enough(tolerance.scored),
-        mx.array(tolerance.relative, mx.float32),
-    )
+    filled = filled._replace(tokens=long_enough(filled.tokens))
+    of_product = long_enough(tolerance.product)
+    of_scored = long_enough(tolerance.scored)
+    relative = mx.array(tolerance.relative, mx.float32)
+    return filled, of_product, of_scored, relative

@@ -39,6 +39,19 @@ METADATA_KEY = "flash_head"
 # The MLX that mlx-swift 0.31.6 contains, at commit ce45c525. The file's scores have the sums that
 # the model's own layer has there: of some values of a 16-bit state in their own dtype.
 READER = (0, 31, 1)
+# The launches that give logits, and those that give a token.
+FOR_LOGITS = [
+    "flash_head_route",
+    "flash_head_select_words",
+    "flash_head_score",
+    "flash_head_expand",
+]
+FOR_TOKENS = [
+    "flash_head_route",
+    "flash_head_select",
+    "flash_head_score",
+    "flash_head_sample",
+]
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
@@ -68,37 +81,41 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     hidden = mx.zeros((1, head.hidden_size), dtype)
     counts = mx.zeros((SHORTEST, 2), mx.uint32)
     draws = Draws((Noise(1.0),), (mx.zeros((SHORTEST, 3)), counts[:, 0], counts))
-    rows = clustered.rows.arrays()
-    computed = {
-        "hidden": hidden,
-        **dict(zip(("settings", "top_k", "keys"), draws.inputs, strict=True)),
-    }
-    computed |= {f"rows_{name}": array for name, array in rows.items()}
-    centroids = clustered.centroids.matrix.arrays()
-    stored = {f"centroids_{name}": array for name, array in centroids.items()}
+    settings, top_k, keys = draws.inputs
+    computed = {"hidden": hidden, "settings": settings, "top_k": top_k, "keys": keys}
+    rows = {}
+    for name, array in clustered.rows.arrays().items():
+        computed[f"rows_{name}"] = array
+        rows[name] = {"shape": [head.vocab_size, *array.shape[2:]], "dtype": array.dtype}
+    stored = {}
+    for name, array in clustered.centroids.matrix.arrays().items():
+        stored[f"centroids_{name}"] = array
     recorder = _Recorder(stored, computed)
     steps = MetalSteps(clustered, recorder.metal_kernel, version=READER)
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
-    steps.expand(scores, selection, steps.score(hidden, selection))
+    candidates = steps.score(hidden, selection)
+    steps.expand(scores, selection, candidates)
     selection = steps.select(scores, n_probes, words=False)
-    steps.choose(selection, steps.score(hidden, selection), draws)
+    candidates = steps.score(hidden, selection)
+    steps.choose(selection, candidates, draws)
     plan = {
         "head": layer,
         "dtype": dtype,
         "hiddenSize": head.hidden_size,
-        "rows": {
-            name: {"shape": [head.vocab_size, *array.shape[2:]], "dtype": array.dtype}
-            for name, array in rows.items()
-        },
+        "rows": rows,
         "limit": head.n_clusters // n_probes,
-        "logits": [f"flash_head_{step}" for step in ("route", "select_words", "score", "expand")],
-        "tokens": [f"flash_head_{step}" for step in ("route", "select", "score", "sample")],
+        "logits": FOR_LOGITS,
+        "tokens": FOR_TOKENS,
         "launches": recorder.launches,
     }
-    text = json.dumps(plan, default=lambda dtype: str(dtype).removeprefix("mlx.core."))
+    text = json.dumps(plan, default=_name_of_dtype)
     mx.save_safetensors(str(path), recorder.stored, {METADATA_KEY: text})
     return recorder.stored
+
+
+def _name_of_dtype(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 class _Recorder:
@@ -123,23 +140,28 @@ class _Recorder:
         return partial(self._record, kernel)
 
     def _record(self, kernel: dict[str, Any], **call: Any) -> list[mx.array]:
+        name = kernel["name"]
+        input_names = kernel["input_names"]
+        output_names = kernel["output_names"]
         shapes = call["output_shapes"]
         dtypes = call["output_dtypes"]
-        self.launches[kernel["name"]] = {
-            "name": kernel["name"],
-            "inputNames": kernel["input_names"],
-            "outputNames": kernel["output_names"],
+        arrays = list(map(self._name_of, call["inputs"], input_names))
+        template = [{"name": size, "value": value} for size, value in call["template"]]
+        self.launches[name] = {
+            "name": name,
+            "inputNames": input_names,
+            "outputNames": output_names,
             "source": kernel["source"],
             "header": kernel["header"],
-            "arrays": list(map(self._name_of, call["inputs"], kernel["input_names"])),
-            "template": [{"name": name, "value": value} for name, value in call["template"]],
+            "arrays": arrays,
+            "template": template,
             "grid": call["grid"],
             "threadGroup": call["threadgroup"],
             "outputShapes": shapes,
             "outputDTypes": dtypes,
         }
-        results = [mx.zeros(*result) for result in zip(shapes, dtypes, strict=True)]
-        self._computed.update(zip(kernel["output_names"], results, strict=True))
+        results = list(map(mx.zeros, shapes, dtypes))
+        self._computed.update(zip(output_names, results, strict=True))
         return results
 
     def _name_of(self, array: mx.array, input_name: str) -> str:

@@ -11,21 +11,33 @@ from .draws.draw import Draw, Draws
 from .logit_map import LogitMap
 from .steps import PortableSteps, Risk
 
-MOST_TRACED = 64  # functions that are kept
+# So many functions are kept.
+MOST_TRACED = 64
 
 Traced = Callable[..., tuple[mx.array, ...]]
 
 
 class ProposalFunction(NamedTuple):
-    """The operations of proposals, as a function of arrays. Equal ones need one trace."""
+    """The operations of proposals, as a function of arrays. Equal ones need one trace.
+
+    Attributes:
+        steps: Of the head.
+        risk: Estimates the risk by what was not scored.
+        n_probes: Clusters that are scored.
+        depth: Nats of the model's logits below the mass of all, from which kernels leave clusters
+            out.
+        structure: How each row is drawn, as :meth:`PortableSteps.structure_of` says it.
+        logit_map: What the model does to each of its head's logits.
+        most_occurrences: Of the adjustment; None without one.
+    """
 
     steps: PortableSteps
     risk: Risk
     n_probes: int
     depth: float
-    rows: tuple[Draw, ...]  # as of `Draws.structure`
+    structure: tuple[Draw, ...]
     logit_map: LogitMap
-    most_occurrences: int | None  # of the adjustment; None without one
+    most_occurrences: int | None
 
     def __call__(
         self,
@@ -46,7 +58,7 @@ class ProposalFunction(NamedTuple):
             The tokens, probes, logits and risks.
         """
         steps = self.steps
-        draws = Draws(self.rows, draw_inputs)
+        draws = Draws(self.structure, draw_inputs)
         adjustment = None
         if self.most_occurrences is not None:
             adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)
@@ -60,15 +72,18 @@ class ProposalFunction(NamedTuple):
             mass=not draws.all_greedy,
         )
         candidates = steps.score(hidden, selection, self.logit_map)
-        if adjustment is not None or allowed:
-            mask = allowed[0] if allowed else None
+        mask = None
+        if allowed:
+            mask = allowed[0]
+        if adjustment is not None or mask is not None:
             candidates = steps.adjust(selection, candidates, adjustment, mask)
         tokens, risk = steps.choose(
-            selection, candidates, draws, self.risk, self.logit_map, masked=bool(allowed)
+            selection, candidates, draws, self.risk, self.logit_map, masked=mask is not None
         )
-        # without the probes that a kernel repeats
+        # The probes that a kernel repeats are left out.
         probes = selection.probes[:, : self.n_probes]
-        return tokens, probes, candidates.logits[:, : self.n_probes], risk
+        logits = candidates.logits[:, : self.n_probes]
+        return tokens, probes, logits, risk
 
 
 class TracedFunctions:

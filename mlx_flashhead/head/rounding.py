@@ -17,11 +17,13 @@ from .same_sums import DenseLogits, logits_of_scores, scores_agree, shows_other_
 from .slot_product import CLASSES, SlotProduct
 from .steps import PortableSteps
 
-N_STATES = 3  # states whose products are compared for the rounding
+# So many states' products are compared for the rounding.
+N_STATES = 3
 # An M1 to M4 has no matrix units that take TF32. Those of an M5 and later do so unless
 # MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
 WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
-PIECE = 1024  # clusters whose rows are floats at once
+# The rows of so many clusters are floats at once.
+PIECE = 1024
 # MLX up to 0.32.3 cuts sums of several states with quantized rows into parts, where the rows are
 # few: for about 512 threadgroups of 32 rows. Source: `qmm_splitk` in quantized.cpp.
 PARTS = 512 * 32
@@ -85,15 +87,24 @@ class Rounding:
         if self.sums is not None:
             lost = self.sums.tolerance(hidden)
             product = product + lost
-            scored = scored + lost if self.scored else scored
-        return Tolerance(product, scored, ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0)
+            if self.scored:
+                scored = scored + lost
+        relative = 0.0
+        if self.epsilon > IN_16_BITS:
+            relative = ULPS * self.epsilon
+        return Tolerance(product, scored, relative)
 
 
 class Stretch(NamedTuple):
-    """What biases and penalties may make of the distance of two logits."""
+    """What biases and penalties may make of the distance of two logits.
 
-    factor: float = 1.0  # the most that they can stretch it
-    n_roundings: int = 0  # of a logit that they change
+    Attributes:
+        factor: The most that they can stretch it.
+        n_roundings: Roundings of a logit that they change.
+    """
+
+    factor: float = 1.0
+    n_roundings: int = 0
 
 
 def stretched(
@@ -116,8 +127,10 @@ def stretched(
     factors = [stretch.factor for stretch in stretches]
     # These are neither padded nor ruled out.
     real = logits > mx.finfo(logits.dtype).min
-    largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
-    after = scored * mx.array(factors) + epsilon * mx.array(roundings) * largest
+    sizes = mx.abs(mx.where(real, logits, 0))
+    largest = mx.max(sizes, axis=(1, 2)).astype(mx.float32)
+    rounded = epsilon * mx.array(roundings) * largest
+    after = scored * mx.array(factors) + rounded
     return mx.where(scored > 0, after, 0.0)
 
 
@@ -208,13 +221,17 @@ def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths:
     Returns:
         A share of ``lengths``.
     """
-    distance = mx.abs(logits.astype(mx.float32) - alone.astype(mx.float32)) - allowed
-    return MEASURED_TIMES * max(cast(float, mx.max(distance / lengths).item()), 0.0)
+    distance = mx.abs(logits.astype(mx.float32) - alone.astype(mx.float32))
+    shares = (distance - allowed) / lengths
+    largest = cast(float, mx.max(shares).item())
+    return MEASURED_TIMES * max(largest, 0.0)
 
 
 def _classes() -> tuple[int, ...]:
     """The sizes of products that differ in their rounding. A CPU has one kernel for all."""
-    return (N_STATES,) if mx.default_device().type == mx.cpu else CLASSES
+    if mx.default_device().type == mx.cpu:
+        return (N_STATES,)
+    return CLASSES
 
 
 def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float:
@@ -226,11 +243,14 @@ def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float
         return TF32 if n_states > 1 and may_use_tf32() else 0.0
     if not rows.quantized:
         return 0.0
+    # The rows become 16 bits.
     half = mx.finfo(dtype).eps / 2
-    # the rows become 16 bits; so does each part of a sum, and each sum of parts
     n_parts = PARTS // n_rows
     are_cut = mx.default_device().type != mx.cpu and mlx_version() < ANY_ROWS and n_parts > 1
-    return half * (1 + n_parts if are_cut else 1)
+    if not are_cut:
+        return half
+    # So does each part of a sum, and each sum of parts.
+    return half * (1 + n_parts)
 
 
 def differs_in_batches(rows: Matrix, dtype: mx.Dtype) -> bool:
@@ -262,8 +282,9 @@ def _dense_kernel(clustered: ClusteredRows) -> DenseKernel | None:
 
 def _longest_rows(clustered: ClusteredRows) -> tuple[float, float]:
     """The length of the longest row with its bias, and that of the longest row of offsets."""
-    longest = longest_offsets = mx.array(0.0)
-    # all at once would take much memory
+    longest = mx.array(0.0)
+    longest_offsets = mx.array(0.0)
+    # All at once would take much memory.
     for start in range(0, clustered.n_clusters, PIECE):
         part = clustered.rows.map(itemgetter(slice(start, start + PIECE)))
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)

@@ -22,8 +22,10 @@ import numpy as np
 from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
 from .kernel_inputs import SHORTEST, long_enough
-from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, KernelText, StoredRows, make_kernel
-from .matrix import Matrix
+from .kernel_texts import LANES, ROUTE_SIMDGROUPS, ROWS, KernelText
+from .kernels import make_kernel
+from .matrix import AFFINE, Matrix
+from .stored_rows import StoredRows
 
 NAME = "row_products"
 MAX_STATES = 8
@@ -52,23 +54,38 @@ log = logging.getLogger("mlx_flashhead")
 
 
 class Form(NamedTuple):
-    """What decides which kernels MLX and FlashHead take, and so the outcome of a trial."""
+    """What decides which kernels MLX and FlashHead take, and so the outcome of a trial.
+
+    Attributes:
+        n_states: The number of states.
+        dtype: The states' dtype.
+        scales: The scales' dtype.
+        bias: The bias's dtype; None without one.
+        mode: MLX's mode of quantization.
+        bits: Bits of a weight.
+        group_size: Columns that share a scale.
+        n_rows: Like the layer's: at most TRIED_ROWS, and what is left of a block of 8.
+        n_columns: The layer's.
+    """
 
     n_states: int
-    dtype: mx.Dtype  # of the states
+    dtype: mx.Dtype
     scales: mx.Dtype
     bias: mx.Dtype | None
-    quantization: tuple[str, int, int]  # mode, bits, group size
-    n_rows: int  # like the layer's: at most TRIED_ROWS, and what is left of a block of 8
+    mode: str
+    bits: int
+    group_size: int
+    n_rows: int
     n_columns: int
 
     def __str__(self) -> str:
-        mode, bits, _ = self.quantization
         dtype = str(self.dtype).rpartition(".")[2]
-        return f"{self.n_states} states of {self.n_columns} {dtype} and {bits}-bit {mode} rows"
+        states = f"{self.n_states} states of {self.n_columns} {dtype}"
+        return f"{states} and {self.bits}-bit {self.mode} rows"
 
 
-_ways: dict[Form, Way | None] = {}  # of this process
+# The ways that were found in this process.
+_ways: dict[Form, Way | None] = {}
 
 
 def row_products(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array | None:
@@ -112,19 +129,27 @@ def products_of_each(x: mx.array, rows: Matrix) -> mx.array | None:
     if form not in _ways:
         _ways[form] = _find_way(form)
     way = _ways[form]
-    return None if way is None else way(x, rows)
+    if way is None:
+        return None
+    return way(x, rows)
 
 
 def _form(x: mx.array, n_states: int, rows: Matrix) -> Form:
     n_rows = rows.weight.shape[0]
+    scales = cast(mx.array, rows.scales)
+    bias = None
+    if rows.bias is not None:
+        bias = rows.bias.dtype
     return Form(
-        n_states,
-        x.dtype,
-        cast(mx.array, rows.scales).dtype,
-        None if rows.bias is None else rows.bias.dtype,
-        (rows.mode, rows.bits, rows.group_size),
-        min(n_rows, TRIED_ROWS + n_rows % 8),
-        x.shape[-1],
+        n_states=n_states,
+        dtype=x.dtype,
+        scales=scales.dtype,
+        bias=bias,
+        mode=rows.mode,
+        bits=rows.bits,
+        group_size=rows.group_size,
+        n_rows=min(n_rows, TRIED_ROWS + n_rows % 8),
+        n_columns=x.shape[-1],
     )
 
 
@@ -139,7 +164,7 @@ def _find_way(form: Form) -> Way | None:
             if mx.array_equal(found, mx.concatenate(expected)).item():
                 return way
             trouble = "adds in another order than MLX's own for one state"
-        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
+        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device.
         except (RuntimeError, ValueError) as error:
             reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
             trouble = f"does not run on this device ({reason})"
@@ -161,13 +186,15 @@ class _Kernel:
 
     def __init__(self, form: Form, rows: Matrix):
         stored = StoredRows(rows, form.n_rows)
-        values = stored.kernel.packs * pack_columns(rows.bits)
-        halves = rows.mode == "affine" and rows.bits == 4
-        expression = f"flash_head::half_rows({stored.expression})" if halves else stored.expression
+        expression = stored.expression
         # The compiler may unpack a row's weights once for all states, which takes registers.
-        registers = ROWS * values // 2 if halves else ROWS * values
-        few = form.n_states > ROWS and registers > UNPACKED
-        self._at_once = ROWS // 2 if few else ROWS
+        n_registers = ROWS * stored.kernel.packs * pack_columns(rows.bits)
+        if rows.mode == AFFINE and rows.bits == 4:
+            expression = f"flash_head::half_rows({expression})"
+            n_registers //= 2
+        self._at_once = ROWS
+        if form.n_states > ROWS and n_registers > UNPACKED:
+            self._at_once = ROWS // 2
         self._arrays = rows.format.arrays
         self._dtype = rows.logits_dtype(form.dtype)
         text = KernelText(
@@ -187,17 +214,24 @@ class _Kernel:
             "BIASED": form.bias is not None,
             "PRODUCT": product,
         }
-        self._template |= {name: stored.sizes[name] for name in stored.names.split()}
+        for name in stored.names.split():
+            self._template[name] = stored.sizes[name]
         if rows.biases is not None:
-            self._template["SUM"] = product if stored.kernel.added > 1 else mx.float32
+            self._template["SUM"] = mx.float32
+            if stored.kernel.added > 1:
+                self._template["SUM"] = product
 
     def __call__(self, x: mx.array, rows: Matrix) -> mx.array:
         n_rows = rows.n_rows
         groups = -(-n_rows // (self._at_once * ROUTE_SIMDGROUPS))
-        bias = x if rows.bias is None else long_enough(rows.bias)
-        arrays = [x, *(getattr(rows, name) for name in self._arrays), bias]
+        # Without a bias it is any array, which is not read.
+        bias = x
+        if rows.bias is not None:
+            bias = long_enough(rows.bias)
+        stored = [getattr(rows, name) for name in self._arrays]
         result = (*x.shape[:-1], n_rows), self._dtype
-        return self._launch(arrays, groups, 1, result, **self._template)[0]
+        (products,) = self._launch([x, *stored, bias], groups, 1, result, **self._template)
+        return products
 
 
 def _at_once(x: mx.array, rows: Matrix) -> mx.array:
@@ -227,7 +261,9 @@ def _gathered(x: mx.array, rows: Matrix) -> mx.array:
         **rows.quantization,
     )
     products = products.reshape(*x.shape[:-1], -1)
-    return products if rows.bias is None else products + rows.bias
+    if rows.bias is not None:
+        products = products + rows.bias
+    return products
 
 
 @cache
@@ -237,7 +273,10 @@ def _indices(n_states: int, step: int) -> mx.array:
 
 
 def _bits(array: mx.array) -> mx.array:
-    return array.view(mx.uint32 if array.itemsize == 4 else mx.uint16)
+    """The bits of floats."""
+    if array.itemsize == 4:
+        return array.view(mx.uint32)
+    return array.view(mx.uint16)
 
 
 def _tried_rows(form: Form) -> Matrix:
@@ -247,11 +286,12 @@ def _tried_rows(form: Form) -> Matrix:
     So another order of sums shows in nearly all of them, where it would show in one of 10,000
     random products in bfloat16.
     """
-    mode, bits, group_size = form.quantization
-    dtype = form.dtype if form.scales == mx.uint8 else form.scales
+    dtype = form.scales
+    if form.scales == mx.uint8:
+        dtype = form.dtype
     groups = mx.random.normal(_groups(form, OTHER_ROWS), key=mx.random.key(0))
     weight = _repeated(groups).reshape(OTHER_ROWS, -1).astype(dtype)
-    rows = Matrix(weight).quantize(bits=bits, group_size=group_size, mode=mode)
+    rows = Matrix(weight).quantize(bits=form.bits, group_size=form.group_size, mode=form.mode)
     ids = mx.arange(form.n_rows) % OTHER_ROWS
     if form.bias is None:
         return rows.take(ids)
@@ -279,8 +319,7 @@ def _tried_states(form: Form) -> mx.array:
 
 def _groups(form: Form, n: int) -> tuple[int, int, int]:
     """The shape of the groups of ``n`` rows or states."""
-    group_size = form.quantization[2]
-    return n, form.n_columns // group_size, group_size
+    return n, form.n_columns // form.group_size, form.group_size
 
 
 def _repeated(groups: mx.array) -> mx.array:
@@ -289,5 +328,6 @@ def _repeated(groups: mx.array) -> mx.array:
     if half == 0:
         return groups
     first = groups[:, :half]
+    last = groups[:, 2 * half :]
     order = mx.random.permutation(half, key=mx.random.key(3))
-    return mx.concatenate([first, first[:, order], groups[:, 2 * half :]], axis=1)
+    return mx.concatenate([first, first[:, order], last], axis=1)

@@ -14,14 +14,17 @@ from .matrix import Matrix
 from .proposal import Selection
 from .steps import PortableSteps
 
-DenseLogits = Callable[[mx.array], mx.array]  # a state (1, D) → its logits (1, V)
+# A state (1, D) → its logits (1, V).
+DenseLogits = Callable[[mx.array], mx.array]
 
-N_STATES = 3  # whose logits are compared, at least: in float32 most logits show another order
+# So many states' logits are compared, at least: in float32 most logits show another order.
+N_STATES = 3
 # Of a million logits in 16 bits some forty or more show another order of sums, of 24,000 perhaps
 # none. A vocabulary below ENOUGH_LOGITS / MOST_STATES has fewer.
 ENOUGH_LOGITS = 1_000_000
 MOST_STATES = 128
-SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
+# So many clusters are scored at once, since a CPU makes a copy of them.
+SCORED_AT_ONCE = 1024
 
 
 def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
@@ -29,13 +32,15 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
     clustered = steps.clustered
     n_clusters = clustered.n_clusters
     size = min(n_clusters, SCORED_AT_ONCE)
+    # Fewer than MIN_PROBES would need another kernel.
+    n_probes = max(size, MIN_PROBES)
     parts = []
     for start in range(0, n_clusters, size):
         first = min(start, n_clusters - size)
-        # fewer than MIN_PROBES would need another kernel
-        clusters = mx.arange(first, first + max(size, MIN_PROBES), dtype=mx.uint32)
-        selection = Selection(mx.minimum(clusters, n_clusters - 1)[None])
-        parts.append(steps.score(hidden, selection).logits[:, start - first : size])
+        clusters = mx.arange(first, first + n_probes, dtype=mx.uint32)
+        probes = mx.minimum(clusters, n_clusters - 1)
+        logits = steps.score(hidden, Selection(probes[None])).logits
+        parts.append(logits[:, start - first : size])
     slots = mx.concatenate(parts, axis=1).reshape(1, -1)
     return in_token_order(slots, clustered.slot_of)
 
@@ -44,7 +49,8 @@ def n_compared(vocab_size: int, dtype: mx.Dtype) -> int:
     """The number of states whose logits of ``dtype`` are compared: in 16 bits ENOUGH_LOGITS."""
     if dtype == mx.float32:
         return N_STATES
-    return max(N_STATES, min(-(-ENOUGH_LOGITS // vocab_size), MOST_STATES))
+    n_enough = -(-ENOUGH_LOGITS // vocab_size)
+    return max(N_STATES, min(n_enough, MOST_STATES))
 
 
 def shows_other_sums(vocab_size: int, dtype: mx.Dtype) -> bool:
@@ -54,10 +60,12 @@ def shows_other_sums(vocab_size: int, dtype: mx.Dtype) -> bool:
 
 def compared_states(rows: Matrix, vocab_size: int, dtype: mx.Dtype) -> list[mx.array]:
     """Hidden states (1, D) of ``dtype`` on which products with the rows are compared."""
-    return [
-        mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
-        for seed in range(n_compared(vocab_size, rows.logits_dtype(dtype)))
-    ]
+    n_states = n_compared(vocab_size, rows.logits_dtype(dtype))
+    states = []
+    for seed in range(n_states):
+        hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed))
+        states.append(hidden.astype(dtype))
+    return states
 
 
 def scores_agree(steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype) -> float:

@@ -26,7 +26,8 @@ def screen(
 ) -> Screen:
     """Which proposals of k states are the dense choice for sure; see ``PortableSteps.screen``."""
     others = _not_scored(clustered, slots, proposal, allowed)
-    best = mx.maximum(mx.max(others, axis=(1, 2)).astype(mx.float32), LOWEST)[:, None]
+    best = mx.max(others, axis=(1, 2)).astype(mx.float32)
+    best = mx.maximum(best, LOWEST)[:, None]
     scored = _scored(clustered, proposal, tolerance, logit_map, slots.dtype)
     unscored = _mapped(others, tolerance, logit_map)
     bounds = Bounds(
@@ -53,6 +54,7 @@ def _scored(
     logit_map: LogitMap,
     dtype: mx.Dtype,
 ) -> Scored:
+    """The scored tokens, with bounds of the model's logits."""
     logits = proposal.logits.astype(mx.float32).flatten(1)
     ids = mx.take(clustered.token_ids, proposal.probes, axis=0).flatten(1)
     tokens = proposal.tokens[:, None]
@@ -65,13 +67,23 @@ def _scored(
         absolute = logit_map.slope * absolute
     rounding = tolerance.relative + logit_map.rounding(dtype)
     slack = logit_map.slack(dtype)
-    share = mx.where(absolute > 0, rounding, 0.0) + slack if rounding or slack else None
+    share = None
+    if rounding or slack:
+        share = mx.where(absolute > 0, rounding, 0.0) + slack
 
     def interval(values: mx.array) -> Interval:
-        off = absolute if share is None else absolute + share * mx.abs(values)
-        return Interval(values, off)
+        if share is None:
+            return Interval(values, absolute)
+        return Interval(values, absolute + share * mx.abs(values))
 
-    return Scored(ids, tokens, *map(interval, (own, logits, rest, second)))
+    return Scored(
+        ids=ids,
+        tokens=tokens,
+        own=interval(own),
+        all=interval(logits),
+        rest=interval(rest),
+        second=interval(second),
+    )
 
 
 def _not_scored(
@@ -92,7 +104,7 @@ def _not_scored(
 
 def is_allowed(allowed: mx.array, token_ids: mx.array) -> mx.array:
     """The bits of tokens for each state: words (k, ⌈V/32⌉) uint32, ids (C, n) → bool (k, C, n)."""
-    # a padded slot has any word
+    # A padded slot has any word.
     index = mx.minimum(token_ids // 32, allowed.shape[1] - 1)
     words = mx.take(allowed, index, axis=1)
     return (words >> (token_ids % 32)) & 1 != 0
@@ -107,7 +119,7 @@ def _highest(
         high = high + tolerance.relative * mx.abs(logits)
     if logit_map.identity:
         return high
-    # rounded to the nearest: no value of the dtype below `high` is rounded higher
+    # This rounds to the nearest: no value of the dtype below `high` is rounded higher.
     mapped = logit_map(high.astype(dtype)).astype(mx.float32)
     mapped = mapped + logit_map.slack(dtype) * mx.abs(mapped)
     return mx.where(logits <= LOWEST, LOWEST, mapped)
@@ -128,5 +140,6 @@ def _mapped(others: mx.array, tolerance: Tolerance, logit_map: LogitMap) -> Inte
     sizes = mx.abs(mapped)
     # All logits of a state are equally far off then.
     if not tolerance.relative:
-        sizes = mx.max(mx.where(others == -mx.inf, 0.0, sizes), axis=(1, 2), keepdims=True)
+        sizes = mx.where(others == -mx.inf, 0.0, sizes)
+        sizes = mx.max(sizes, axis=(1, 2), keepdims=True)
     return Interval(mapped, logit_map.slope * off + share * sizes)

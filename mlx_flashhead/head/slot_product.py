@@ -14,12 +14,16 @@ from .backend import numpy_is_faster
 from .matrix import as_float32, to_mlx
 from .steps import PortableSteps
 
-CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
-WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
+# Sizes of a product: of up to so many states the kernels and the rounding are the same.
+CLASSES = (1, 2, 4, 8, 16, 32)
+# So many multiply-adds are a millisecond of work.
+WORTH_A_THREAD = 10_000_000
 
-_worker = ThreadPoolExecutor(1, "verification")  # whose thread begins with the first product
+# Its thread begins with the first product.
+_worker = ThreadPoolExecutor(1, "verification")
 
-Source = tuple[mx.array, int]  # states (R, D), and a row of them
+# States (R, D), and a row of them.
+Source = tuple[mx.array, int]
 
 
 class SlotProduct:
@@ -53,7 +57,9 @@ class SlotProduct:
                 states = np.stack([as_float32(each)[row] for each, row in sources])
             self._future = _worker.submit(_product, np.asarray(rows.weight), states)
         missing = product_size(self._k) - self._k
-        self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden
+        if missing:
+            hidden = mx.pad(hidden, [(0, missing), (0, 0)])
+        self._hidden = hidden
 
     @property
     def ready(self) -> bool:
@@ -66,7 +72,9 @@ class SlotProduct:
             return self._steps.verifying_product(self._hidden)[: self._k]
         logits = to_mlx(self._future.result())
         bias = self._steps.clustered.rows.bias
-        return logits if bias is None else logits + bias
+        if bias is not None:
+            logits = logits + bias
+        return logits
 
 
 def product_size(k: int) -> int:
@@ -76,7 +84,11 @@ def product_size(k: int) -> int:
     """
     if mx.default_device().type == mx.cpu:
         return k
-    return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
+    for size in CLASSES:
+        if size >= k:
+            return size
+    largest = CLASSES[-1]
+    return -(-k // largest) * largest
 
 
 def _product(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -90,7 +102,9 @@ def _product(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
         The products (k, C, n).
     """
     if rows.flags.c_contiguous:
-        flat: np.ndarray = np.matmul(states, rows.reshape(-1, rows.shape[-1]).T)
+        flat_rows = rows.reshape(-1, rows.shape[-1])
+        flat: np.ndarray = np.matmul(states, flat_rows.T)
         return flat.reshape(-1, *rows.shape[:2])
-    products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)
+    # These are (C, k, n).
+    products = np.matmul(states[None], rows.swapaxes(1, 2))
     return np.ascontiguousarray(products.swapaxes(0, 1))

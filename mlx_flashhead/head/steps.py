@@ -25,8 +25,10 @@ from .matrix import Matrix
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
 from .screening import screen
 
-NO_DEPTH = 1e30  # nats: every probe is scored
-NOTHING_ALLOWED = 2.0  # the risk of a row in which no scored token may be chosen
+# A depth in nats with which every probe is scored.
+NO_DEPTH = 1e30
+# The risk of a row in which no scored token may be chosen.
+NOTHING_ALLOWED = 2.0
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
@@ -34,8 +36,10 @@ MARGIN_SHARE = 1 / 64
 # Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
 # matrix first, which does not pay for few states (docs/how-it-works.md).
 BLOCK_PRODUCTS = 500_000
-BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
-FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
+# A block has a multiple of so many rows: whole vectors.
+BLOCK_MULTIPLE = 16
+# Fewer states are not multiplied as a matrix on any GPU that lacks bfloat16.
+FLOAT16_FROM = 6
 
 
 class Risk(NamedTuple):
@@ -67,7 +71,8 @@ class Risk(NamedTuple):
         Returns:
             (R, 1) float32.
         """
-        best = best if logit_map.identity else logit_map.inverse(best)
+        if not logit_map.identity:
+            best = logit_map.inverse(best)
         return mx.exp(self.a - self.b * (best - unscored.best))
 
     def of_draw(self, logits: mx.array, unscored: Unscored) -> mx.array:
@@ -80,7 +85,8 @@ class Risk(NamedTuple):
         Returns:
             (R, 1) float32.
         """
-        return self.scale * mx.sigmoid(cast(mx.array, unscored.mass) - log_mass(logits))
+        mass = cast(mx.array, unscored.mass)
+        return self.scale * mx.sigmoid(mass - log_mass(logits))
 
 
 USUAL = Risk()
@@ -127,7 +133,8 @@ class PortableSteps:
     """Each step as MLX operations."""
 
     name = "mlx"
-    float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
+    # All rows, for :meth:`verifying_product` on some GPUs.
+    float16_rows: Matrix | None = None
     # Pending tokens that are joined before the launch of their verification; 0: then all at once.
     joined_early = 0
 
@@ -135,17 +142,23 @@ class PortableSteps:
         self.clustered = clustered
         # A score is the log of a cluster's summed exponentials. The product with a mean row alone,
         # without a bias, lacks so much of it at least: Jensen's inequality.
-        biased = np.array(clustered.centroids.bias).any()
-        self._lacking = 0.0 if biased else math.log(clustered.cluster_size)
+        self._lacking = math.log(clustered.cluster_size)
+        if np.array(clustered.centroids.bias).any():
+            self._lacking = 0.0
         self._on_cpu = mx.default_device().type == mx.cpu
-        # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
-        self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        # The CPU build multiplies float32 far faster than 4 bits: it has floats of the centroids.
+        self._centroids: mx.array | None = None
+        if self._on_cpu:
+            self._centroids = in_blocks(clustered.centroids.matrix)
         # This view is made once.
         self._columns = clustered.rows.weight.swapaxes(-1, -2)
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
-        return [self._columns] if self._centroids is None else [self._columns, self._centroids]
+        held = [self._columns]
+        if self._centroids is not None:
+            held.append(self._centroids)
+        return held
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
@@ -155,7 +168,9 @@ class PortableSteps:
         Returns:
             :attr:`Draws.structure`, and the number of the adjustment beside its arrays.
         """
-        return draws.structure, None if adjustment is None else adjustment.most_occurrences
+        if adjustment is None:
+            return draws.structure, None
+        return draws.structure, adjustment.most_occurrences
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -163,7 +178,9 @@ class PortableSteps:
             return self.clustered.flat_rows().matmul(hidden)
         rows = self.clustered.rows
         logits = blocked_product(hidden, rows.weight.swapaxes(-1, -2))
-        return logits if rows.bias is None else logits + rows.bias.reshape(-1)
+        if rows.bias is not None:
+            logits = logits + rows.bias.reshape(-1)
+        return logits
 
     def verifying_product(self, hidden: mx.array) -> mx.array:
         """Computes :meth:`product` for states that are verified, in clusters: (k, D) → (k, C, n).
@@ -256,7 +273,7 @@ class PortableSteps:
         rows = self.clustered.rows
         if self._on_cpu and rows.weight.dtype == hidden.dtype == mx.float32:
             return self._products_on_cpu(hidden, probes)
-        # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        # States (R, 1, 1, D) meet (R, p) blocks of (n, D).
         stacked = mx.expand_dims(hidden, (1, 2))
         if rows.scales is not None:
             products = mx.gather_qmm(
@@ -271,8 +288,8 @@ class PortableSteps:
             return products.squeeze(-2)
         if rows.weight.dtype == hidden.dtype and not self._on_cpu:
             return mx.gather_mm(stacked, self._columns, rhs_indices=probes).squeeze(-2)
-        # For other floats the CPU build has no gather_mm.
-        blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
+        # For other floats the CPU build has no gather_mm. The blocks are (R, p, n, D).
+        blocks = mx.take(rows.weight, probes, axis=0)
         return (blocks @ hidden[:, None, :, None]).squeeze(-1)
 
     def _products_on_cpu(self, hidden: mx.array, probes: mx.array) -> mx.array:
@@ -280,8 +297,10 @@ class PortableSteps:
         n_states = len(hidden)
         numbers = np.arange(n_states, dtype=np.uint32)[:, None]
         states = mx.array(np.repeat(numbers, probes.shape[1], axis=1))
-        # one array that is there, for the usual single state
-        stacked = hidden if n_states == 1 else hidden[:, None]
+        # The usual single state is one array that is there.
+        stacked = hidden
+        if n_states > 1:
+            stacked = hidden[:, None]
         return mx.gather_mm(stacked, self._columns, states, probes).squeeze(-2)
 
     def adjust(
@@ -306,7 +325,7 @@ class PortableSteps:
             logits = adjusted_logits(logits, probes, adjustment, self.clustered)
         if allowed is not None:
             ids = self.token_ids(probes)
-            # a padded slot has any word
+            # A padded slot has any word.
             index = mx.minimum(ids.flatten(1) // 32, allowed.shape[1] - 1)
             words = mx.take_along_axis(allowed, index, axis=1).reshape(ids.shape)
             may = (words >> (ids % 32)) & 1 != 0
@@ -321,7 +340,8 @@ class PortableSteps:
         """
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
-        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
+        # The best logits are (R, 1).
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
         tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
         if logits.dtype == mx.float16:
@@ -383,7 +403,7 @@ class PortableSteps:
 
         tokens, risks = draws.by_kind((logits, ids, unscored), choose_of)
         if masked:
-            # where all is ruled out, a number may fall in the share of a padded slot
+            # Where all is ruled out, a number may fall in the share of a padded slot.
             tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risks
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from textwrap import shorten
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -17,7 +17,7 @@ from .draws.greedy import Greedy
 from .draws.noise import Noise, position_key
 from .logit_map import LogitMap
 from .metal_steps import MetalSteps, screen_inputs
-from .proposal import Candidates, Proposal, Selection, Tolerance
+from .proposal import Candidates, Proposal, Selection, Tolerance, Unscored
 from .steps import PortableSteps
 
 # Allowed difference, relative to the size of the products: only the order of additions and the
@@ -37,11 +37,13 @@ DRAWN = (
     Noise(temperature=0.7, top_k=5, min_p=0.02),
 )
 N_DRAWN = 16
-WITHOUT_MAP = ("expand", "tolerance")  # kernels that know of no map
+# Kernels that know of no map.
+WITHOUT_MAP = ("expand", "tolerance")
 # What MLX says of a pipeline that allows no threadgroup of its size.
 TOO_MANY_THREADS = "greater than the maximum allowed threads per threadgroup"
 
-Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
+# A result, the expected values and the tolerance.
+Pair = tuple[mx.array, mx.array, float]
 
 
 def find_trouble(
@@ -60,9 +62,10 @@ def find_trouble(
     for kernel, pairs_of in trial.kernels():
         try:
             for found, expected, tolerance in pairs_of():
-                if problem := _difference(found, expected, tolerance):
+                problem = _difference(found, expected, tolerance)
+                if problem is not None:
                     return f"the kernel {kernel!r} {problem}"
-        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
+        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device.
         except (RuntimeError, ValueError) as error:
             reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
             return f"the kernel {kernel!r} does not run on this device ({reason})"
@@ -74,9 +77,11 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
     expected = expected.astype(mx.float32)
     if not mx.isfinite(found).all().item():
         return "returns values that are not finite"
-    worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
-    # the median magnitude, since clusters that are always probed have huge values
-    if worst > tolerance * float(mx.median(mx.abs(expected))):
+    sizes = mx.abs(expected)
+    beyond = mx.abs(found - expected) - tolerance * sizes
+    worst = float(beyond.max())
+    # The median size counts, since clusters that are always probed have huge values.
+    if worst > tolerance * float(mx.median(sizes)):
         return f"differs from MLX's own operations by {worst:.3g}"
     return None
 
@@ -93,7 +98,8 @@ class _Trial:
         self._n_probes = n_probes
         self._map = logit_map
         shape = 1, steps.clustered.rows.hidden_size
-        self._hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+        state = mx.random.normal(shape, key=mx.random.key(0))
+        self._hidden = state.astype(dtype)
         # All sums are in float32, whatever the dtype.
         self._in_float32 = self._hidden.astype(mx.float32)
         self._rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
@@ -116,16 +122,20 @@ class _Trial:
             ("screen", partial(self._screen, masked=True)),
             ("certain", self._certain),
         ]
-        return [each for each in tried if self._map.identity or each[0] not in WITHOUT_MAP]
+        if self._map.identity:
+            return tried
+        return [each for each in tried if each[0] not in WITHOUT_MAP]
 
     def _route(self) -> Iterator[Pair]:
+        """The scores of one state, and of two."""
         self._scores = self._kernels.route(self._hidden)
         expected = self._plain.route(self._in_float32)
         yield self._scores, expected, self._rounding
-        twice = self._kernels.route(mx.tile(self._hidden, (2, 1)))
-        yield twice, mx.tile(expected, (2, 1)), self._rounding
+        both = mx.tile(self._hidden, (2, 1))
+        yield self._kernels.route(both), mx.tile(expected, (2, 1)), self._rounding
 
     def _select(self, words: bool) -> Iterator[Pair]:
+        """The best clusters."""
         self._selection = self._kernels.select(
             self._scores, self._n_probes, words, logit_map=self._map
         )
@@ -144,7 +154,8 @@ class _Trial:
             present=tokens,
             occurrences=dict.fromkeys(tokens, 2),
         )
-        self._adjustment = Adjustment.of([changes], mx.array([0], mx.uint32), clustered.vocab_size)
+        latest = mx.array([0], mx.uint32)
+        self._adjustment = Adjustment.of([changes], latest, clustered.vocab_size)
         n_probes = min(self._n_probes + self._adjustment.n_tokens, clustered.n_clusters)
         self._forced = self._kernels.select(
             self._scores, n_probes, False, logit_map=self._map, adjustment=self._adjustment
@@ -155,11 +166,8 @@ class _Trial:
         """Biases and penalties, and a mask: each alone and both."""
         candidates = self._kernels.score(self._hidden, self._forced, self._map)
         allowed = self._allowed(0)
-        for change, mask in (
-            (self._adjustment, None),
-            (None, allowed),
-            (self._adjustment, allowed),
-        ):
+        cases = ((self._adjustment, None), (None, allowed), (self._adjustment, allowed))
+        for change, mask in cases:
             found = self._kernels.adjust(self._forced, candidates, change, mask)
             expected = self._plain.adjust(self._forced, candidates, change, mask).logits
             yield found.logits, expected, self._rounding
@@ -171,48 +179,53 @@ class _Trial:
         """As good clusters as MLX's operations find, none of them twice, and what is left."""
         scores = self._scores
         probes = selection.probes[:, :n_probes]
-        # distances to the best score as the kernel sees them; see metal/flash_head/select.h
+        # The kernel sees distances to the best score in bins; see metal/flash_head/select.h.
         forced = scores >= CERTAIN
         best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
-        bins = mx.minimum(mx.floor((best - scores) * BINS_PER_NAT), SELECT_BINS - 2)
+        bins = mx.floor((best - scores) * BINS_PER_NAT)
+        bins = mx.minimum(bins, SELECT_BINS - 2)
         bins = mx.where(forced, -1, bins)
         plain = self._plain.select(scores, n_probes, logit_map=self._map, adjustment=adjustment)
-        found, expected = (
-            mx.sort(mx.take_along_axis(bins, ids, axis=-1), axis=-1)
-            for ids in (probes, plain.probes)
-        )
-        yield found, expected, 0.0
+        found = mx.take_along_axis(bins, probes, axis=-1)
+        expected = mx.take_along_axis(bins, plain.probes, axis=-1)
+        yield mx.sort(found, axis=-1), mx.sort(expected, axis=-1), 0.0
         in_order = mx.sort(probes, axis=-1)
-        yield (in_order[:, 1:] == in_order[:, :-1]).sum(), mx.zeros(()), 0.0
-        left = mx.concatenate(list(cast(Any, plain.unscored)), axis=-1)
+        n_twice = (in_order[:, 1:] == in_order[:, :-1]).sum()
+        yield n_twice, mx.zeros(()), 0.0
+        unscored = cast(Unscored, plain.unscored)
+        left = mx.concatenate([unscored.best, cast(mx.array, unscored.mass)], axis=-1)
         found_left = cast(mx.array, selection.unscored_input)[:, :2]
-        # of the clusters in the last bin others may be left
-        apart = max(1.0, self._map.slope) / BINS_PER_NAT + LEAST * mx.abs(left)
-        yield mx.maximum(mx.abs(found_left - left) - apart, 0.0), mx.zeros_like(left), 0.0
+        # Of the clusters in the last bin others may be left.
+        allowed = max(1.0, self._map.slope) / BINS_PER_NAT + LEAST * mx.abs(left)
+        beyond = mx.abs(found_left - left) - allowed
+        yield mx.maximum(beyond, 0.0), mx.zeros_like(left), 0.0
 
     def _score(self) -> Iterator[Pair]:
+        """The logits of the clusters' tokens, and the best one of each cluster."""
         candidates = self._kernels.score(self._hidden, self._selection, self._map)
         self._candidates = candidates
-        # each probe once: the kernels repeat the last one where they hold more than there are
+        # Each probe is there once: the kernels repeat the last one where they hold more than there
+        # are.
         probes = self._selection.probes[:, : self._n_probes]
-        once = Selection(probes, unscored=self._selection.unscored)
-        found = Candidates(candidates.logits[:, : self._n_probes])
-        self._once = once, found
-        # Padded slots have it.
-        lowest = mx.finfo(found.logits.dtype).min
+        self._once = Selection(probes, unscored=self._selection.unscored)
+        self._once_scored = Candidates(candidates.logits[:, : self._n_probes])
+        found = self._once_scored.logits
         if self._kernels.reads_rows:
-            # in the dtype that the model's own operations see
-            raw = self._plain.score(self._in_float32, once).logits
-            raw = raw.astype(self._kernels.clustered.rows.logits_dtype(self._hidden.dtype))
-            ids = self._plain.token_ids(once.probes)
+            # The model's own operations see the products in this dtype.
+            dtype = self._kernels.clustered.rows.logits_dtype(self._hidden.dtype)
+            products = self._plain.score(self._in_float32, self._once).logits
+            ids = self._plain.token_ids(probes)
             padded = ids == self._kernels.clustered.vocab_size
-            expected = mx.where(padded, lowest, self._map(raw))
-            yield found.logits, mx.maximum(expected, lowest), self._rounding
+            lowest = mx.finfo(found.dtype).min
+            expected = mx.where(padded, lowest, self._map(products.astype(dtype)))
+            yield found, mx.maximum(expected, lowest), self._rounding
         yield cast(mx.array, candidates.best), candidates.logits.max(axis=-1), 0.0
 
     def _expand(self) -> Iterator[Pair]:
+        """The logits of all tokens."""
         found = self._kernels.expand(self._scores, self._selection, self._candidates)
-        yield found, self._plain.expand(self._scores, *self._once), self._rounding
+        expected = self._plain.expand(self._scores, self._once, self._once_scored)
+        yield found, expected, self._rounding
 
     def _sample(self) -> Iterator[Pair]:
         """Greedy tokens, and draws with each kind of filter."""
@@ -223,7 +236,9 @@ class _Trial:
             token, risk = self._kernels.choose(
                 self._selection, self._candidates, draws, logit_map=self._map
             )
-            expected, expected_risk = self._plain.choose(*self._once, draws, logit_map=self._map)
+            expected, expected_risk = self._plain.choose(
+                self._once, self._once_scored, draws, logit_map=self._map
+            )
             yield risk, expected_risk, self._rounding
             if settings.greedy:
                 yield token, expected, 0.0
@@ -239,21 +254,25 @@ class _Trial:
         yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
 
     def _join(self) -> Iterable[Pair]:
+        """Rows of two proposals, in another order."""
         rows = [(1, 0), (0, 0)]
         sources = [self._proposal, self._proposal]
         joined = self._kernels.join(sources, rows)
         return zip(joined, self._plain.join(sources, rows), repeat(0.0))
 
     def _tolerance(self) -> Iterable[Pair]:
+        """How far logits may be off."""
         shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
         found = self._kernels.tolerances(self._hidden, **shares)
         return zip(found, self._plain.tolerances(self._hidden, **shares), repeat(LEAST))
 
     def _allowed(self, token: int) -> mx.array:
         """A mask of about half the tokens, (1, ⌈V/32⌉) uint32, with ``token``."""
-        words = [0xFFFFFFFF, 0] * -(-self._kernels.clustered.vocab_size // 64)
+        n_words = -(-self._kernels.clustered.vocab_size // 32)
+        words = [0] * n_words
+        words[::2] = [0xFFFFFFFF] * len(words[::2])
         words[token // 32] = 0xFFFFFFFF
-        return mx.array([words[: -(-self._kernels.clustered.vocab_size // 32)]], mx.uint32)
+        return mx.array([words], mx.uint32)
 
     def _screen(self, masked: bool) -> Iterator[Pair]:
         """The first kernel of a screen, for two states of which one is greedy."""
@@ -264,7 +283,7 @@ class _Trial:
             ruled_out = self._plain.adjust(self._selection, self._candidates, None, mask)
             proposal = proposal._replace(logits=ruled_out.logits)
             allowed = mx.concatenate([mask, mask])
-        both = Proposal(*(mx.concatenate([array, array]) for array in proposal))
+        both = Proposal._make(mx.concatenate([array, array]) for array in proposal)
         slots = self._plain.product(both.hidden)
         slots = slots.reshape(2, *self._kernels.clustered.token_ids.shape)
         draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
@@ -274,8 +293,9 @@ class _Trial:
         self._expected = expected
         inputs = screen_inputs(both, tolerance)
         tallies = self._kernels.tallies(slots, inputs, draws, self._map, allowed)
-        largest, best = (tallies[..., i].max(axis=1) for i in range(2))
+        largest = tallies[..., 0].max(axis=1)
         yield largest, expected.largest, self._rounding
+        best = tallies[..., 1].max(axis=1)
         yield best, expected.best_unscored, self._rounding
         # The mass is relative to the token's.
         mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]

@@ -10,7 +10,7 @@ from mlx_flashhead.head.draws import noise
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, noise_of_all, position_key
-from mlx_flashhead.head.kernels import TALLIED
+from mlx_flashhead.head.kernel_texts import TALLIED
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal, Tolerance

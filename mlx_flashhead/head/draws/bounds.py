@@ -9,7 +9,8 @@ import mlx.core as mx
 from ..clustered import ClusteredRows
 
 LOWEST = mx.finfo(mx.float32).min
-MANY_LOGITS = 8192  # from here on powers of two are faster on a CPU, in more operations
+# From so many logits on, powers of two are faster on a CPU, in more operations.
+MANY_LOGITS = 8192
 
 
 def log_mass(logits: mx.array) -> mx.array:
@@ -19,7 +20,8 @@ def log_mass(logits: mx.array) -> mx.array:
     best = mx.maximum(mx.max(logits, axis=-1, keepdims=True), LOWEST)
     # An exponential takes three times as long.
     powers = mx.power(2.0, (logits - best) * math.log2(math.e))
-    return best + mx.log(powers.sum(axis=-1, keepdims=True))
+    total = powers.sum(axis=-1, keepdims=True)
+    return best + mx.log(total)
 
 
 class Interval(NamedTuple):
@@ -59,7 +61,10 @@ class Interval(NamedTuple):
 
     def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
         """Some of the logits (k, K), as ``take`` picks them from an array."""
-        off = self.off.reshape(-1, 1) if self.even else take(self.off)
+        if self.even:
+            off = self.off.reshape(-1, 1)
+        else:
+            off = take(self.off)
         return Interval(take(self.logits), off)
 
     def beside(self, other: "Interval") -> "Interval":
@@ -98,35 +103,61 @@ class Interval(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scored tokens of k states. Their logits are the model's."""
+    """The K scored tokens of k states. Their logits are the model's.
 
-    ids: mx.array  # (k, K) uint32
-    tokens: mx.array  # (k, 1) uint32, the proposed ones
-    own: Interval  # (k, 1), of these
-    all: Interval  # (k, K)
-    rest: Interval  # (k, K), the lowest value in the place of the proposed token
-    second: Interval  # (k, 1), the best of the rest
+    Attributes:
+        ids: (k, K) uint32.
+        tokens: (k, 1) uint32, the proposed ones.
+        own: (k, 1), the logits of the proposed ones.
+        all: (k, K), the logits of all.
+        rest: (k, K), those with the lowest value in the place of the proposed token.
+        second: (k, 1), the best of the rest.
+    """
+
+    ids: mx.array
+    tokens: mx.array
+    own: Interval
+    all: Interval
+    rest: Interval
+    second: Interval
 
 
 class Bounds(NamedTuple):
-    """What is known of the model's logits of k states, and a token that is proposed for each."""
+    """What is known of the model's logits of k states, and a token that is proposed for each.
+
+    Attributes:
+        clustered: The rows.
+        scored: The scored tokens.
+        scored_mass: (k, 1), their :attr:`Interval.mass`.
+        unscored: (k, C, n); the lowest value for what is scored, padded or ruled out.
+        unscored_mass: (k, 1), that of the others.
+        best_unscored: (k, 1), the highest that the best of the others may be.
+        epsilon: The relative spacing of the model's log-probabilities.
+        dtype: The dtype of the model's logits.
+    """
 
     clustered: ClusteredRows
     scored: Scored
-    scored_mass: mx.array  # (k, 1), their :attr:`Interval.mass`
-    unscored: Interval  # (k, C, n); the lowest value for what is scored, padded or ruled out
-    unscored_mass: mx.array  # (k, 1), that of the others
-    best_unscored: mx.array  # (k, 1), the highest that the best of them may be
-    epsilon: float  # the relative spacing of the model's log-probabilities
-    dtype: mx.Dtype  # of the model's logits
+    scored_mass: mx.array
+    unscored: Interval
+    unscored_mass: mx.array
+    best_unscored: mx.array
+    epsilon: float
+    dtype: mx.Dtype
 
 
 class Near(NamedTuple):
-    """The tokens of some clusters of k states, N each; scored ones have the lowest value."""
+    """The tokens of some clusters of k states, N each; scored ones have the lowest value.
 
-    logits: Interval  # (k, N)
-    ids: mx.array | None  # (k, N) uint32; None: all tokens in their order
-    # (k, 1), the highest that the logit of any other token may be; None where there is no other
+    Attributes:
+        logits: (k, N).
+        ids: (k, N) uint32; None: all tokens in their order.
+        best_other: (k, 1), the highest that the logit of any other token may be; None where there
+            is no other.
+    """
+
+    logits: Interval
+    ids: mx.array | None
     best_other: mx.array | None
 
 
@@ -144,9 +175,11 @@ def nearest(clustered: ClusteredRows, unscored: Interval, n_clusters: int) -> Ne
         return Near(logits, ids, None)
     bests = unscored.highest
     order = mx.argpartition(-bests, kth=n_clusters, axis=-1)
-    best_other = mx.take_along_axis(bests, order[:, n_clusters : n_clusters + 1], axis=-1)
     taken = order[:, :n_clusters]
+    next_best = order[:, n_clusters : n_clusters + 1]
     logits = unscored.map(
         lambda array: mx.take_along_axis(array, taken[..., None], axis=1).flatten(1)
     )
-    return Near(logits, mx.take(clustered.token_ids, taken, axis=0).flatten(1), best_other)
+    ids = mx.take(clustered.token_ids, taken, axis=0).flatten(1)
+    best_other = mx.take_along_axis(bests, next_best, axis=-1)
+    return Near(logits, ids, best_other)

@@ -17,7 +17,8 @@ from ..kernel_inputs import SHORTEST
 from .bounds import Bounds
 
 NO_MIN_P = -1e30
-NO_KEY = (0, 0)  # of a row that draws no number
+# The key of a row that draws no number.
+NO_KEY = (0, 0)
 
 Key = tuple[int, int]
 Given = TypeVar("Given")
@@ -26,16 +27,25 @@ Results = TypeVar("Results")
 
 @dataclass(frozen=True)
 class Draw(ABC):
-    """The settings of a row's draw. Filters see the logits at temperature 1."""
+    """The settings of a row's draw. Filters see the logits at temperature 1.
 
-    temperature: float = 0.0  # 0 takes the best logit
-    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
-    min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
-    top_k: int = 0  # keep so many of the best tokens, and those that equal the last; 0 keeps all
+    Attributes:
+        temperature: 0 takes the best logit.
+        top_p: Keeps the likeliest tokens that together have this probability.
+        min_p: Keeps tokens of at least this share of the best one's probability.
+        top_k: Keeps so many of the best tokens, and those that equal the last; 0 keeps all.
+        kernels: Names of the kernels that choose, and say what is certain.
+        by_mass: Whether the mass that is not scored makes another choice.
+        whole_mass: Whether where the filters cut decides all draws, so that the mass must be whole.
+    """
 
-    kernels: ClassVar[tuple[str, ...]] = ()  # that choose, and say what is certain
-    by_mass: ClassVar[bool] = True  # whether the mass that is not scored makes another choice
-    # Whether where the filters cut decides all draws, so that the mass must be whole.
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+
+    kernels: ClassVar[tuple[str, ...]] = ()
+    by_mass: ClassVar[bool] = True
     whole_mass: ClassVar[bool] = False
 
     @property
@@ -51,12 +61,14 @@ class Draw(ABC):
     @cached_property
     def structure(self) -> Self:
         """Settings for which the same operations are made, on other values in arrays."""
-        return replace(
-            self,
-            temperature=1.0 if self.temperature else 0.0,
-            top_p=0.5 if self.top_p < 1 else 1.0,
-            min_p=0.5 if self.min_p > 0 else 0.0,
-        )
+        settings = replace(self, temperature=0.0, top_p=1.0, min_p=0.0)
+        if self.temperature:
+            settings = replace(settings, temperature=1.0)
+        if self.top_p < 1:
+            settings = replace(settings, top_p=0.5)
+        if self.min_p > 0:
+            settings = replace(settings, min_p=0.5)
+        return settings
 
     @staticmethod
     @abstractmethod
@@ -243,8 +255,12 @@ def _settings_arrays(settings: tuple[Draw, ...]) -> tuple[mx.array, mx.array]:
     counts = []
     missing = SHORTEST - len(settings)
     for each in [*settings, *settings[-1:] * missing]:
-        inverse = 1 / each.temperature if each.temperature else 0.0
-        log_min_p = math.log(each.min_p) if each.min_p else NO_MIN_P
+        inverse = 0.0
+        if each.temperature:
+            inverse = 1 / each.temperature
+        log_min_p = NO_MIN_P
+        if each.min_p:
+            log_min_p = math.log(each.min_p)
         floats.append([inverse, each.top_p, log_min_p])
         counts.append(each.top_k)
     return mx.array(floats, mx.float32), mx.array(counts, mx.uint32)

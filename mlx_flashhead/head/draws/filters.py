@@ -34,11 +34,14 @@ def thresholds(
     lowest = BELOW_ALL
     if draws.any_min_p:
         lowest = mx.max(logits, axis=-1, keepdims=True) + draws.log_min_p
-    if n_top := min(draws.most_top_k, logits.shape[-1]):
-        top = mx.sort(mx.partition(logits, -n_top, axis=-1)[:, -n_top:], axis=-1)
+    n_top = min(draws.most_top_k, logits.shape[-1])
+    if n_top:
+        top = mx.partition(logits, -n_top, axis=-1)[:, -n_top:]
+        top = mx.sort(top, axis=-1)
         kth = n_top - mx.clip(draws.top_k, 1, n_top)
         by_count = mx.take_along_axis(top, kth, axis=-1)
-        lowest = mx.maximum(lowest, mx.where(draws.top_k == 0, -mx.inf, by_count))
+        by_count = mx.where(draws.top_k == 0, -mx.inf, by_count)
+        lowest = mx.maximum(lowest, by_count)
     if not draws.any_top_p:
         return [lowest] * len(log_totals)
     return [mx.maximum(lowest, each) for each in _by_mass(logits, draws, log_totals)]
@@ -142,9 +145,12 @@ def surely_kept(
         cut: (k, 1), that cut: a logit of ``high``, or what min-p asks for.
         equals: Whether all tokens that equal the one at the cut are kept with it.
     """
-    above = low >= cut if equals else low > cut
-    if draws.most_top_k:
-        above = mx.where(draws.top_k > 0, low > cut, above)
+    over = low > cut
+    above = over
+    if equals:
+        above = low >= cut
+        if draws.most_top_k:
+            above = mx.where(draws.top_k > 0, over, above)
     at_cut = high == cut
     lowest_at_cut = mx.max(mx.where(at_cut, low, -mx.inf), axis=-1, keepdims=True)
     n_above = (high > cut).sum(axis=-1, keepdims=True)
@@ -171,10 +177,13 @@ def surely_left_out(
     over = low > highest
     left_out = mx.array(False)
     if draws.any_top_p:
-        share = mx.where(over, mx.exp(low - log_total), 0).sum(axis=-1, keepdims=True) + more_over
+        shares = mx.where(over, mx.exp(low - log_total), 0)
+        share = shares.sum(axis=-1, keepdims=True) + more_over
         left_out = (draws.top_p < 1) & (share >= draws.top_p * (1 + MASS_MARGIN))
     if draws.most_top_k:
-        left_out |= (draws.top_k > 0) & (over.sum(axis=-1, keepdims=True) >= draws.top_k)
+        n_over = over.sum(axis=-1, keepdims=True)
+        left_out |= (draws.top_k > 0) & (n_over >= draws.top_k)
     if draws.any_min_p:
-        left_out |= highest < mx.max(low, axis=-1, keepdims=True) + draws.log_min_p
+        best = mx.max(low, axis=-1, keepdims=True)
+        left_out |= highest < best + draws.log_min_p
     return left_out

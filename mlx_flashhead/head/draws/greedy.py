@@ -11,7 +11,8 @@ from ..margins import IN_16_BITS, merging_distance
 from .bounds import Bounds
 from .draw import NO_KEY, Draw, Draws
 
-NO_TOKEN = 0xFFFFFFFF  # above every id
+# A number above every id.
+NO_TOKEN = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Greedy(Draw):
             # This needs no pass over all logits.
             others = best_other + math.log(bounds.clustered.vocab_size)
         most = mx.logaddexp(bounds.scored_mass, others)
-        above_scored = scored.own.low - scored.second.high > merging_distance(
-            most, scored.second.logits, epsilon
-        )
-        above_others = scored.own.low - best_other > merging_distance(most, best_other, epsilon)
+        of_scored = merging_distance(most, scored.second.logits, epsilon)
+        of_others = merging_distance(most, best_other, epsilon)
+        above_scored = scored.own.low - scored.second.high > of_scored
+        above_others = scored.own.low - best_other > of_others
         return above_scored & above_others
 
 

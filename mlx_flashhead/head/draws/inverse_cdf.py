@@ -16,7 +16,8 @@ from .bounds import Bounds, Interval, log_mass, nearest
 from .draw import Draw, Draws
 from .filters import cuts, surely_kept, surely_left_out, threshold
 
-NEAREST = 64  # clusters not scored that are looked at token by token if filters may keep some
+# So many clusters that were not scored are looked at token by token, if filters may keep some.
+NEAREST = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class InverseCDF(Draw):
     ) -> mx.array:
         """Draws a token of each row: as :meth:`Draw.choose`."""
         if token_ids is None:
-            token_ids = mx.broadcast_to(mx.arange(logits.shape[-1], dtype=mx.uint32), logits.shape)
+            ids = mx.arange(logits.shape[-1], dtype=mx.uint32)
+            token_ids = mx.broadcast_to(ids, logits.shape)
         kept = logits
         if draws.filters:
             total = None
@@ -70,14 +72,15 @@ class InverseCDF(Draw):
             return _certain_of_kept(bounds, known, others, draws)
         known = _sorted_once(known, bounds.epsilon)
         inverse = draws.inverse_temperature
-        best = mx.max(known.high, axis=-1, keepdims=True)
-        best = mx.maximum(best, mx.max(others.highest, axis=-1, keepdims=True))
-        sums = Sums.of(*known.weights(best, inverse), scored.ids, scored.tokens)
+        best_scored = mx.max(known.high, axis=-1, keepdims=True)
+        best_other = mx.max(others.highest, axis=-1, keepdims=True)
+        best = mx.maximum(best_scored, best_other)
+        least, most = known.weights(best, inverse)
+        sums = Sums.of(least, most, scored.ids, scored.tokens)
         least, most = others.weights(best[..., None], inverse[..., None])
         ids = bounds.clustered.token_ids.reshape(1, -1)
         more = Sums.of(least.flatten(1), most.flatten(1), ids, scored.tokens)
-        both = Sums(*(one + other for one, other in zip(sums, more, strict=True)))
-        return both.decide(numbers_of(draws))
+        return sums.beside(more).decide(numbers_of(draws))
 
 
 def numbers_of(draws: Draws) -> mx.array:
@@ -116,8 +119,10 @@ def _certain_of_kept(bounds: Bounds, known: Interval, others: Interval, draws: D
         draws: Of k rows.
     """
     scored = bounds.scored
-    scored_masses = known.masses(bounds.scored_mass)
-    least, most = map(mx.logaddexp, scored_masses, others.masses(bounds.unscored_mass))
+    least_scored, most_scored = known.masses(bounds.scored_mass)
+    least_others, most_others = others.masses(bounds.unscored_mass)
+    least = mx.logaddexp(least_scored, least_others)
+    most = mx.logaddexp(most_scored, most_others)
     near = nearest(bounds.clustered, others, NEAREST)
     known = _sorted_once(known.beside(near.logits), bounds.epsilon)
     high_cut, low_cut = cuts(known, draws, least, most)
@@ -134,19 +139,29 @@ def _certain_of_kept(bounds: Bounds, known: Interval, others: Interval, draws: D
     certain = sums.decide(numbers_of(draws))
     if near.best_other is None:
         return certain
-    # the filters must leave out what is not known
-    return certain & surely_left_out(near.best_other, known, draws, most, mx.array(0.0))
+    # The filters must leave out what is not known.
+    left_out = surely_left_out(near.best_other, known, draws, most, mx.array(0.0))
+    return certain & left_out
 
 
 class Sums(NamedTuple):
-    """Sums of the weights of tokens: (k, 1) each."""
+    """Sums of the weights of tokens: (k, 1) each.
 
-    lower_most: mx.array  # of the tokens with lower ids than the proposed one, the most
-    if_lower: mx.array  # of all, if these weigh the most and the others the least
-    to_own_least: mx.array  # of the lower ids and the proposed one, the least
-    if_higher: mx.array  # of all, if these weigh the least and the higher ids the most
-    most: mx.array  # of all, the most
-    small: mx.array  # the most that additions of the weights can lose
+    Attributes:
+        lower_most: Of the tokens with lower ids than the proposed one, the most.
+        if_lower: Of all tokens, if these weigh the most and the others the least.
+        to_own_least: Of the lower ids and the proposed one, the least.
+        if_higher: Of all tokens, if these weigh the least and the higher ids the most.
+        most: Of all tokens, the most.
+        small: The most that additions of the weights can lose.
+    """
+
+    lower_most: mx.array
+    if_lower: mx.array
+    to_own_least: mx.array
+    if_higher: mx.array
+    most: mx.array
+    small: mx.array
 
     @classmethod
     def of(cls, at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> "Sums":
@@ -176,8 +191,13 @@ class Sums(NamedTuple):
             small=added(mx.minimum(at_most, SUM_ROUNDING * most)),
         )
 
+    def beside(self, other: "Sums") -> "Sums":
+        """These sums with those of other tokens added."""
+        return Sums._make(map(mx.add, self, other))
+
     def decide(self, numbers: mx.array) -> mx.array:
         """Whether the numbers (k, 1) fall in the tokens' shares in any case: (k, 1) bool."""
         lost = self.small + SUM_ROUNDING * (EXP_UNITS + 1) * self.most
         reached = self.lower_most + lost <= numbers * self.if_lower
-        return reached & (numbers * self.if_higher + lost < self.to_own_least)
+        not_passed = numbers * self.if_higher + lost < self.to_own_least
+        return reached & not_passed

@@ -20,12 +20,15 @@ from .draw import Draw, Draws, Key
 from .filters import surely_left_out, threshold
 from .greedy import best_token
 
-BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
+# The float32 number below 1.
+BELOW_ONE = 1 - 2.0**-24
 
-# The constants of the same names in metal/flash_head/tally.h.
-LIKELY_NOISE = 11.0  # one in e^11 tokens has more
-MOST_NATS = 80.0  # the exponential of more is infinite
-NEAREST = 1024  # clusters not scored whose noise is computed if filters leave tokens out
+# The constants of the same names in metal/flash_head/tally.h. One in e^11 tokens has more noise.
+LIKELY_NOISE = 11.0
+# The exponential of more nats is infinite.
+MOST_NATS = 80.0
+# Clusters not scored whose noise is computed if filters leave tokens out.
+NEAREST = 1024
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class Noise(Draw):
             gumbel = noise(draws.keys, token_ids)
         values = logits * draws.inverse_temperature + gumbel
         if draws.filters:
-            total = None if others is None else mx.logaddexp(log_mass(logits), others)
-            values = mx.where(logits >= threshold(logits, draws, total), values, -mx.inf)
+            total = None
+            if others is not None:
+                total = mx.logaddexp(log_mass(logits), others)
+            cut = threshold(logits, draws, total)
+            values = mx.where(logits >= cut, values, -mx.inf)
         return best_token(values, token_ids)
 
     @staticmethod
@@ -62,11 +68,13 @@ class Noise(Draw):
         scored = bounds.scored
         inverse = draws.inverse_temperature
         floor = scored.own.low
-        scored_masses = scored.all.masses(bounds.scored_mass)
-        least, most = map(mx.logaddexp, scored_masses, bounds.unscored.masses(bounds.unscored_mass))
+        least_scored, most_scored = scored.all.masses(bounds.scored_mass)
+        least_others, most_others = bounds.unscored.masses(bounds.unscored_mass)
+        least = mx.logaddexp(least_scored, least_others)
+        most = mx.logaddexp(most_scored, most_others)
         kept = _is_kept(bounds, least, draws)
 
-        # the highest logit of those whose noisy logit may reach the token's
+        # A rival is the highest logit of those whose noisy logit may reach the token's.
         near = _rivals(bounds.clustered, bounds.unscored, draws)
         own_noise, scored_noise, near_noise = _noises(bounds, near.ids, draws)
         worst = floor * inverse + own_noise
@@ -83,10 +91,11 @@ class Noise(Draw):
         if near.best_other is not None:
             rival = mx.maximum(rival, near.best_other)
 
-        # the filters leave it out, and so all below it
+        # Where the filters leave it out, they leave out all below it.
         cut = (worst - LIKELY_NOISE) / inverse
         near_low = near.logits.low
-        near_over = mx.where(near_low > cut, mx.exp(near_low - most), 0).sum(axis=-1, keepdims=True)
+        near_shares = mx.where(near_low > cut, mx.exp(near_low - most), 0)
+        near_over = near_shares.sum(axis=-1, keepdims=True)
         near_over = mx.where(rival <= cut, near_over, 0)
         left_out = surely_left_out(rival, scored.all, draws, most, near_over)
         return kept & ((rival == -mx.inf) | left_out)
@@ -104,13 +113,15 @@ def _is_kept(bounds: Bounds, log_least: mx.array, draws: Draws) -> mx.array:
     over = high > floor
     rivals = unscored.logits > floor[..., None] - unscored.off
     n_rivals = rivals.sum(axis=(1, 2))[:, None]
-    # by min-p; without one it holds unless a logit is NaN
-    kept = floor >= mx.maximum(scored.second.high, bounds.best_unscored) + draws.log_min_p
+    # That is min-p's condition. Without a min-p it holds unless a logit is NaN.
+    best = mx.maximum(scored.second.high, bounds.best_unscored)
+    kept = floor >= best + draws.log_min_p
     if draws.any_top_p:
-        share = mx.where(over, mx.exp(high - log_least), 0).sum(axis=-1, keepdims=True)
-        # of the others: their number times the best of them
-        best = mx.exp(mx.minimum(bounds.best_unscored - log_least, MOST_NATS))
-        share = share + n_rivals * best
+        shares = mx.where(over, mx.exp(high - log_least), 0)
+        share = shares.sum(axis=-1, keepdims=True)
+        # The others have their number times the best of them, or less.
+        best_share = mx.exp(mx.minimum(bounds.best_unscored - log_least, MOST_NATS))
+        share = share + n_rivals * best_share
         kept &= (draws.top_p >= 1) | (share < draws.top_p * (1 - MASS_MARGIN))
     if draws.most_top_k:
         n_over = over.sum(axis=-1, keepdims=True) + n_rivals

@@ -46,7 +46,7 @@ class SummedTopP(InverseCDF):
             top_p = _kept_in_16_bits(bounds, draws, values, near.best_other)
         known = as_mlx_lm_draws(values, mass, bounds.epsilon)
 
-        # the other filters see what top-p has left
+        # The other filters see what top-p has left.
         others = _changed(draws, lambda each: replace(each, top_p=1.0))
         high_cut, low_cut = cuts(known, others, mass, mass)
         surely = top_p.surely & surely_kept(known.low, known.high, others, high_cut)
@@ -71,7 +71,7 @@ class SummedTopP(InverseCDF):
         certain &= sums.decide(numbers_of(draws))
         if near.best_other is None:
             return certain
-        # the filters must leave out what is not known
+        # The filters must leave out what is not known.
         by_others = surely_left_out(near.best_other, known, others, mass, mx.array(0.0))
         if draws.most_top_k:
             by_others &= enough
@@ -85,19 +85,27 @@ def _changed(draws: Draws, change: Callable[[Draw], Draw]) -> Draws:
 
 
 class _Kept(NamedTuple):
-    """What top-p makes of k states' logits that are known within bounds."""
+    """What top-p makes of k states' logits that are known within bounds.
 
-    surely: mx.array  # (k, K) bool, which of the tokens looked at are kept in any case
-    maybe: mx.array  # (k, K) bool, which of them may be
-    n_surely: mx.array  # (k, 1): how many of the best tokens are kept, at least
-    drops_others: mx.array  # (k, 1) bool, whether all other tokens are left out
+    Attributes:
+        surely: (k, K) bool, which of the tokens looked at are kept in any case.
+        maybe: (k, K) bool, which of them may be.
+        n_surely: (k, 1), how many of the best tokens are kept, at least.
+        drops_others: (k, 1) bool, whether all other tokens are left out.
+    """
+
+    surely: mx.array
+    maybe: mx.array
+    n_surely: mx.array
+    drops_others: mx.array
 
 
 def _masses(bounds: Bounds) -> tuple[mx.array, mx.array]:
     """The log of the least and of the most mass of all tokens, (k, 1) each."""
-    scored = bounds.scored.all.masses(bounds.scored_mass)
-    unscored = bounds.unscored.masses(bounds.unscored_mass)
-    least, most = map(mx.logaddexp, scored, unscored)
+    least_scored, most_scored = bounds.scored.all.masses(bounds.scored_mass)
+    least_others, most_others = bounds.unscored.masses(bounds.unscored_mass)
+    least = mx.logaddexp(least_scored, least_others)
+    most = mx.logaddexp(most_scored, most_others)
     return least - MASS_ROUNDING, most + MASS_ROUNDING
 
 
@@ -142,18 +150,22 @@ def _kept_in_16_bits(
     """
     dtype = bounds.dtype
     n_tokens = bounds.clustered.vocab_size
-    least_mass, most_mass = (mass.astype(dtype) for mass in _masses(bounds))
+    least_mass, most_mass = _masses(bounds)
+    least_mass = least_mass.astype(dtype)
+    most_mass = most_mass.astype(dtype)
     unscored = bounds.unscored.map(lambda array: array.flatten(1))
     low, high = _sorted(bounds.scored.all.beside(unscored), n_tokens)
     low = _log_probabilities(low, most_mass)
     high = _log_probabilities(high, least_mass)
 
-    # an exponential is off by less than the spacing of its dtype
+    # An exponential is off by less than the spacing of its dtype.
     off = mx.finfo(dtype).eps
-    smallest = SMALLEST_FLOAT16 if dtype == mx.float16 else SMALLEST_FLOAT32
+    smallest = SMALLEST_FLOAT32
+    if dtype == mx.float16:
+        smallest = SMALLEST_FLOAT16
     low_terms = mx.maximum(mx.exp(low) * (1 - off) - smallest, 0.0).astype(dtype)
     high_terms = (mx.exp(high) * (1 + off) + smallest).astype(dtype)
-    # rounded as MLX rounds a number of Python that it compares with
+    # MLX rounds a number of Python that it compares with to the dtype.
     left_out = [[1 - each.top_p] for each in draws.settings]
     left = mx.array(left_out, mx.float32).astype(dtype)
     surely = mx.cumsum(low_terms, axis=-1) > left
@@ -183,8 +195,9 @@ def _sorted(values: Interval, n_tokens: int) -> tuple[mx.array, mx.array]:
 
     The others stand for no tokens: those that are scored, or padded, have the lowest value.
     """
-    low = mx.sort(values.low, axis=-1)[:, -n_tokens:]
-    return low, mx.sort(values.high, axis=-1)[:, -n_tokens:]
+    low = mx.sort(values.low, axis=-1)
+    high = mx.sort(values.high, axis=-1)
+    return low[:, -n_tokens:], high[:, -n_tokens:]
 
 
 def _log_probabilities(logits: mx.array, mass: mx.array) -> mx.array:
