@@ -22,7 +22,7 @@ class ModelParts:
         self._others = [(part, type(part), _contents(part)) for part in parts[1:]]
         self._functions = _functions_of(parts)
         self._globals = _globals_of(self._functions)
-        # Arrays that the model itself replaces by equal ones, by the ids of parts and by places.
+        # Arrays that the model itself replaces by equal ones, by the ids of parts and by indices.
         self._renewed: dict[int, dict[int, mx.array]] = {}
 
     def are_of(self, model: nn.Module) -> bool:
@@ -67,14 +67,16 @@ class ModelParts:
 
     def renewed_are_equal(self) -> bool:
         """Whether arrays that the model's own steps replace are still equal. Evaluates them."""
-        now = [
-            (_contents(part)[i], old)
-            for part, _, _ in self._others
-            for i, old in self._renewed.get(id(part), {}).items()
-        ]
-        if any(new.shape != old.shape or new.dtype != old.dtype for new, old in now):
+        pairs: list[tuple[mx.array, mx.array]] = []
+        for part, _, _ in self._others:
+            renewed = self._renewed.get(id(part))
+            if renewed is None:
+                continue
+            now = _contents(part)
+            pairs += [(now[i], old) for i, old in renewed.items()]
+        if any(new.shape != old.shape or new.dtype != old.dtype for new, old in pairs):
             return False
-        return all(mx.array_equal(*pair).item() for pair in now)
+        return all(mx.array_equal(new, old).item() for new, old in pairs)
 
 
 def _functions_of(parts: list[Any]) -> list[tuple[type, str, FunctionType]]:
@@ -113,17 +115,22 @@ def containers(model: nn.Module) -> Iterator[Any]:
 def settings_in(model: nn.Module) -> Iterator[Any]:
     """The objects with settings that a model's parts hold, such as ``args``: dataclasses."""
     for part in containers(model):
-        yield from (value for value in _contents(part) if is_dataclass(value))
+        for value in _contents(part):
+            if is_dataclass(value):
+                yield value
 
 
 def _contents(container: Any) -> list[Any]:
+    """The values that a module, a list or a dictionary holds."""
     if isinstance(container, nn.Module):
         return [*dict.values(cast(Any, container)), *vars(container).values()]
-    return list(container.values() if isinstance(container, dict) else container)
+    if isinstance(container, dict):
+        return list(container.values())
+    return list(container)
 
 
 def _same(one: list[Any], other: list[Any], but_for: Collection[int] = ()) -> bool:
-    """Whether two lists hold the very same values, but for those at some places."""
+    """Whether two lists hold the very same values, but for those with some indices."""
     if len(one) != len(other):
         return False
     if not but_for:

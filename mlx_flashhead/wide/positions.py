@@ -39,8 +39,9 @@ class Positions:
 
 def _operator(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
     def operate(self: Positions, *others: Any) -> Any:
-        operands = (*others, self) if reflected else (self, *others)
-        return apart(function)(*operands)
+        if reflected:
+            return apart(function)(*others, self)
+        return apart(function)(self, *others)
 
     return operate
 
@@ -89,8 +90,13 @@ def _number(value: Any) -> int | None:
         value = value.start, value.stop, value.step
     if type(value) is dict:
         value = tuple(value.values())
-    parts = value if type(value) in (list, tuple) else ()
-    return next((n for n in map(_number, parts) if n is not None), None)
+    if type(value) not in (list, tuple):
+        return None
+    for part in value:
+        n_positions = _number(part)
+        if n_positions is not None:
+            return n_positions
+    return None
 
 
 def _gathered(results: list[Any]) -> Any:
@@ -100,8 +106,9 @@ def _gathered(results: list[Any]) -> Any:
         return type(first)(Positions(parts) for parts in zip(*results, strict=True))
     if isinstance(first, mx.array):
         return Positions(results)
-    alike = all(type(result) is type(first) and result == first for result in results)
-    return first if alike else Positions(results)
+    if all(type(result) is type(first) and result == first for result in results):
+        return first
+    return Positions(results)
 
 
 class Namespace:
@@ -118,4 +125,6 @@ def apart_value(value: Any) -> Any:
     """A name's value for code that has :class:`Positions` in the place of arrays."""
     if isinstance(value, ModuleType):
         return Namespace(value)
-    return apart(value) if callable(value) and not isinstance(value, type) else value
+    if callable(value) and not isinstance(value, type):
+        return apart(value)
+    return value

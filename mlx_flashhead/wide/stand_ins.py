@@ -31,7 +31,8 @@ from .states import StateStandIn, as_now
 
 # Trimming these changes positions alone. A chunk does not forget its beginning within a step.
 GROWING = (KVCache, QuantizedKVCache, BatchKVCache, ChunkedKVCache)
-ENDING = (*WINDOWS, ChunkedKVCache)  # which do not hold a text of any length
+# These do not hold a text of any length.
+ENDING = (*WINDOWS, ChunkedKVCache)
 
 
 def parts_of(caches: Iterable[Any]) -> Iterator[Any]:
@@ -72,8 +73,9 @@ def fit(caches: Iterable[Any], n_positions: int) -> bool:
     """
     n_bytes = 0
     for cache in caches:
+        # A chunk forgets its beginning before a step that it has no room for.
         if type(cache) is ChunkedKVCache and n_held(cache) + n_positions > cache.chunk_size:
-            return False  # it forgets its beginning before a step
+            return False
         if is_past_end(cache, n_positions):
             n_bytes += n_positions * cache.nbytes
     return not n_bytes or there_is_memory(n_bytes)
@@ -146,51 +148,75 @@ class KeyValueStandIn(_StandIn):
         super().__init__(cache)
         self.n_positions = n_positions
         self._before = end_of(cache)
-        self._numbers = [_numbers(vars(cache))]  # the cache's attributes after each position
+        # The cache's attributes after each position.
+        self._numbers = [_numbers(vars(cache))]
         self._replaced: list[_Replaced] = []
         self._is_trimmed = not is_past_end(cache, n_positions)
 
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
         cache = self.cache
-        # those of a batch are always arrays
+        # The masks of a batch are always arrays.
         if options.get("window_size") is None and type(cache) not in OF_A_BATCH:
             return None
         probe = copy.copy(cache)
         vars(probe).update(_numbers(vars(cache)))
-        if type(probe) in WINDOWS and probe.keys is not None:  # its places are what matters
-            probe.keys = probe.values = mx.zeros((1, 1, cache.keys.shape[2], 1))
+        is_window = type(cache) in WINDOWS
+        # What a window's slots hold does not matter for its masks.
+        nothing = mx.zeros((1, 1, 1, 1))
+        if is_window and cache.keys is not None:
+            slots = mx.zeros((1, 1, cache.keys.shape[2], 1))
+            probe.keys = slots
+            probe.values = slots
         masks = []
         for _ in range(n_positions):
             masks.append(probe.make_mask(1, **options))
-            if type(probe) in WINDOWS:
-                probe.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
+            if is_window:
+                probe.update_and_fetch(nothing, nothing)
             else:
                 move_mask(probe)
-        return None if all(mask is None for mask in masks) else Positions(masks)
+        if all(mask is None for mask in masks):
+            return None
+        return Positions(masks)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Positions, Positions]:
         """The keys and values (1, H, N, D) that each of T positions finds in single steps."""
-        found: list[Any] = []
-        while len(found) < keys.shape[2]:
-            n = self._n_together(keys.shape[2] - len(found))
-            some = slice(len(found), len(found) + n)
-            update = self._update if self._is_trimmed else self._write_over
-            whole = update(keys[:, :, some], values[:, :, some])
-            found += [_without_last(whole, n - 1 - j) for j in range(n)]
-        return Positions(each[0] for each in found), Positions(each[1] for each in found)
+        update = self._write_over
+        if self._is_trimmed:
+            update = self._update
+        found_keys: list[Any] = []
+        found_values: list[Any] = []
+        n_positions = keys.shape[2]
+        while len(found_keys) < n_positions:
+            first = len(found_keys)
+            n = self._n_together(n_positions - first)
+            some = slice(first, first + n)
+            all_keys, all_values = update(keys[:, :, some], values[:, :, some])
+            for n_later in reversed(range(n)):
+                found_keys.append(_without_last(all_keys, n_later))
+                found_values.append(_without_last(all_values, n_later))
+        return Positions(found_keys), Positions(found_values)
 
     def _n_together(self, n: int) -> int:
         """How many of the next ``n`` positions are written at once, as single steps write them."""
         if not self._is_trimmed:
             return 1
-        if self.cache.keys is None:
-            room = 0
-        else:
-            arrays = self.cache.keys if type(self.cache) is QuantizedKVCache else [self.cache.keys]
-            room = arrays[0].shape[2] - n_held(self.cache)
-        # what grows has room for all of them then, but a window
-        return min(n, room) or (1 if type(self.cache) in WINDOWS else n)
+        room = self._room()
+        if room:
+            return min(n, room)
+        if type(self.cache) in WINDOWS:
+            return 1
+        # What grows has room for all of them then.
+        return n
+
+    def _room(self) -> int:
+        """The positions that still fit in the arrays of a growing cache."""
+        keys = self.cache.keys
+        if keys is None:
+            return 0
+        if type(self.cache) is QuantizedKVCache:
+            keys = keys[0]
+        return int(keys.shape[2]) - n_held(self.cache)
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Writes positions, and returns what the last of them gets."""
@@ -198,13 +224,14 @@ class KeyValueStandIn(_StandIn):
         n = keys.shape[2]
         if type(cache) not in WINDOWS or n == 1:
             return cast(tuple[Any, Any], cache.update_and_fetch(keys, values))
-        # several positions by its own method would begin new arrays
+        # A window's own method would begin new arrays for several positions.
         begin = end_of(cache)
-        cache.keys[..., begin : begin + n, :] = keys
-        cache.values[..., begin : begin + n, :] = values
+        end = begin + n
+        cache.keys[..., begin:end, :] = keys
+        cache.values[..., begin:end, :] = values
         for name in WINDOWS[type(cache)]:
             setattr(cache, name, getattr(cache, name) + n)
-        return cache.keys[..., : begin + n, :], cache.values[..., : begin + n, :]
+        return cache.keys[..., :end, :], cache.values[..., :end, :]
 
     def _write_over(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Writes a position (1, H, 1, D) of a window, and returns what its single step finds.
@@ -237,11 +264,19 @@ class KeyValueStandIn(_StandIn):
 
 
 class _Replaced(NamedTuple):
-    """What some positions of a step, from ``begin`` to ``stop``, have replaced in a window."""
+    """What some positions of a step have replaced in a window.
+
+    Attributes:
+        begin: The first of these positions.
+        stop: The first one after them.
+        slot: The first slot that was written over; None: the whole arrays are others.
+        keys: The keys that were there.
+        values: The values that were there.
+    """
 
     begin: int
     stop: int
-    slot: int | None  # the first that was written over; None: the whole arrays are others
+    slot: int | None
     keys: Any
     values: Any
 
@@ -251,7 +286,8 @@ class _Replaced(NamedTuple):
         if first >= self.stop:
             return
         if self.slot is None:
-            cache.keys, cache.values = self.keys, self.values
+            cache.keys = self.keys
+            cache.values = self.values
             return
         skipped = first - self.begin
         slots = slice(self.slot + skipped, self.slot + self.stop - self.begin)
@@ -261,14 +297,19 @@ class _Replaced(NamedTuple):
 
 def _replaced(cache: Any, begin: int, n: int) -> _Replaced:
     """What the next positions of a step replace in a window, ``n`` of them or fewer."""
-    n_slots = 0 if cache.keys is None else cache.keys.shape[2]
+    n_slots = 0
+    if cache.keys is not None:
+        n_slots = cache.keys.shape[2]
+    # It grows into another array, or is cut.
     grows = n_slots < cache.max_size and end_of(cache) >= n_slots
-    if grows or n_slots > cache.max_size:  # into another array, or is cut
+    if grows or n_slots > cache.max_size:
         return _Replaced(begin, begin + 1, None, cache.keys, cache.values)
     slot = next_slot(cache)
-    stop = min(slot + n, n_slots)
-    keys, values = (mx.contiguous(each[..., slot:stop, :]) for each in (cache.keys, cache.values))
-    return _Replaced(begin, begin + stop - slot, slot, keys, values)
+    n_replaced = min(n, n_slots - slot)
+    slots = slice(slot, slot + n_replaced)
+    keys = mx.contiguous(cache.keys[..., slots, :])
+    values = mx.contiguous(cache.values[..., slots, :])
+    return _Replaced(begin, begin + n_replaced, slot, keys, values)
 
 
 class ListStandIn(_StandIn):
@@ -307,8 +348,9 @@ class ApartStandIn(_StandIn):
 
     def update_and_fetch(self, keys: Positions, values: Positions) -> tuple[Positions, Positions]:
         """The keys and values that each position finds, from those of each position."""
-        joined = [mx.concatenate(each.parts, axis=2) for each in (keys, values)]
-        return self._stand_in.update_and_fetch(*joined)
+        all_keys = mx.concatenate(keys.parts, axis=2)
+        all_values = mx.concatenate(values.parts, axis=2)
+        return self._stand_in.update_and_fetch(all_keys, all_values)
 
 
 def apart_stand_in(value: Any) -> Any:
@@ -335,4 +377,6 @@ def _without_last(arrays: Any, n: int) -> Any:
     """Arrays of their own with the keys or values of all positions but the last ``n``."""
     if isinstance(arrays, mx.array):
         return arrays[..., : arrays.shape[-2] - n, :]
-    return None if arrays is None else [_without_last(array, n) for array in arrays]
+    if arrays is None:
+        return None
+    return [_without_last(array, n) for array in arrays]

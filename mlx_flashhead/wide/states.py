@@ -41,19 +41,25 @@ _run: ContextVar[_Run | None] = ContextVar("run", default=None)
 def call_layer(function: Callable[..., Any], args: Args, named: Named) -> Any:
     """Calls a layer of a twin, which may write a state."""
     run = _run.get()
-    return function(*args, **named) if run is None else run.layer(function, args, named)
+    if run is None:
+        return function(*args, **named)
+    return run.layer(function, args, named)
 
 
 def call_part(part: object, function: Callable[[mx.array], Any], x: mx.array) -> Any:
     """Calls a part of a twin that has weights with an array."""
     run = _run.get()
-    return function(x) if run is None else run.part(part, function, x)
+    if run is None:
+        return function(x)
+    return run.part(part, function, x)
 
 
 def made_of(key: str, *arrays: mx.array) -> tuple[mx.array, ...]:
     """The arrays (1, T, …) of which a function makes a state, for code that multiplies itself."""
     run = _run.get()
-    return arrays if run is None else run.arrays(key, arrays)
+    if run is None:
+        return arrays
+    return run.arrays(key, arrays)
 
 
 class StateStandIn:
@@ -104,25 +110,32 @@ def _kept(value: Any) -> Any:
     """A value that stays as it is when code changes an array or a list in place."""
     if isinstance(value, mx.array):
         return mx.array(value)
-    return list(value) if type(value) is list else value
+    if type(value) is list:
+        return list(value)
+    return value
 
 
 class _Call:
-    """A call of a layer, and what its parts with weights gave."""
+    """A call of a layer, and what its parts with weights gave.
+
+    Attributes:
+        results: What each part gave, by its id, with the shape of what it got.
+        arrays: The arrays of which functions make states, by the functions' keys.
+    """
 
     def __init__(self, function: Callable[..., Any], args: Args, named: Named):
         self._function = function
         self._args = tuple(map(_kept, args))
         self._named = {name: _kept(value) for name, value in named.items()}
-        self.results: dict[int, list[tuple[Any, mx.array]]] = {}  # by id, with the shape of x
+        self.results: dict[int, list[tuple[Any, mx.array]]] = {}
         self.arrays: dict[str, list[tuple[mx.array, ...]]] = {}
 
     def again(self, n: int, n_positions: int) -> None:
         """Makes the call with the first ``n`` of its positions, for what it writes."""
-        args = (first_positions(value, n, n_positions) for value in self._args)
-        named = {
-            name: first_positions(value, n, n_positions) for name, value in self._named.items()
-        }
+        args = [first_positions(value, n, n_positions) for value in self._args]
+        named = {}
+        for name, value in self._named.items():
+            named[name] = first_positions(value, n, n_positions)
         with run_as(_Again(self, n)):
             self._function(*args, **named)
 
@@ -136,7 +149,8 @@ class Step:
 
     def __init__(self, stand_ins: Iterable[StateStandIn]):
         self._states = {id(each.given): each for each in stand_ins}
-        self._calls: list[_Call] = []  # that have begun and not ended
+        # Calls that have begun and not ended.
+        self._calls: list[_Call] = []
 
     def layer(self, function: Callable[..., Any], args: Args, named: Named) -> Any:
         """Calls a layer, and keeps the call if it writes a state."""
@@ -191,8 +205,10 @@ class _Again:
             return function(x)
         shape, result = found
         for axis, (whole, now) in enumerate(zip(shape, x.shape, strict=True)):
-            if whole != now:  # a convolution's array has some positions before the first, too
-                return mx.split(result, [result.shape[axis] - (whole - now)], axis=axis)[0]
+            if whole != now:
+                # A convolution's array has some positions before the first, too.
+                n_kept = result.shape[axis] - (whole - now)
+                return mx.split(result, [n_kept], axis=axis)[0]
         return result
 
     def arrays(self, key: str, arrays: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
@@ -223,8 +239,13 @@ def _states_in(given: Iterable[Any]) -> Iterator[ArraysCache]:
 def first_positions(value: Any, n: int, n_positions: int) -> Any:
     """An argument of a layer for the first ``n`` of a step's positions."""
     if isinstance(value, mx.array):
-        has_positions = value.ndim > 1 and value.shape[1] == n_positions
-        return value[:, :n] if has_positions else value
+        if value.ndim > 1 and value.shape[1] == n_positions:
+            return value[:, :n]
+        return value
     if isinstance(value, Positions):
-        return Positions(value.parts[:n]) if n > 1 else value.parts[0]
-    return value.as_before() if hasattr(value, "as_before") else value
+        if n > 1:
+            return Positions(value.parts[:n])
+        return value.parts[0]
+    if hasattr(value, "as_before"):
+        return value.as_before()
+    return value

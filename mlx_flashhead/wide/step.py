@@ -23,7 +23,7 @@ from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
 from .parts import ModelParts
 from .stand_ins import ENDING, fit, is_known, is_past_end, parts_of, stand_in, states_in
-from .states import Step, run_as
+from .states import StateStandIn, Step, run_as
 from .twin import NoWideStepError, twin_of
 
 # Tokens of a step, 3 for two drafts: for each a GPU compiles kernels.
@@ -36,34 +36,50 @@ SETTINGS = ("max_size", "keep", "bits", "group_size", "chunk_size")
 log = logging.getLogger("mlx_flashhead")
 
 
-Costs = dict[Width, Positive]  # of a step, relative to a single one, by its number of tokens
+# The times of steps, relative to a single one, by their numbers of tokens.
+Costs = dict[Width, Positive]
 
 
 class Established(NamedTuple):
-    """What holds for the caches of a kind. It can be stored as JSON."""
+    """What holds for the caches of a kind. It can be stored as JSON.
 
-    costs: Costs  # of each step that leaves the bits of single ones
-    apart: bool = False  # whether each operation of an attention runs once per position
-    costs_past_end: Costs | None = None  # of one that writes over positions of a window
-    lengths: tuple[int, ...] = ()  # of the texts after which it was tried
-    busy: bool = False  # whether the machine was
+    Attributes:
+        costs: Of each step that leaves the bits of single ones.
+        apart: Whether each operation of an attention runs once per position.
+        costs_past_end: Of each step that writes over positions of a window.
+        lengths: Of the texts after which it was tried.
+        busy: Whether the machine was busy meanwhile.
+    """
+
+    costs: Costs
+    apart: bool = False
+    costs_past_end: Costs | None = None
+    lengths: tuple[int, ...] = ()
+    busy: bool = False
 
 
 NOTHING = Established({})
 
 
 class WideSteps:
-    """The wide steps of a model as it is now."""
+    """The wide steps of a model as it is now.
 
-    known: ClassVar[dict[int, "WideSteps"]] = {}  # by the id of a model that is in use
+    Attributes:
+        known: Those of the models that are in use, by the ids of these.
+        parts: All parts of the model, so that a change shows.
+        established: What holds, by the kind of the caches.
+        model_changes_itself: Whether the model's own steps replace parts by others, so that nothing
+            shows who else does; None: no step was taken yet to find out.
+    """
+
+    known: ClassVar[dict[int, "WideSteps"]] = {}
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self.parts = ModelParts(model)  # all of it, so that a change shows
-        self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
-        self.established: dict[str, Established] = {}  # by the kind of the caches
-        # whether its own steps replace parts by others, so that nothing shows who else does;
-        # None: no step was taken yet to find out
+        self.parts = ModelParts(model)
+        # Twins by whether their attentions take positions apart.
+        self._twins: dict[bool, nn.Module] = {}
+        self.established: dict[str, Established] = {}
         self.model_changes_itself: bool | None = None
 
     @classmethod
@@ -108,8 +124,9 @@ class WideSteps:
         ending = [cache for cache in parts_of(caches) if type(cache) in ENDING]
         costs = {}
         for n in held.costs:
-            past_end = any(is_past_end(cache, n) for cache in ending)
-            found = held.costs_past_end if past_end else held.costs
+            found: Costs | None = held.costs
+            if any(is_past_end(cache, n) for cache in ending):
+                found = held.costs_past_end
             if found is not None and n in found and fit(ending, n):
                 costs[n] = found[n]
         return costs
@@ -137,14 +154,15 @@ class WideSteps:
         """Feeds tokens to a twin."""
         n_tokens = tokens.shape[1]
         stand_ins = [stand_in(cache, n_tokens) for cache in caches]
+        given = [each.given for each in stand_ins]
         states = list(states_in(stand_ins))
-        step = Step(states)
+        # A model may raise anything.
         try:
-            with run_as(step if states else None):
-                logits = model(tokens, cache=[each.given for each in stand_ins])
-            if not step.explains_states:
-                raise NoWideStepError("A state is written by no layer that gets it.")
-        except Exception as error:  # a model may do anything
+            if states:
+                logits = _logits_and_states(model, tokens, given, states)
+            else:
+                logits = model(tokens, cache=given)
+        except Exception as error:
             for each in stand_ins:
                 each.back_to(0)
             raise NoWideStepError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
@@ -156,9 +174,13 @@ class WideStep:
     """A step that has fed tokens, which can be taken back from the caches' end.
 
     Whoever holds it holds what a window was before: it should be let go before the next step.
+
+    Attributes:
+        logits: (1, T, V), not computed yet.
+        n_tokens: T.
     """
 
-    logits: mx.array  # (1, T, V), not computed yet
+    logits: mx.array
     n_tokens: int
     _stand_ins: list[Any]
 
@@ -170,6 +192,18 @@ class WideStep:
         if n < self.n_tokens:
             for each in self._stand_ins:
                 each.back_to(n)
+
+
+def _logits_and_states(
+    model: Any, tokens: mx.array, caches: list[Any], states: list[StateStandIn]
+) -> mx.array:
+    """The logits (1, T, V) of a step in which layers write states."""
+    step = Step(states)
+    with run_as(step):
+        logits: mx.array = model(tokens, cache=caches)
+    if not step.explains_states:
+        raise NoWideStepError("A state is written by no layer that gets it.")
+    return logits
 
 
 def kind_of(caches: list[Any]) -> str:

@@ -28,10 +28,11 @@ CODE = (
     "mlx_lm.models.cache",
     *(f"{__package__}.{name}" for name in ("positions", "states", "step", "stand_ins", "twin")),
 )
-SAMPLED = 8  # values of each array
+# So many values of each array are read.
+SAMPLED = 8
 
 
-def place_of(model: nn.Module) -> Path | None:
+def path_of(model: nn.Module) -> Path | None:
     """The file of a model; None where nothing is stored. Evaluates a few values."""
     if os.environ.get("MLX_FLASHHEAD_TUNING") == "off":
         return None
@@ -55,16 +56,19 @@ def _fingerprint(model: nn.Module) -> str:
     code = set(CODE)
     for name, part in model.named_modules():
         cls = type(part)
-        code |= {base.__module__ for base in cls.__mro__ if base.__module__.startswith("mlx_lm.")}
+        modules = {base.__module__ for base in cls.__mro__}
+        code |= {module for module in modules if module.startswith("mlx_lm.")}
         held: Any = vars(part)
         settings = {key: held[key] for key in held if isinstance(held[key], str | int | float)}
         found.update(f"{name} {cls.__qualname__} {sorted(settings.items())};".encode())
     for name in sorted(code):
-        found.update(digest(sys.modules[name]).encode())
+        text = digest(sys.modules[name])
+        found.update(text.encode())
     arrays: Any = tree_flatten(model.parameters())
-    named = [(name, array) for name, array in arrays if array is not None]
-    samples = [array.reshape(-1)[:SAMPLED].view(mx.uint8) for _, array in named]
+    named = {name: array for name, array in arrays if array is not None}
+    samples = {name: array.reshape(-1)[:SAMPLED].view(mx.uint8) for name, array in named.items()}
     mx.eval(samples)
-    for (name, array), sample in zip(named, samples, strict=True):
-        found.update(f"{name} {array.dtype} {array.shape};".encode() + bytes(sample))
+    for name, array in named.items():
+        found.update(f"{name} {array.dtype} {array.shape};".encode())
+        found.update(bytes(samples[name]))
     return found.hexdigest()

@@ -9,7 +9,8 @@ caches change.
 import copy
 import logging
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 from ..common.machine import is_busy
 from ..common.stored import store, stored
 from ..head.backend import gpu_is_default
+from ..head.flash_head import FlashHead
 from ..models.compat.caches import OF_A_BATCH, WINDOWS, set_end
 from ..models.compat.mlx_lm import (
     ArraysCache,
@@ -35,12 +37,18 @@ from .stand_ins import is_known, is_past_end, n_held, parts_of, there_is_memory
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
 from .twin import NoWideStepError
 
-SHORT = 5  # tokens of the prompt
-LONG = (1022, 4094)  # tokens before a length at which MLX's attention changes kernels
-OTHER_WIDTH = 4  # tokens of a step at other lengths than the first, at most
-ROUNDS = 2  # of which the shorter time counts
-SINGLE_STEPS = 6  # that are timed one behind the other
-MOST_UNQUANTIZED = 1 / 8  # of a model's bytes, in layers that a GPU reads once a token
+# Tokens of the prompt.
+SHORT = 5
+# Tokens before a length at which MLX's attention changes kernels.
+LONG = (1022, 4094)
+# Tokens of a step at other lengths than the first, at most.
+OTHER_WIDTH = 4
+# The shortest time of so many counts.
+ROUNDS = 2
+# So many single steps are timed one behind the other.
+SINGLE_STEPS = 6
+# The share of a model's bytes that may lie in layers that a GPU reads once a token.
+MOST_UNQUANTIZED = 1 / 8
 UINTS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 ANNOUNCEMENT = "Steps of several tokens are compared with single ones and timed, with %s."
 log = logging.getLogger("mlx_flashhead")
@@ -75,21 +83,25 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     if steps.model_changes_itself:
         log.info("Steps of several tokens are off: this model's own steps change it.")
         return NOTHING
-    place = trial_store.place_of(steps.model)
+    path = trial_store.path_of(steps.model)
     key = trial_store.key_of(kind)
-    known = {} if place is None else stored(place, Established)
+    known: dict[str, Established] = {}
+    if path is not None:
+        known = stored(path, Established)
     if key in known and (is_busy() or not known[key].busy):
         return known[key]
     log.info(ANNOUNCEMENT, kind)
+    # A device may raise anything.
     try:
         found = _tried(steps, caches)
-    except Exception as error:  # such as of the device
+    except Exception as error:
         log.info("Steps of several tokens are off: %s", str(error).split("\n")[0])
         return NOTHING
     finally:
-        mx.clear_cache()  # of long caches
-    if place is not None and found.lengths:
-        store(place, known | {key: found})
+        # The caches were long.
+        mx.clear_cache()
+    if path is not None and found.lengths:
+        store(path, known | {key: found})
     return found
 
 
@@ -114,13 +126,21 @@ def _changes_itself(steps: WideSteps, caches: list[Any]) -> bool:
     A first step may keep what later ones use.
     """
     model: Any = steps.model
-    head = get_flash_head(steps.model)
     token = mx.array([[0]])
-    with nullcontext() if head is None else head.intercepted(lambda hidden: hidden):
-        mx.eval(model(token, cache=[_fresh(cache) for cache in caches]))
+    for _ in range(2):
         steps.parts = ModelParts(model)
-        mx.eval(model(token, cache=[_fresh(cache) for cache in caches]))
+        with _intercepted(get_flash_head(model), lambda hidden: hidden):
+            mx.eval(model(token, cache=[_fresh(cache) for cache in caches]))
     return not steps.parts.note_renewed(model)
+
+
+def _intercepted(
+    head: FlashHead | None, note: Callable[[mx.array], mx.array]
+) -> AbstractContextManager[None]:
+    """A block in which ``note`` gets the states of a FlashHead's calls, if there is one."""
+    if head is None:
+        return nullcontext()
+    return head.intercepted(note)
 
 
 def _is_worth_it(model: nn.Module) -> bool:
@@ -134,7 +154,11 @@ def _is_worth_it(model: nn.Module) -> bool:
 
 
 class _Trial:
-    """A trial of a twin of a model."""
+    """A trial of a twin of a model.
+
+    Attributes:
+        lengths: Of the texts after which something was tried.
+    """
 
     def __init__(self, steps: WideSteps, caches: list[Any], apart: bool):
         self._model: Any = steps.model
@@ -142,7 +166,7 @@ class _Trial:
         self._steps = steps
         self._head = get_flash_head(steps.model)
         self._apart = apart
-        self.lengths: list[int] = []  # of texts after which something was tried
+        self.lengths: list[int] = []
         self._fresh = [_fresh(cache) for cache in caches]
         self._tokens = mx.random.randint(0, 32, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
@@ -156,52 +180,66 @@ class _Trial:
         caches = copy.deepcopy(self._fresh)
         self._run(self._model, self._tokens[:, :SHORT], caches)
         holding: list[int] = []
-        costs: dict[bool, dict[int, float]] = {}  # by whether a window is past its end
+        # The times by whether a window is past its end.
+        costs: dict[bool, dict[int, float]] = {}
         for length in _lengths(self._fresh):
             longer = [_lengthened(cache, length) for cache in caches]
             if not there_is_memory(4 * sum(cache.nbytes for cache in longer)):
                 continue
             self.lengths.append(length)
-            other = max((width for width in holding if width <= OTHER_WIDTH), default=MAX_WIDTH)
-            holds = [w for w in ([other] if holding else WIDTHS) if self._holds(longer, w)]
-            if not holds:
+            found = self._holding(longer, holding)
+            if not found:
                 log.info("Steps of several tokens are off: they differ at length %d", length)
                 return Established({}, self._apart, lengths=tuple(self.lengths))
-            holding = holding or holds
-            past_end = any(is_past_end(cache, 1) for cache in parts_of(longer))
-            straight = not any(is_past_end(cache, MAX_WIDTH) for cache in parts_of(longer))
-            if past_end not in costs and (past_end or straight):
+            if not holding:
+                holding = found
+            past_end = _are_past_end(longer)
+            if past_end is not None and past_end not in costs:
                 costs[past_end] = self._costs(longer, holding)
         return Established(
-            costs.get(False, costs.get(True, {})),
-            self._apart,
-            costs.get(True),
-            tuple(self.lengths),
+            costs=costs.get(False, costs.get(True, {})),
+            apart=self._apart,
+            costs_past_end=costs.get(True),
+            lengths=tuple(self.lengths),
         )
+
+    def _holding(self, caches: list[Any], known: list[int]) -> list[int]:
+        """The widths that hold after these caches.
+
+        Args:
+            caches: Of some length.
+            known: Those that hold at another length, of which one is tried; empty: all are.
+        """
+        widths: Sequence[int] = WIDTHS
+        if known:
+            narrow = [width for width in known if width <= OTHER_WIDTH]
+            widths = [max(narrow, default=MAX_WIDTH)]
+        return [width for width in widths if self._holds(caches, width)]
 
     def _holds(self, caches: list[Any], width: int) -> bool:
         """Whether a step after these caches leaves the bits of single steps, going back too."""
         single = copy.deepcopy(caches)
         wide = copy.deepcopy(caches)
         expected: list[mx.array] = []
-        left: list[list[mx.array]] = []  # the states without values of each position
+        # The states without values of each position, as each single step leaves them.
+        left: list[list[mx.array]] = []
         for i in range(width):
             expected.append(self._run(self._model, self._next(i, i + 1), single))
             left.append(_contents(_states(single)))
         found, step = self._feed(self._twin, self._next(0, width), wide)
         mx.eval(found, [cache.state for cache in wide])
-        pairs = list(zip(_contents(wide), _contents(single), strict=True))
         alike = [have_same_bits(found, mx.concatenate(expected, axis=1))]
-        alike += [have_same_bits(*pair) for pair in pairs]
+        alike += map(have_same_bits, _contents(wide), _contents(single))
         mx.eval(alike)
         following = self._next(width, width + 1)
-        after = [self._run(self._model, following, copy.deepcopy(c)) for c in (wide, single)]
-        alike.append(have_same_bits(*after))
-        if _states(wide):  # those that are made anew
+        after_wide = self._run(self._model, following, copy.deepcopy(wide))
+        after_single = self._run(self._model, following, copy.deepcopy(single))
+        alike.append(have_same_bits(after_wide, after_single))
+        # States are made anew.
+        if _states(wide):
             for n in range(width - 1, 0, -1):
                 cast(WideStep, step).back_to(n)
-                remade = zip(_contents(_states(wide)), left[n - 1], strict=True)
-                alike += [have_same_bits(*pair) for pair in remade]
+                alike += map(have_same_bits, _contents(_states(wide)), left[n - 1])
         holds = bool(mx.stack(alike).all())
         if not holds:
             log.info("A step of %d tokens is off: it differs from single steps", width)
@@ -214,10 +252,11 @@ class _Trial:
         launched before the one before them is read, as a text's are. What follows a wide step waits
         for its tokens, so that the host's time counts there.
         """
-        single = min(self._single_seconds(copy.deepcopy(caches)) for _ in range(ROUNDS))
+        times = [self._single_seconds(copy.deepcopy(caches)) for _ in range(ROUNDS)]
+        single = min(times)
         costs = {}
         for width in widths:
-            times = (self._wide_seconds(copy.deepcopy(caches), width) for _ in range(ROUNDS))
+            times = [self._wide_seconds(copy.deepcopy(caches), width) for _ in range(ROUNDS)]
             costs[width] = min(times) / single
         return costs
 
@@ -264,17 +303,30 @@ class _Trial:
         states: list[mx.array] = []
 
         def note(hidden: mx.array) -> mx.array:
+            """Notes the states, and returns them in the place of logits, which nobody wants."""
             states.append(hidden)
-            return hidden  # in the place of logits, which nobody wants
+            return hidden
 
         step = None
-        with nullcontext() if self._head is None else self._head.intercepted(note):
+        with _intercepted(self._head, note):
             if model is self._twin:
                 step = self._steps.feed_by(model, tokens, caches)
                 logits = step.logits
             else:
                 logits = model(tokens, cache=caches)
-        return states[-1] if states else logits, step
+        if states:
+            return states[-1], step
+        return logits, step
+
+
+def _are_past_end(caches: list[Any]) -> bool | None:
+    """Whether a window of some caches is past its end; None where that depends on the width."""
+    parts = list(parts_of(caches))
+    if any(is_past_end(cache, 1) for cache in parts):
+        return True
+    if any(is_past_end(cache, MAX_WIDTH) for cache in parts):
+        return None
+    return False
 
 
 def _lengths(caches: list[Any]) -> list[int]:
@@ -283,9 +335,10 @@ def _lengths(caches: list[Any]) -> list[int]:
     A usual one comes first.
     """
     windows = {cache.max_size for cache in parts_of(caches) if type(cache) in WINDOWS}
-    ends = {window - 2 for window in windows if window > SHORT + 2}
+    ends = sorted(window - 2 for window in windows if window > SHORT + 2)
     beyond = [window + SHORT for window in windows if window >= max(LONG)]
-    return [*dict.fromkeys([LONG[0], SHORT, *LONG, *beyond, *sorted(ends)])]
+    lengths = [LONG[0], SHORT, *LONG, *beyond, *ends]
+    return list(dict.fromkeys(lengths))
 
 
 def _fresh(cache: Any) -> Any:
@@ -299,7 +352,10 @@ def _fresh(cache: Any) -> Any:
         ChunkedKVCache: ("chunk_size",),
     }
     if type(cache) is ArraysCache:
-        return ArraysCache(len(cache.cache), None if cache.left_padding is None else [0])
+        padding = None
+        if cache.left_padding is not None:
+            padding = [0]
+        return ArraysCache(len(cache.cache), padding)
     named = {name: getattr(cache, name) for name in arguments.get(type(cache), ())}
     if type(cache) in OF_A_BATCH:
         named["left_padding"] = [0]
@@ -314,7 +370,9 @@ def _lengthened(cache: Any, length: int) -> Any:
     elif type(cache) is not ArraysCache and cache.keys is not None:
         if type(cache) is ChunkedKVCache:
             length = min(length, cache.chunk_size - MAX_WIDTH)
-        n_slots = min(length, cache.max_size) if type(cache) in WINDOWS else length
+        n_slots = length
+        if type(cache) in WINDOWS:
+            n_slots = min(length, cache.max_size)
         repeated = mx.arange(n_slots) % SHORT
         longer.keys, longer.values = tree_map(
             lambda array: mx.take(array, repeated, axis=-2), (cache.keys, cache.values)
@@ -334,7 +392,8 @@ def _contents(caches: list[Any]) -> list[mx.array]:
         for name, value in vars(cache).items():
             if name in ("keys", "values"):
                 contents += [array[..., :n, :] for array in _arrays([value])]
-            elif value is not None:  # positions and settings
+            elif value is not None:
+                # It is a position or a setting.
                 contents.append(mx.array(value).reshape(-1))
     return contents
 
@@ -354,5 +413,5 @@ def have_same_bits(one: mx.array, other: mx.array) -> mx.array:
     """Whether two arrays have the same bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return mx.array(False)
-    kind = UINTS[one.dtype.size]
-    return mx.array_equal(one.view(kind), other.view(kind))
+    bits = UINTS[one.dtype.size]
+    return mx.array_equal(one.view(bits), other.view(bits))

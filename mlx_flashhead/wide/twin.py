@@ -44,7 +44,8 @@ def in_rows(function: Callable[[mx.array], Any], x: mx.array) -> Any:
     """Calls a function of an array (..., T, K) for each of its T positions, as single steps do."""
     if x.ndim < 2 or x.shape[-2] == 1:
         return function(x)
-    return _joined([function(x[..., j : j + 1, :]) for j in range(x.shape[-2])], axis=-2)
+    results = [function(x[..., j : j + 1, :]) for j in range(x.shape[-2])]
+    return _joined(results, axis=-2)
 
 
 def product(layer: nn.Module, single: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
@@ -55,12 +56,14 @@ def product(layer: nn.Module, single: Callable[[mx.array], mx.array], x: mx.arra
         single: The product that single steps call.
         x: The positions.
     """
-    products = None
-    n_rows = x.size // x.shape[-1]
-    alone = n_rows > 1 and n_rows == x.shape[-2]  # a row of each position
-    if alone and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        products = row_products(x, layer)  # which reads the weights once
-    return cast(mx.array, in_rows(single, x)) if products is None else products
+    n_states = x.size // x.shape[-1]
+    one_each = n_states > 1 and n_states == x.shape[-2]
+    if one_each and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        # This reads the weights once.
+        products = row_products(x, layer)
+        if products is not None:
+            return products
+    return cast(mx.array, in_rows(single, x))
 
 
 def _joined(results: list[Any], axis: int) -> Any:
@@ -123,29 +126,34 @@ class _Part(nn.Module):
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         call = super().__call__
-        alone = len(args) == 1 and not named and isinstance(args[0], mx.array)
-        return call_part(self, call, args[0]) if alone else call(*args, **named)
+        if len(args) == 1 and not named and isinstance(args[0], mx.array):
+            return call_part(self, call, args[0])
+        return call(*args, **named)
 
 
 class _Apart(nn.Module):
     """A part whose operations run once per position within an attention."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        within = bool(args) and isinstance(args[0], Positions)  # not a layer, whose mask is
-        return (apart(super().__call__) if within else super().__call__)(*args, **named)
+        call = super().__call__
+        # The first argument of a layer is none, but its mask may be.
+        if args and isinstance(args[0], Positions):
+            call = apart(call)
+        return call(*args, **named)
 
 
 class _ApartAttention(nn.Module):
     """An attention whose operations run once per position."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        given = [*args, *named.values()]
-        n_positions = next((each.shape[1] for each in given if isinstance(each, mx.array)), 1)
-        if n_positions == 1:
-            return super().__call__(*args, **named)
-        own = {name: _as_positions(value, n_positions) for name, value in named.items()}
-        result = super().__call__(*(_as_positions(value, n_positions) for value in args), **own)
-        return _whole(result)
+        call = super().__call__
+        arrays = [each for each in (*args, *named.values()) if isinstance(each, mx.array)]
+        if not arrays or arrays[0].shape[1] == 1:
+            return call(*args, **named)
+        n_positions = arrays[0].shape[1]
+        own_args = [_as_positions(value, n_positions) for value in args]
+        own_named = {name: _as_positions(value, n_positions) for name, value in named.items()}
+        return _whole(call(*own_args, **own_named))
 
 
 def _as_positions(value: Any, n_positions: int) -> Any:
@@ -186,23 +194,26 @@ def _attend(single: Callable[..., mx.array]) -> Callable[..., mx.array]:
         """Attends from each position (B, H, T, D) to what its own single step would find."""
         if isinstance(cache, PastStandIn):
             return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-        options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        options: dict[str, Any] = {"scale": scale}
+        if sinks is not None:
+            options["sinks"] = sinks
         n_positions = queries.shape[2]
         if n_positions == 1:
-            return single(queries, keys, values, cache=cache, scale=scale, mask=mask, **options)
+            return single(queries, keys, values, cache=cache, mask=mask, **options)
         if not isinstance(keys, Positions):
             raise NoWideStepError("An attention without a cache of its own.")
-        cache = cache.cache if isinstance(cache, KeyValueStandIn) else cache
-        # (1, T, H, D), of which MLX reads a position where it lies
+        if isinstance(cache, KeyValueStandIn):
+            cache = cache.cache
+        # Of (1, T, H, D) MLX reads a position where it lies.
         by_position = mx.contiguous(queries.swapaxes(1, 2))
         attended = []
         for j in range(n_positions):
-            own = at(keys, j), at(values, j)
-            row = _mask_at(mask, j, n_positions, own[0])
             query = by_position[:, j : j + 1].swapaxes(1, 2)
-            found = single(query, *own, cache=cache, scale=scale, mask=row, **options)
+            own_keys = at(keys, j)
+            own_mask = _mask_at(mask, j, n_positions, own_keys)
+            found = single(query, own_keys, at(values, j), cache=cache, mask=own_mask, **options)
             attended.append(found.swapaxes(1, 2))
-        # its transposed form is what a layer makes of it next
+        # The transposed form is what a layer makes of it next.
         return mx.concatenate(attended, axis=1).swapaxes(1, 2)
 
     return attend
@@ -216,7 +227,8 @@ def _mask_at(mask: Any, j: int, n_positions: int, keys: Any) -> Any:
         return mask.parts[j]
     if not isinstance(keys, mx.array) or mask.shape[-2] != n_positions:
         raise NoWideStepError("An attention has a mask of a form that is not known.")
-    return mask[..., j : j + 1, : keys.shape[-2]]  # which a model has made itself
+    # A model has made it itself.
+    return mask[..., j : j + 1, : keys.shape[-2]]
 
 
 def _in_turn(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., Any]:
@@ -236,9 +248,23 @@ def _in_turn(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., 
         """Takes the positions (B, T, …) of a state space model one after another."""
         outputs = []
         for j in range(x.shape[1]):
-            x_j, B_j, C_j, dt_j = (each[:, j : j + 1] for each in (x, B, C, dt))
-            own = time_step_limit, None if mask is None else mask[:, j : j + 1], lengths
-            y, state = single(x_j, A_log, B_j, C_j, D, dt_j, dt_bias, state, *own)
+            here = slice(j, j + 1)
+            own_mask = None
+            if mask is not None:
+                own_mask = mask[:, here]
+            y, state = single(
+                x[:, here],
+                A_log,
+                B[:, here],
+                C[:, here],
+                D,
+                dt[:, here],
+                dt_bias,
+                state,
+                time_step_limit,
+                own_mask,
+                lengths,
+            )
             outputs.append(y)
         return mx.concatenate(outputs, axis=1), cast(mx.array, state)
 
@@ -268,8 +294,9 @@ def twin_of(model: nn.Module, *, apart: bool = False) -> nn.Module:
         model: The model.
         apart: Whether each operation of an attention runs once per position, not its call alone.
     """
-    arrays: Any = tree_flatten(model.parameters())
-    shared = [get_flash_head(model), *(array for _, array in arrays), *settings_in(model)]
+    named_arrays: Any = tree_flatten(model.parameters())
+    arrays = [array for _, array in named_arrays]
+    shared = [get_flash_head(model), *arrays, *settings_in(model)]
     twin = copy.deepcopy(model, {id(each): each for each in shared})
     classes: dict[type, type] = {}
     for part in containers(twin):
@@ -285,15 +312,20 @@ def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
     """A class like the module's, but for what the twin does otherwise."""
     cls = type(module)
     mixin = _mixin_of(module)
-    apart_attention = apart and is_attention(cls)
-    functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
-    if apart and mixin is None:
-        mixin = _ApartAttention if apart_attention else _Apart
+    exchange = exchanged_globals
+    if apart and is_attention(cls):
+        exchange = apart_globals
+        mixin = mixin or _ApartAttention
+    elif apart:
+        mixin = mixin or _Apart
+    functions = _functions(cls, exchange)
     if functions:
         cls = type(cls.__name__, (cls,), functions)
     around = (_around(module), mixin)
     mixins = tuple(each for each in around if each is not None)
-    return type(cls.__name__, (*mixins, cls), {}) if mixins else cls
+    if not mixins:
+        return cls
+    return type(cls.__name__, (*mixins, cls), {})
 
 
 def _around(module: nn.Module) -> type | None:
@@ -301,8 +333,9 @@ def _around(module: nn.Module) -> type | None:
     if takes_cache(type(module)):
         return _Layer
     own: list[Any] = list(dict.values(cast(Any, module)))
-    has_weights = any(isinstance(each, mx.array) and each.ndim > 1 for each in own)
-    return _Part if has_weights else None
+    if any(isinstance(each, mx.array) and each.ndim > 1 for each in own):
+        return _Part
+    return None
 
 
 def _mixin_of(module: nn.Module) -> type | None:
@@ -316,7 +349,9 @@ def _mixin_of(module: nn.Module) -> type | None:
     weight = dict.get(cast(Any, module), "weight")
     if not isinstance(weight, mx.array) or weight.ndim != 2:
         return None
-    return _Matrix if mx.issubdtype(weight.dtype, mx.floating) else None
+    if not mx.issubdtype(weight.dtype, mx.floating):
+        return None
+    return _Matrix
 
 
 def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:

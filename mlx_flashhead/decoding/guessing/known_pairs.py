@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ...common.stored import store, stored
 from ...models.trained_drafter import TrainedDrafter
-from ...wide.store import key_of, place_of
+from ...wide.store import key_of, path_of
 from .depth import Known
 
 
@@ -33,7 +33,7 @@ def known_of(drafter: TrainedDrafter, model: nn.Module) -> Known:
     """
     if drafter not in _pairs:
         key = key_of(f"drafts of {drafter.source}")
-        place = place_of(model)
+        place = path_of(model)
         if place is not None:
             name = sha256(f"{place.stem} {drafter.source}".encode()).hexdigest()
             place = place.with_name(f"{name[:24]}.json")

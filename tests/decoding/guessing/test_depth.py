@@ -233,7 +233,7 @@ def test_what_gains_most_goes_first():
 
 def test_what_is_known_of_a_pair_is_read_again(tmp_path, monkeypatch):
     """By another process, whose objects are others; not with another drafter."""
-    monkeypatch.setattr(known_pairs, "place_of", lambda model: tmp_path / f"{'a' * 24}.json")
+    monkeypatch.setattr(known_pairs, "path_of", lambda model: tmp_path / f"{'a' * 24}.json")
 
     class Trained:
         def __init__(self, source):
