@@ -68,7 +68,7 @@ def check_batched_lookup(proposer: Proposer, max_kv_size: int | None = None) -> 
     """
     if proposer.settings.lookup == "on":
         caches = compat.make_prompt_cache(proposer.model, max_kv_size)
-        check_lookup(proposer, BatchCaches().merged([caches]))
+        check_lookup(proposer, BatchCaches.merged([caches]))
 
 
 class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
@@ -296,7 +296,7 @@ class _Generation:
         self._proposer = proposer
         self._entries = entries  # those whose prompts are being read, too
         self._announce = announce
-        self._decoder = Decoder(proposer, BatchCaches(), self._feed)
+        self._decoder = Decoder(proposer, BatchCaches(self._feed))
 
     def _feed(self, tokens: mx.array, layers: list[Any]) -> mx.array:
         model: Any = self._proposer.model

@@ -1,105 +1,163 @@
 """A model's caches, which are trimmed, copied, and brought back to an earlier token.
 
-    mark = Marked(layers, feed)     of a draft model; a wide step is a mark as well
-    …                               tokens are fed
-    mark.back_to(n)                 the caches after the first n of them
-
-    snapshot = caches.snapshots(…)  of a text in progress, alone or in a batch, which goes back to
-    rollback(…, snapshot, …)        any token since, as long as the snapshot is kept
+    mark, = caches.marks([text])        of a text alone, of a row of a batch, of a draft model
+    caches.feed(tokens, caches.layers)  (R, n) → (R, n, V), any number of times
+    mark.back_to(k)                     the caches after the first k of the text's tokens since
 
 Between two tokens the caller finds them as mlx-lm's loop would leave them.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from ..models.compat.caches import TRIMMED, end_of
 from ..models.compat.recognised import are_librarys_caches
 
-AHEAD = 160  # the most tokens by which a cache is ahead of the caller
-KEEPS_TRIMMED = ("ConcatenateKVCache",)  # mlx-lm's goes on to attend to what was trimmed
+# The most tokens by which a cache is ahead of the caller.
+AHEAD = 160
+# mlx-lm's goes on to attend to what was trimmed.
+KEEPS_TRIMMED = ("ConcatenateKVCache",)
+
+# Feeds tokens (R, n) to the model with the caches of its layers: logits (R, n, V).
+Feed = Callable[[mx.array, list[Any]], mx.array]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A model's caches as they were after an earlier token."""
+class Mark(Protocol):
+    """A place in the caches of one text, to which they go back.
 
-    n_tokens: int  # tokens of the text that the caches held
-    layers: list[Any]  # each layer's cache as it was then; None for one that is trimmed to here
-    copies: list[Any]  # a copy of each; None where it is None
-    offsets: list[int | None]  # the length of each layer's cache, where it is known
-    row: int | None = None  # of the text, in caches of a batch
+    It is made before tokens (n,) are fed, in one call or several. Layers that can be trimmed are
+    trimmed. How others go back differs:
+
+    - Of a text, alone or a row of a batch, and of a draft model (:class:`RowMark`): they are as
+      they were at the mark, and the tokens since then are fed again.
+    - Of a wide step (:class:`mlx_flashhead.wide.step.WideStep`): what a window has written over is
+      put back, and states are made anew of the calls that have written them, without a weight.
+    - Of a trained drafter (:class:`mlx_flashhead.models.drafter_in_text.PairsMark`): all of its
+      layers can be trimmed.
+
+    So a text with a state-space layer replays tokens after a proposal of a single step that was
+    rejected. To go back without would mean to record the calls of layers at every token.
+    """
+
+    def back_to(self, n: int) -> list[Any]:
+        """Leaves in the caches the first ``n`` of the tokens that were fed since, 0 … all.
+
+        Returns:
+            The caches of the layers, as a text alone has them: of a row of a batch, copies.
+        """
 
 
-def copied_layers(cache: list[Any], quantized_from: int | None = None) -> list[Any]:
+class Row(Protocol):
+    """Whose tokens the caches hold: a text, or what drafts in one."""
+
+    @property
+    def n_cached(self) -> int:
+        """How many of its tokens are in the caches."""
+
+    @property
+    def fed(self) -> list[int]:
+        """These tokens, as far as they are known."""
+
+
+class RowMark:
+    """The mark of a row: a copy of each layer that cannot be trimmed.
+
+    Args:
+        row: Whose tokens are fed.
+        caches: The caches that hold them.
+        copies: As of :func:`copied_layers`.
+        lengths: The length of each layer's cache at the mark; None where it is not known.
+        layers: The layers at the mark, which are objects of the caller; None for copies of a batch.
+        place: The row's place in these copies.
+
+    Attributes:
+        n_tokens: The row's tokens that the caches held at the mark.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        caches: "Caches",
+        copies: list[Any],
+        lengths: list[int | None],
+        *,
+        layers: list[Any] | None = None,
+        place: int = 0,
+    ):
+        self.n_tokens = row.n_cached
+        self._row = row
+        self._caches = caches
+        self._copies = copies
+        self._lengths = lengths
+        self._layers = layers
+        self._place = place
+
+    @property
+    def trims_all(self) -> bool:
+        """Whether all layers can be trimmed."""
+        return all(copied is None for copied in self._copies)
+
+    def back_to(self, n: int) -> list[Any]:
+        """Leaves in the caches the first ``n`` of the tokens that were fed since.
+
+        Layers that were replaced meanwhile are put back into the list.
+
+        Returns:
+            The caches of the layers, as a text alone has them: of a row of a batch, copies.
+        """
+        row = self._row
+        layers = self._caches.extract(row)
+        n_fed = row.n_cached - self.n_tokens
+        if n == n_fed:
+            return layers
+        n_kept = n if self.trims_all else 0
+        for i, copied in enumerate(self._copies):
+            if copied is None:
+                self._trim(i, layers[i], n_fed, n_kept)
+            else:
+                layers[i] = self._as_it_was(i)
+        if n_kept < n:
+            for token in row.fed[self.n_tokens + n_kept : self.n_tokens + n]:
+                self._caches.feed(mx.array([[token]], dtype=mx.uint32), layers)
+                mx.eval([layer.state for layer in layers])
+        return layers
+
+    def _trim(self, i: int, layer: Any, n_fed: int, n_kept: int) -> None:
+        """Trims layer ``i`` to the first ``n_kept`` of the tokens since the mark."""
+        length = length_of(layer)
+        before = self._lengths[i]
+        # A step that failed has fed some layers and not others.
+        if length is not None and before is not None:
+            n_fed = length - before
+        if n_fed > n_kept:
+            layer.trim(n_fed - n_kept)
+
+    def _as_it_was(self, i: int) -> Any:
+        """The cache of layer ``i`` at the mark. A caller's object stays the same object."""
+        if self._layers is None:
+            return copy.deepcopy(self._copies[i].extract(self._place))
+        layer = self._layers[i]
+        restored = copy.deepcopy(self._copies[i])
+        vars(layer).clear()
+        vars(layer).update(vars(restored))
+        return layer
+
+
+def copied_layers(layers: list[Any], quantized_from: int | None = None) -> list[Any]:
     """Copies each layer's cache, but for those that can be trimmed.
 
     Args:
-        cache: The caches of the model's layers.
+        layers: The caches of the model's layers.
         quantized_from: The length from which mlx-lm quantizes a cache; None if it never does.
 
     Returns:
         A copy of each layer's cache; None for one that can be trimmed.
     """
-    return [None if trims(layer, quantized_from) else copy.deepcopy(layer) for layer in cache]
-
-
-def rollback(
-    cache: list[Any],
-    snapshot: Snapshot,
-    tokens: list[int],
-    n_right: int,
-    n_cached: int,
-    target: int,
-    replay: Callable[[mx.array], Any],
-) -> None:
-    """Brings a text's caches back from ``n_cached`` tokens to the first ``target``.
-
-    Args:
-        cache: The caches of the layers, changed in place. Layers that were replaced since the
-            snapshot are put back into the list.
-        snapshot: A snapshot from the ``target`` or before.
-        tokens: The text's tokens.
-        n_right: How many of the cached tokens belong to the text.
-        n_cached: Tokens of the text in the caches.
-        target: Tokens that the caches hold afterwards.
-        replay: Feeds a token (1, 1) to the model.
-    """
-    n_right = min(n_cached, n_right)
-    if n_cached == target == n_right:
-        return
-    trimmed_only = all(copied is None for copied in snapshot.copies)
-    start = min(target, n_right) if trimmed_only else snapshot.n_tokens
-    for i, held in enumerate(snapshot.copies):
-        if held is not None:
-            cache[i] = _restored(snapshot, i)
-            continue
-        n_ahead = n_cached - start
-        length = length_of(cache[i])
-        before = snapshot.offsets[i]
-        if length is not None and before is not None:  # a step that failed has fed some layers
-            n_ahead = length - before - (start - snapshot.n_tokens)
-        if n_ahead > 0:
-            cache[i].trim(n_ahead)
-    for token in tokens[start:target]:
-        replay(mx.array([[token]], dtype=mx.uint32))
-        mx.eval([layer.state for layer in cache])
-
-
-def _restored(snapshot: Snapshot, i: int) -> Any:
-    """The cache of layer ``i`` as it was. A caller's object stays the same object."""
-    if snapshot.row is not None:
-        return copy.deepcopy(snapshot.copies[i].extract(snapshot.row))
-    layer = snapshot.layers[i]
-    restored = copy.deepcopy(snapshot.copies[i])
-    vars(layer).clear()
-    vars(layer).update(vars(restored))
-    return layer
+    return [None if trims(layer, quantized_from) else copy.deepcopy(layer) for layer in layers]
 
 
 def length_of(layer: Any) -> int | None:
@@ -125,63 +183,29 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
     return all(limit is None or end + ahead < limit for limit in limits)
 
 
-class Mark(Protocol):
-    """A place to which the caches of one text go back. ``WideStep`` is one, too."""
-
-    def back_to(self, n: int) -> None:
-        """Leaves in the caches the first ``n`` of the tokens that were fed since, 0 … all."""
-
-
-class Marked:
-    """Caches as they were before some tokens were fed: those of one text, such as a draft's.
-
-    Args:
-        layers: The caches of the layers, changed in place.
-        feed: Feeds tokens (1, n) to the model with these caches.
-    """
-
-    def __init__(self, layers: list[Any], feed: Callable[[mx.array], Any]):
-        self._layers = layers
-        self._feed = feed
-        self._snapshot = OwnCaches(layers).snapshots([(0, 0)])[0]
-        self._tokens: list[mx.array] = []  # (n,) each, fed since
-
-    def feed(self, tokens: mx.array) -> Any:
-        """Feeds tokens (n,), and returns what the model gives."""
-        self._tokens.append(tokens)
-        return self._feed(tokens[None])
-
-    def back_to(self, n: int) -> None:
-        """Leaves in the caches the first ``n`` of the tokens that were fed.
-
-        Where a cache cannot be trimmed it is as before them, and they are fed again.
-        """
-        fed: list[int] = []
-        for tokens in self._tokens:
-            fed += cast(list[int], tokens.tolist())
-        rollback(self._layers, self._snapshot, fed, n, len(fed), n, self._feed)
-
-
 class Caches(Protocol):
-    """The caches in which a decoder's texts go on: :class:`OwnCaches` or :class:`BatchCaches`.
+    """The caches in which R texts go on: :class:`OwnCaches` or :class:`BatchCaches`.
 
     Attributes:
         layers: Of the model's layers, with a row for each text.
+        feed: Feeds tokens (R, n) to the model with these layers, or with others of its texts:
+            logits (R, n, V).
     """
 
     layers: list[Any]
+    feed: Feed
 
-    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """Snapshots of rows, given as pairs of a row and the number of its tokens in the caches."""
+    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
+        """Marks of some rows at the tokens that their caches hold."""
 
-    def extract(self, row: int) -> list[Any]:
+    def extract(self, row: Row) -> list[Any]:
         """The caches of one row, as a text alone has them."""
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, rows: Sequence[Row]) -> None:
         """Takes all other rows out."""
 
-    def join(self, layers: list[Any]) -> None:
-        """Adds the rows of other caches."""
+    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
+        """Adds rows, with their caches."""
 
     def merged(self, caches: list[list[Any]]) -> list[Any]:
         """Caches of single texts as those that :meth:`join` takes."""
@@ -198,55 +222,69 @@ class OwnCaches:
     Between two tokens the caller finds the tokens in them that were handed out, as after mlx-lm's
     loop, although the model is ahead: caches that can be trimmed are trimmed for that moment, which
     changes their positions and no array. Others stay ahead until they are rolled back.
+
+    Args:
+        layers: Of the model's layers.
+        feed: Feeds tokens (1, n) to the model with these.
+        quantized_from: The length from which mlx-lm quantizes them; None if it never does.
     """
 
-    def __init__(self, layers: list[Any], quantized_from: int | None = None):
+    def __init__(self, layers: list[Any], feed: Feed, quantized_from: int | None = None):
         self.layers = layers
+        self.feed = feed
         self._quantized_from = quantized_from
-        self._moved: list[tuple[Any, str, int]] = []  # object, attribute, its value ahead
-        self._left: list[Any] = []  # all objects in the caches, as they were shown
+        # What :meth:`show` has changed: an object, its attribute, and the value of that ahead.
+        self._moved: list[tuple[Any, str, int]] = []
+        # All objects in the caches, as they were shown.
+        self._left: list[Any] = []
 
-    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """Snapshots of rows, given as pairs of a row and the number of its tokens in the caches."""
+    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
+        """A mark of the only row at the tokens that the caches hold; none for no row."""
+        if not rows:
+            return []
         copies = copied_layers(self.layers, self._quantized_from)
         lengths = [length_of(layer) for layer in self.layers]
-        return [Snapshot(n_tokens, list(self.layers), copies, lengths) for _, n_tokens in rows]
+        return [RowMark(row, self, copies, lengths, layers=list(self.layers)) for row in rows]
 
-    def extract(self, row: int) -> list[Any]:
+    def extract(self, row: Row) -> list[Any]:
         """Returns the text's caches, whatever the row: there is one text."""
         return self.layers
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, rows: Sequence[Row]) -> None:
         """The only row stays, or leaves and keeps its caches."""
 
-    def join(self, layers: list[Any]) -> None:
+    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
         """Takes the caches of a text, which has just been read."""
         self.layers = layers
 
-    def merged(self, caches: list[list[Any]]) -> list[Any]:
+    @staticmethod
+    def merged(caches: list[list[Any]]) -> list[Any]:
         """Returns the caches of the one text, which need no merging."""
         return caches[0]
 
-    def show(self, n_ahead: int, snapshot: Snapshot) -> bool:
+    def show(self, n_ahead: int, mark: RowMark) -> bool:
         """Leaves the caches to the caller until :meth:`resume`.
 
         Args:
             n_ahead: By how many tokens they are ahead.
-            snapshot: The earliest one from which they can be rolled back.
+            mark: The earliest one to which they can go back.
 
         Returns:
             Whether they are shown without these tokens.
         """
         parts = [part for layer in self.layers for part in getattr(layer, "caches", (layer,))]
-        trims_all = all(copied is None for copied in snapshot.copies)
-        trims_all = trims_all and all(type(part).__name__ in TRIMMED for part in parts)
-        for part in parts if trims_all else ():
-            for name in TRIMMED[type(part).__name__]:
-                ahead = getattr(part, name)
-                setattr(part, name, ahead - n_ahead)
-                self._moved.append((part, name, ahead))
+        trims_all = mark.trims_all and all(type(part).__name__ in TRIMMED for part in parts)
+        if trims_all:
+            for part in parts:
+                self._move(part, n_ahead)
         self._left = list(_objects(self.layers))
         return trims_all
+
+    def _move(self, part: Any, n_ahead: int) -> None:
+        for name in TRIMMED[type(part).__name__]:
+            ahead = getattr(part, name)
+            setattr(part, name, ahead - n_ahead)
+            self._moved.append((part, name, ahead))
 
     def resume(self) -> bool:
         """Goes on with the caches as they were.
@@ -279,36 +317,49 @@ def _objects(value: Any) -> Iterator[Any]:
 
 
 class BatchCaches:
-    """The caches of several texts, rows of a batch."""
+    """The caches of several texts, rows of a batch.
 
-    def __init__(self) -> None:
+    Args:
+        feed: Feeds tokens (R, n) to the model with the caches of R texts.
+    """
+
+    def __init__(self, feed: Feed) -> None:
         self.layers: list[Any] = []
+        self.feed = feed
+        self._rows: list[Row] = []
 
-    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """Returns snapshots as :meth:`OwnCaches.snapshots` does."""
+    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
+        """Marks of some rows at the tokens that their caches hold. They share their copies."""
+        if not rows:
+            return []
         copies = copied_layers(self.layers)
         unknown: list[int | None] = [None] * len(copies)
-        return [Snapshot(n_tokens, [], copies, unknown, row) for row, n_tokens in rows]
+        return [RowMark(row, self, copies, unknown, place=self._rows.index(row)) for row in rows]
 
-    def extract(self, row: int) -> list[Any]:
+    def extract(self, row: Row) -> list[Any]:
         """The caches of one row, as a text alone would have them."""
-        return [layer.extract(row) for layer in self.layers]
+        place = self._rows.index(row)
+        return [layer.extract(place) for layer in self.layers]
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, rows: Sequence[Row]) -> None:
         """Takes all other rows out, at once: each time copies all caches."""
+        places = [self._rows.index(row) for row in rows]
+        self._rows = list(rows)
         if not rows:
             self.layers = []
         for layer in self.layers:
-            layer.filter(rows)
+            layer.filter(places)
 
-    def join(self, layers: list[Any]) -> None:
+    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
         """Adds the rows of another batch."""
+        self._rows += rows
         if not self.layers:
             self.layers = layers
             return
         for layer, other in zip(self.layers, layers, strict=True):
             layer.extend(other)
 
-    def merged(self, caches: list[list[Any]]) -> list[Any]:
+    @staticmethod
+    def merged(caches: list[list[Any]]) -> list[Any]:
         """Caches of single texts as those of a batch."""
         return [layers[0].merge(layers) for layers in map(list, zip(*caches, strict=True))]

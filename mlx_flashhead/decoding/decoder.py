@@ -14,14 +14,13 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from functools import cache as once
 from typing import Any, cast
 
 import mlx.core as mx
 
 from ..wide.twin import NoWideStepError
-from .caches import Caches, Snapshot, rollback
+from .caches import Caches, RowMark
 from .dense_choice import choose_densely
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
@@ -33,9 +32,6 @@ from .text import PendingToken, Text
 
 log = logging.getLogger("mlx_flashhead")
 
-# Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
-Feed = Callable[[mx.array, list[Any]], mx.array]
-
 
 class Decoder:
     """Decodes R ≥ 1 texts at once.
@@ -45,17 +41,15 @@ class Decoder:
 
     Args:
         proposer: Proposes tokens, and says what can be verified.
-        caches: The caches of the texts: of a text alone, or of several.
-        feed: Runs the model.
+        caches: The caches of the texts: of a text alone, or of several. They run the model.
     """
 
-    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
+    def __init__(self, proposer: Proposer, caches: Caches):
         self.texts: list[Text] = []
         self.caches = caches
         self._proposer = proposer
-        self._feed = feed
         self._latest: mx.array | None = None  # (R,), launched and not read
-        self._schedule = VerifySchedule(proposer, self._snapshots)
+        self._schedule = VerifySchedule(proposer, caches.marks)
         self._n_started = 0
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
         # draws depend on when any text begins and ends, so that none goes ahead.
@@ -126,7 +120,7 @@ class Decoder:
 
     def _go_ahead(self, text: Text, phase: Phase) -> None:
         if not text.ahead:
-            text.enter(phase, self.snapshot(text))
+            text.enter(phase, self._mark(text))
         elif text.phase is not phase:
             text.enter(phase)
 
@@ -266,7 +260,8 @@ class Decoder:
             text.cut(text.n_yielded + 1)
             if caches_changed:
                 text.roll_back(text.n_yielded)
-                text.snapshots = deque([self.snapshot(text)])  # earlier ones are of no use
+                # Earlier ones are of no use.
+                text.marks = deque([self._mark(text)])
         layers = self._take_out(texts)
         for text in texts:
             text.enter(Phase.LEVEL)
@@ -275,18 +270,13 @@ class Decoder:
         # a verification that was waited for may have rejected tokens of others, too
         self._restart([text for text in self.texts if text.rejected])
 
-    def snapshot(self, text: Text) -> Snapshot:
-        """A snapshot of a text's caches as they are."""
-        return self._snapshots([text])[0]
-
     def handed_out_cache(self, text: Text) -> list[Any]:
         """Returns one text's caches with the tokens that were handed out and no others.
 
         They are copies of rows of a batch, or those of a text alone, after which it must
         :meth:`settle`.
         """
-        row = self.texts.index(text)
-        return self._cache_at(text, self.caches.extract(row), text.n_yielded)
+        return self._back_to(text, text.n_yielded)
 
     def drop(self, texts: list[Text]) -> None:
         """Takes texts out, and their caches with them."""
@@ -312,7 +302,7 @@ class Decoder:
         n_proposed = [text.proposing for text in texts].count(True)
         states: list[mx.array] = []
         with proposer.noting(states, logits=n_proposed < n):
-            logits = self._feed(latest[:, None], layers)
+            logits = self.caches.feed(latest[:, None], layers)
         if n_proposed == n:
             tokens = proposer.propose(texts, _last(states[-1]), latest)
         else:
@@ -369,10 +359,9 @@ class Decoder:
         """Takes texts out of the round: their caches, with all tokens but the last."""
         caches = []
         for text in texts:
-            target = len(text.tokens) - 1
-            cache = self.caches.extract(self.texts.index(text))
-            caches.append(self._cache_at(text, cache, target))
-            text.roll_back(target)
+            n_tokens = len(text.tokens) - 1
+            caches.append(self._back_to(text, n_tokens))
+            text.roll_back(n_tokens)
         self._drop(texts)
         return self.caches.merged(caches)
 
@@ -386,35 +375,30 @@ class Decoder:
         self._join(texts, layers, tokens)
 
     def _join(self, texts: list[Text], layers: list[Any], tokens: mx.array) -> None:
-        self.caches.join(layers)
+        self.caches.join(texts, layers)
         latest = self._latest
         self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
         self.texts += texts
 
     def _drop(self, texts: list[Text]) -> None:
-        kept = [row for row, each in enumerate(self.texts) if each not in texts]
-        self.caches.keep(kept)
+        kept = [row for row, text in enumerate(self.texts) if text not in texts]
         self.texts = [self.texts[row] for row in kept]
-        self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
+        self.caches.keep(self.texts)
+        latest = cast(mx.array, self._latest)
+        self._latest = None
+        if kept:
+            self._latest = latest[mx.array(kept)]
 
-    def _cache_at(self, text: Text, cache: list[Any], target: int) -> list[Any]:
-        """A text's own caches, with the first ``target`` tokens of its text."""
-        held = [each for each in text.snapshots if each.n_tokens <= target]
-        if held:
-            rollback(
-                cache,
-                held[-1],
-                text.tokens,
-                len(text.tokens) - text.rejected,
-                text.n_cached,
-                target,
-                lambda token: self._feed(token, cache),
-            )
-        return cache
+    def _back_to(self, text: Text, n_tokens: int) -> list[Any]:
+        """A text's own caches, brought back to the first of its tokens."""
+        mark = text.mark_before(n_tokens)
+        if mark is None:
+            return self.caches.extract(text)
+        return mark.back_to(n_tokens - mark.n_tokens)
 
-    def _snapshots(self, texts: list[Text]) -> list[Snapshot]:
-        rows = [(self.texts.index(text), text.n_cached) for text in texts]
-        return self.caches.snapshots(rows)
+    def _mark(self, text: Text) -> RowMark:
+        """A mark of a text at the tokens that its caches hold."""
+        return self.caches.marks([text])[0]
 
 
 @once

@@ -130,8 +130,8 @@ def verified_tokens(
     quantized_from = None if kv_bits is None else quantized_kv_start
     layers = _at_first_token(cache, len(known), quantization)
     text.guesses = guesses_of(proposer, context, guesser, quantized_from, layers=layers)
-    caches = OwnCaches(cache, quantized_from)
-    decoder = Decoder(proposer, caches, feed)
+    caches = OwnCaches(cache, feed, quantized_from)
+    decoder = Decoder(proposer, caches)
     progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
     with mx.stream(stream):
         logits = _read_prompt(
@@ -372,7 +372,7 @@ class _Handover:
         text = self._text
         if self._shared and text.ahead:
             n_ahead = text.n_cached - text.n_yielded
-            if not self._caches.show(n_ahead, text.snapshots[0]):
+            if not self._caches.show(n_ahead, text.marks[0]):
                 self._ahead_in = list(self._caches.layers)
                 _ahead_in.update(dict.fromkeys(self._ahead_in, self))
         self._shown = True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..head.flash_head import FlashHead
-from .caches import Snapshot
+from .caches import RowMark
 from .proposer import Proposer
 from .text import PendingToken, Text
 from .verification import Verification, join
@@ -26,12 +26,12 @@ class VerifySchedule:
 
     Args:
         proposer: Has proposed the tokens.
-        snapshot: Takes snapshots of the caches of some texts as they are.
+        mark: Makes marks of some texts at the tokens that their caches hold.
     """
 
-    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Text]], list[Snapshot]]):
+    def __init__(self, proposer: Proposer, mark: Callable[[list[Text]], list[RowMark]]):
         self._proposer = proposer
-        self._snapshot = snapshot
+        self._mark = mark
         self._verification: Verification | None = None
         # The numbers of tokens that a verification waits for, that the last one had, and that wait
         # for a launch.
@@ -163,21 +163,21 @@ class VerifySchedule:
         self._risks = {}
         self._limit = min(2 * self._limit, self._proposer.policy.max_pending)
         self._unjoined = []
-        snapshots = self._snapshot(texts)
-        self._verification = Verification(self._proposer, texts, snapshots)
+        marks = self._mark(texts)
+        self._verification = Verification(self._proposer, texts, marks)
 
     def _accept(self) -> None:
-        """Waits for the verification. A text that goes on keeps the snapshot of its launch."""
+        """Waits for the verification. A text that goes on keeps the mark of its launch."""
         verification = self._verification
         assert verification is not None
         self._verification = None
         self.n_verified += 1
-        for text, snapshot in verification.snapshots.items():
+        for text, mark in verification.marks.items():
             verification.accept(text)
             if text.rejected:
                 self._limit = max(self._n_launched // 2, self._proposer.policy.first_pending)
                 continue
-            text.snapshots.append(snapshot)
+            text.marks.append(mark)
             _accept_dense(text)
 
 

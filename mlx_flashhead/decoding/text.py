@@ -15,7 +15,7 @@ from ..head.draws.draw import NO_KEY, Draw, Key
 from ..head.draws.greedy import Greedy
 from ..head.draws.noise import position_key
 from ..head.proposal import Proposal
-from .caches import Snapshot
+from .caches import RowMark
 from .changes import Changes
 from .phase import AHEAD_OF_CALLER, FIRST, VERIFIED, Mode, Phase
 from .random_state import DrawChain, set_key
@@ -92,7 +92,7 @@ class Text:
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
         # while it is ahead: the first one is at the last token handed out, or before
-        self.snapshots: deque[Snapshot] = deque()
+        self.marks: deque[RowMark] = deque()
         self.mode: Mode = VERIFIED  # how its next tokens are decoded, since the latest round
         self.why_dense: Mode | None = None  # once it is known that it stays dense to its end
         self.settings = draw_of(sampler)  # None where only the sampler itself knows
@@ -205,9 +205,7 @@ class Text:
         """Whether nothing is ahead but the step that mlx-lm's loop would have launched, too."""
         return self.n_yielded == len(self.tokens) and [p.proposal for p in self.pending] == [None]
 
-    def enter(
-        self, phase: Phase, snapshot: Snapshot | None = None, why: Mode | None = None
-    ) -> None:
+    def enter(self, phase: Phase, mark: RowMark | None = None, why: Mode | None = None) -> None:
         """Changes its phase.
 
         To be level again it must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
@@ -215,7 +213,7 @@ class Text:
 
         Args:
             phase: The next one.
-            snapshot: Of its caches as they are, where it begins to be ahead.
+            mark: Of its caches as they are, where it begins to be ahead.
             why: Why it is dense from now on, to its end.
         """
         was_ahead = self.ahead
@@ -224,12 +222,12 @@ class Text:
         self.proposing = phase is Phase.AHEAD
         if self.ahead:
             if not was_ahead:
-                self.snapshots.append(cast(Snapshot, snapshot))
+                self.marks.append(cast(RowMark, mark))
                 self._chain = DrawChain(self.n_chosen) if self.draws_from_mlx else None
             return
         if phase is Phase.LEVEL and self._chain is not None:
             set_key(self._chain.state(self.n_chosen))
-        self.snapshots.clear()
+        self.marks.clear()
         self._chain = None
         if why is not None:
             self.why_dense = why
@@ -286,8 +284,8 @@ class Text:
         """The next accepted token. MLX's random state becomes what mlx-lm's loop has left then."""
         pending = self.ready.popleft()
         self.n_yielded += 1
-        while len(self.snapshots) > 1 and self.snapshots[1].n_tokens <= self.n_yielded:
-            self.snapshots.popleft()
+        while len(self.marks) > 1 and self.marks[1].n_tokens <= self.n_yielded:
+            self.marks.popleft()
         self.leave_state()
         return pending
 
@@ -295,6 +293,11 @@ class Text:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
         if self._chain is not None:  # that loop is a token ahead
             self._chain.place(self.n_yielded + 1)
+
+    def mark_before(self, n_tokens: int) -> RowMark | None:
+        """The latest mark at its first ``n_tokens`` or before; None while it is not ahead."""
+        before = [mark for mark in self.marks if mark.n_tokens <= n_tokens]
+        return before[-1] if before else None
 
     def cut(self, n_tokens: int) -> None:
         """Forgets all tokens after the first ``n_tokens`` accepted ones, pending ones too."""
@@ -309,8 +312,8 @@ class Text:
         if self.guesses is not None:
             self.guesses.take_back(self.n_cached - n_tokens)
         self.keep_cached(n_tokens)
-        while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
-            self.snapshots.pop()
+        while len(self.marks) > 1 and self.marks[-1].n_tokens > n_tokens:
+            self.marks.pop()
 
     def keep_guessed(self, n_before: int, tokens: list[int], n_right: int, guesser: str) -> None:
         """Keeps the places of a wide step that are right, and the choice behind them.

@@ -1,6 +1,6 @@
 """Pending tokens are verified by the head: which rows are due, and what a rejected one means."""
 
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -10,6 +10,7 @@ from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal
 from ..head.rounding import Stretch
 from ..head.verdict import Verdict
+from .caches import RowMark
 from .changes import mask_array
 from .proposer import Proposer
 from .sampler import normalized
@@ -21,13 +22,13 @@ Row = tuple[Text, PendingToken, int]  # a text, its pending token, its place in 
 class Verification:
     """A verification of the pending tokens that are read.
 
-    It is launched when made, and read by :meth:`accept`. ``snapshots`` are the caches of the
+    It is launched when made, and read by :meth:`accept`. ``marks`` are those of the
     ``texts`` as they are now.
     """
 
-    def __init__(self, proposer: Proposer, texts: list[Text], snapshots: list[Any]):
+    def __init__(self, proposer: Proposer, texts: list[Text], marks: list[RowMark]):
         self._proposer = proposer
-        self.snapshots = dict(zip(texts, snapshots, strict=True))
+        self.marks = dict(zip(texts, marks, strict=True))
         self.counts = {text: text.n_read for text in texts}
         self._rows: list[Row] = [
             (text, text.pending[i], len(text.tokens) + i)
@@ -60,7 +61,7 @@ class Verification:
     def forget(self, texts: list[Text]) -> None:
         """Drops what was launched for some texts."""
         for text in texts:
-            self.snapshots.pop(text, None)
+            self.marks.pop(text, None)
 
     def accept(self, text: Text) -> None:
         """Waits for the verification and accepts the text's tokens up to a rejected one.
@@ -90,7 +91,7 @@ class Verification:
             self._note_logprobs(verdict)
         chosen = {}
         for (text, pending, index), doubt in zip(self._rows, in_doubt, strict=True):
-            if doubt and text in self.snapshots:
+            if doubt and text in self.marks:
                 proposal = cast(Proposal, pending.proposal)
                 hidden = proposal.hidden[pending.row : pending.row + 1]
                 logits = self._proposer.dense_row(hidden)

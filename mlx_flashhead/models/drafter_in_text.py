@@ -28,6 +28,36 @@ class _Names:
         self.backbone = self
 
 
+class PairsMark:
+    """A mark of the caches of a drafter's layers, from which pairs are taken back.
+
+    Args:
+        drafter: Of mlx-vlm, begun in a text.
+        layers: The caches of its layers, which can be trimmed.
+    """
+
+    def __init__(self, drafter: Any, layers: list[Any]):
+        self._drafter = drafter
+        self._layers = layers
+        self._n_pairs = _n_pairs(layers)
+
+    def back_to(self, n: int) -> list[Any]:
+        """Leaves in the caches the first ``n`` of the pairs that were taken since.
+
+        Returns:
+            The caches of the drafter's layers.
+        """
+        n_beyond = _n_pairs(self._layers) - self._n_pairs - n
+        if n_beyond > 0:
+            compat.take_back(self._drafter, n_beyond)
+        return self._layers
+
+
+def _n_pairs(layers: list[Any]) -> int:
+    """The pairs in the caches of a drafter's layers; 0 where it has none."""
+    return compat.length_of_pairs(layers[0]) if layers else 0
+
+
 class DrafterInText:
     """A drafter in one text. Everything is lazy.
 
@@ -138,10 +168,9 @@ class DrafterInText:
         if self.layers:
             self._drafter.accept_verified_tokens(None, self._drafts, 0, [], None, mx.uint32)
 
-    def take_back(self, n_pairs: int) -> None:
-        """Takes the last pairs back."""
-        if self.layers:
-            compat.take_back(self._drafter, n_pairs)
+    def mark(self) -> PairsMark:
+        """A mark behind the pairs that it holds."""
+        return PairsMark(self._drafter, self.layers)
 
     def _sample(self, logits: mx.array) -> mx.array:
         """Chooses the next place's token: logits (1, 1, V) → (1, 1)."""

@@ -166,7 +166,7 @@ class WideSteps:
             for each in stand_ins:
                 each.back_to(0)
             raise NoWideStepError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-        return WideStep(logits, n_tokens, stand_ins)
+        return WideStep(logits, n_tokens, caches, stand_ins)
 
 
 @dataclass
@@ -182,16 +182,21 @@ class WideStep:
 
     logits: mx.array
     n_tokens: int
+    _caches: list[Any]
     _stand_ins: list[Any]
 
-    def back_to(self, n: int) -> None:
+    def back_to(self, n: int) -> list[Any]:
         """Leaves in the caches the first ``n`` of the step's tokens. It reads no weight.
 
         It may be called again for fewer.
+
+        Returns:
+            The caches of the layers.
         """
         if n < self.n_tokens:
             for each in self._stand_ins:
                 each.back_to(n)
+        return self._caches
 
 
 def _logits_and_states(

@@ -61,7 +61,7 @@ def chance(monkeypatch):
     def checked(text):
         pending = hand_out(text)
         if text.ahead:
-            assert text.snapshots[0].n_tokens <= text.n_yielded
+            assert text.marks[0].n_tokens <= text.n_yielded
         else:
             assert text.level
             assert text.n_cached == text.n_yielded

@@ -404,7 +404,7 @@ def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
         proposer=proposer, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=N_TOKENS
     )
     for _ in steps:
-        most = max(most, len(texts[0].snapshots))
+        most = max(most, len(texts[0].marks))
     assert proposer.n_verifications and most <= 2
     assert len(taken) <= proposer.n_verifications + 1
     held = [copy for copies in taken for copy in copies if copy is not None]

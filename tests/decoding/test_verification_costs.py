@@ -11,7 +11,7 @@ import pytest
 
 import step_times
 from flash_loops import flash_of
-from mlx_flashhead.decoding.caches import Snapshot
+from mlx_flashhead.decoding.caches import OwnCaches
 from mlx_flashhead.decoding.measuring.rehearsal import kinds
 from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.proposer import Proposer
@@ -65,7 +65,7 @@ def dispatches(flash, kind, k: int) -> Counter:
 
     def verify(hidden, probes, logits):
         text = Text(*kind, mx.array([0, 1, 0, 1]))
-        text.enter(Phase.AHEAD, Snapshot(0, [], [], []))
+        text.enter(Phase.AHEAD, OwnCaches([], flash.model).marks([text])[0])
         masked = text.changes is not None and text.changes.mask is not None
         allowed = np.full(n_words, 7, np.uint32) if masked else None
         unjoined = []

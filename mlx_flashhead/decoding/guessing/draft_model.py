@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ...models.install import get_flash_head
 from ...wide.step import MAX_WIDTH
-from ..caches import Marked, trims
+from ..caches import Mark, OwnCaches, trims
 from ..policy import policy_of
 from ..sampler import normalized
 from .guesser import Guesser, LatestToken, Offer
@@ -63,7 +63,19 @@ class DraftModel(Guesser):
         self._recent: list[int] = []  # the last tokens that were heard
         self._waiting: list[int] = []  # those of them that the caches do not hold yet
         self._n_ahead = n_held  # tokens in the caches that have not been heard yet
-        self._mark: Marked | None = None  # before the drafts that are not judged yet
+        self._caches = OwnCaches(layers, self._logits)
+        self._fed: list[mx.array] = []  # (1,) each, since the latest mark
+        self._mark: Mark | None = None  # before the drafts that are not judged yet
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens that were fed since the latest mark."""
+        return len(self._fed)
+
+    @property
+    def fed(self) -> list[int]:
+        """These tokens."""
+        return cast(list[int], mx.concatenate(self._fed).tolist())
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Keeps tokens until the next drafts are wanted, but for those that the caches hold."""
@@ -107,11 +119,11 @@ class DraftModel(Guesser):
     def _read(self) -> None:
         """Feeds the tokens that the caches do not hold yet, many at a time."""
         while len(self._waiting) > STEP_SIZE:
-            self._logits(mx.array([self._waiting[:STEP_SIZE]], mx.uint32))
+            self._logits(mx.array([self._waiting[:STEP_SIZE]], mx.uint32), self._layers)
             mx.eval([layer.state for layer in self._layers])
             del self._waiting[:STEP_SIZE]
         if self._waiting:
-            self._logits(mx.array([self._waiting], mx.uint32))
+            self._logits(mx.array([self._waiting], mx.uint32), self._layers)
             self._waiting = []
 
     def _drafts(self, latest: mx.array, n: int, text: "Text") -> mx.array:
@@ -121,12 +133,15 @@ class DraftModel(Guesser):
         n_common = min(self._n_tokens, vocab_size)
         with self._scoring(recent):
             self._read()
-            self._mark = Marked(self._layers, self._logits)
+            self._fed = []
+            self._mark = self._caches.marks([self])[0]
             drafts = [latest.astype(mx.uint32)]
             for i in range(n):
-                # as many as the target has: top-k may be more than its own vocabulary
+                self._fed.append(drafts[-1])
+                logits = self._logits(drafts[-1][None], self._layers)[:, -1, :n_common]
+                # As many as the target has: top-k may be more than its own vocabulary.
                 logits = mx.pad(
-                    self._mark.feed(drafts[-1])[:, :n_common],
+                    logits,
                     [(0, 0), (0, vocab_size - n_common)],
                     constant_values=-mx.inf,
                 )
@@ -134,11 +149,10 @@ class DraftModel(Guesser):
                 drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
         return mx.concatenate(drafts[1:])
 
-    def _logits(self, tokens: mx.array) -> mx.array:
-        """Feeds tokens (1, n). Returns the logits (1, V) after the last one, lazy."""
+    def _logits(self, tokens: mx.array, layers: list[Any]) -> mx.array:
+        """Feeds tokens (1, n). Returns the logits (1, n, V) after them, lazy."""
         tokens = mx.minimum(tokens, self._n_tokens - 1)
-        logits = self._model(tokens, cache=self._layers)
-        return cast(mx.array, logits[:, -1, :])
+        return cast(mx.array, self._model(tokens, cache=layers))
 
     def _scoring(self, recent: list[int]) -> AbstractContextManager[None]:
         """A block in which the model's FlashHead, if it has one, scores few tokens.

@@ -16,6 +16,7 @@ from ...models.drafter_in_text import DrafterInText
 from ...models.install import get_flash_head
 from ...models.trained_drafter import TrainedDrafter
 from ...wide.step import MAX_WIDTH
+from ..caches import Mark
 from ..policy import policy_of
 from ..sampler import normalized
 from .depth import Shares
@@ -67,7 +68,7 @@ class TrainedDrafts(Guesser):
         self._tokens: list[int] = []  # the last ones that were heard
         self._n_heard = 0
         # The pairs of the states before this one are in the drafter's cache, but for gaps. Those
-        # from ``_first`` on can be taken back.
+        # from ``_first`` on can be taken back: there is a mark before them.
         self._next = 0
         self._first = 0
         self._waiting: list[mx.array] = []  # the states from ``_next`` on, (n, D) each
@@ -78,6 +79,7 @@ class TrainedDrafts(Guesser):
         self._in_text = DrafterInText(
             drafter, self._target, project=self._project, choose=self._choose, layers=layers
         )
+        self._mark: Mark = self._in_text.mark()
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Keeps pairs until the next drafts are wanted. Many are read at once."""
@@ -101,9 +103,8 @@ class TrainedDrafts(Guesser):
             return
         latest = self._n_heard - 1  # the state behind which another token comes now
         if self._next > latest:
-            self._in_text.take_back(self._next - max(latest, self._first))
+            self._mark.back_to(latest - self._first)
             self._next = latest
-            self._first = min(self._first, latest)
             self._waiting = self._history[-1:]
         else:
             self._waiting = [mx.concatenate(self._waiting)[: latest + 1 - self._next]]
@@ -155,7 +156,9 @@ class TrainedDrafts(Guesser):
         if self._n_right is not None:
             self._in_text.forget_drafts()
             self._n_right = None
-        self._next = self._first = self._n_heard
+        self._next = self._n_heard
+        self._first = self._n_heard
+        self._mark = self._in_text.mark()
         self._waiting = []
         self._history = []
 

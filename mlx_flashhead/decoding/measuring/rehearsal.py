@@ -19,7 +19,7 @@ from ...head.draws.noise import Noise
 from ...head.slot_product import CLASSES
 from ...models.compat.mlx_lm import sample_utils
 from ...models.install import hidden_dtype, installed_head
-from ..caches import Snapshot
+from ..caches import OwnCaches
 from ..phase import Phase
 from ..policy import MAX_PENDING
 from ..proposer import Proposer, step_arrays
@@ -103,9 +103,9 @@ def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: i
     proposer.begin(text)
     if not proposer.can_verify(text):
         return
-    before_all = Snapshot(0, [], [], [])
-    text.enter(Phase.AHEAD, before_all)
-    schedule = VerifySchedule(proposer, lambda texts: [before_all])
+    caches = OwnCaches([], proposer.model)
+    text.enter(Phase.AHEAD, caches.marks([text])[0])
+    schedule = VerifySchedule(proposer, caches.marks)
     latest = mx.array([0], mx.uint32)
     for _ in range(n_tokens):
         text.feed(latest)

@@ -119,8 +119,8 @@ def token_seconds(
         logits: mx.array = getattr(output, "logits", output)  # as a vision model has them
         return logits
 
-    caches = OwnCaches(make_prompt_cache(model))
-    decoder = Decoder(proposer, caches, feed)
+    caches = OwnCaches(make_prompt_cache(model), feed)
+    decoder = Decoder(proposer, caches)
     text = Text(SAMPLED if sampled else None)
     logits = feed(mx.array([[first % head.vocab_size]]), caches.layers)
     moments: list[float] = []  # at which tokens came

@@ -54,8 +54,8 @@ def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
     sizes = {}
 
     class Counted(Verification):
-        def __init__(self, proposer, texts, snapshots):
-            super().__init__(proposer, texts, snapshots)
+        def __init__(self, proposer, texts, marks):
+            super().__init__(proposer, texts, marks)
             (text,) = texts
             key = text.sampler, tuple(text.processors)
             sizes.setdefault(key, []).append(len(self._rows))
