@@ -471,6 +471,7 @@ def test_a_draft_of_fewer_tokens_than_top_k():
         assert texts[0] == texts[1]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("drafted", [False, True])
 def test_a_kept_cache_whose_chunk_is_full_takes_single_steps(drafted):
     """Wide steps of Llama 4 are established, but not from a chunk's end on."""
