@@ -163,6 +163,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
     assert tokens == flash.batch([[5, 17, 3], [8]], max_tokens=9, dense=True)[0]
 
 
+@pytest.mark.newest
 def test_dense_tokens_of_a_batch_are_computed_alone_where_float32_is_made_of_16_bits(monkeypatch):
     """muse_spark makes float32 of its head's logits: their dtype says nothing of the product."""
     with emulated():
