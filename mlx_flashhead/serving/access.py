@@ -32,8 +32,10 @@ MAX_HEAD_BYTES = 96 << 10
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _HTTPS_ORIGIN = re.compile(r"https://([a-z0-9_.-]+)(:[0-9]{1,5})?")
-_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
-_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # that people do not mix up
+# A token of these characters stands unchanged in an address.
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")
+# People do not mix up these letters, each of which has 5 random bits.
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Access:
     def _is_public(self, scope: Scope, headers: Headers) -> bool:
         """Whether a request needs no token."""
         method = scope["method"]
-        if method == "OPTIONS":  # before a request of an allowed site, and without its token
+        if method == "OPTIONS":
+            # a browser sends it before the request of an allowed site, and without the token
             return headers.get("Origin") in self.origins
         return method in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
 
@@ -151,7 +154,8 @@ class Access:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             sent.append(credentials)
-        sent.append(request.headers.get("X-Api-Key", ""))  # as Anthropic's clients send it
+        # Anthropic's clients send it in a header of its own
+        sent.append(request.headers.get("X-Api-Key", ""))
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
         return self.token if equal else None
 
@@ -159,14 +163,21 @@ class Access:
 def access_of(args: Namespace) -> Access:
     """The rules for clients that the server's flags set."""
     proxied = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
-    own: set[str] = set()  # names by which other machines may call this one
     token = None
+    own_names: set[str] = set()
     if not is_loopback(args.host):
         token = kept_token(args.token_file)
-        name = socket.gethostname().lower().rstrip(".")
-        own = {args.host.lower(), name, name.partition(".")[0]} - {""}
-    origins = frozenset(args.allowed_origins)
-    return Access(token, proxied | own, origins, args.max_body_bytes, proxied)
+        # other machines may call this one by any of these names
+        host_name = socket.gethostname().lower().rstrip(".")
+        own_names = {args.host.lower(), host_name, host_name.partition(".")[0]}
+        own_names.discard("")
+    return Access(
+        token=token,
+        hosts=proxied | own_names,
+        origins=frozenset(args.allowed_origins),
+        max_body_bytes=args.max_body_bytes,
+        proxied=proxied,
+    )
 
 
 def kept_token(path: Path) -> str:
@@ -186,9 +197,8 @@ def kept_token(path: Path) -> str:
             raise ValueError(
                 f"--token-file {path}: there is no folder {path.parent}, make it first."
             )
-        words = ("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
         with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
-            file.write("-".join(words) + "\n")
+            file.write(_new_token() + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not _TOKEN.fullmatch(token):
         raise ValueError(
@@ -196,3 +206,12 @@ def kept_token(path: Path) -> str:
             "a new one."
         )
     return token
+
+
+def _new_token() -> str:
+    """A token of five words with four letters each."""
+    words = []
+    for _ in range(5):
+        letters = [secrets.choice(_LETTERS) for _ in range(4)]
+        words.append("".join(letters))
+    return "-".join(words)

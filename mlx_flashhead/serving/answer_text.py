@@ -9,8 +9,10 @@ import mlx.core as mx
 
 from ..models.compat.mlx_lm import TextStateMachine, make_text_state_machine
 
-STOP = "stop at "  # begins the name of the state after a stop text
-VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
+# The name of the state after a stop text begins with this.
+STOP = "stop at "
+# OpenAI's value for a token that is too unlikely to have a logprob.
+VERY_UNLIKELY = -9999.0
 
 # (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
 TokenLogprobs = list[tuple[int, float]]
@@ -25,14 +27,22 @@ class PromptProgress(NamedTuple):
 
 @dataclass
 class Token:
-    """What a token adds to an answer. Any part may be empty."""
+    """What a token adds to an answer. Any part may be empty.
+
+    Attributes:
+        content: Text of the answer.
+        reasoning: Text of a thought before it.
+        calls: Complete calls, as a model writes them.
+        finish_reason: "stop" or "length" if the answer ends with the token.
+        stop_text: The text before which the answer ends.
+        logprobs: Those of the token, if the request wants them. The end token has none.
+    """
 
     content: str = ""
-    reasoning: str = ""  # a thought before it
-    calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
-    finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
-    stop_text: str | None = None  # before which the answer ends
-    # one, if the request wants it; none for the end token
+    reasoning: str = ""
+    calls: list[Any] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_text: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, other: "Token") -> None:
@@ -63,13 +73,15 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
         self._detokenizer = tokenizer.detokenizer
-        if keep_space:  # detokenizers drop one at the beginning, not after another word
+        if keep_space:
+            # detokenizers drop a space at the beginning, not after another word
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
         self._until_stop = stop.make_state()
         self._parts = make_text_state_machine(tokenizer).make_state(state)
-        self._call = ""  # that is being written
+        # what there is of the call that is being written
+        self._call = ""
 
     def add(self, token: int | None, *, last: bool = False) -> Token:
         """Adds a token, if there is one, and may end the answer.
@@ -82,19 +94,27 @@ class AnswerText:
         if last:
             self._detokenizer.finalize()
         text = self._detokenizer.last_segment
-        self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
-        stop_text = self._until_stop[0].partition(STOP)[2] or None
-        stopped = stop_text is not None
-        if last and not stopped:
+        self._until_stop, (before_stop, *_) = TextStateMachine.split(self._until_stop, text)
+        _, text = before_stop
+        certain = Token()
+        state_name = self._until_stop[0]
+        stopped = state_name.startswith(STOP)
+        if stopped:
+            certain.finish_reason = "stop"
+            certain.stop_text = state_name.removeprefix(STOP)
+        elif last:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
             text += held
         self._parts, parts = TextStateMachine.split(self._parts, text)
-        if last or stopped:  # what may have begun a marker is none, and a call ends
+        if last or stopped:
+            # what may have begun a marker is none, and a call ends
             self._parts, held, name = TextStateMachine.flush(self._parts)
             parts.append((name, held))
             is_cut = stopped or token is not None
-            parts.append(("cut" if is_cut and name == "tool" else "normal", ""))
-        certain = Token(finish_reason="stop" if stopped else None, stop_text=stop_text)
+            if is_cut and name == "tool":
+                parts.append(("cut", ""))
+            else:
+                parts.append(("normal", ""))
         self._sort(parts, certain)
         return certain
 
@@ -105,11 +125,13 @@ class AnswerText:
                 self._call += part
             elif name == "reasoning":
                 certain.reasoning += part
-            elif name == "cut":  # what there is of a call is none
+            elif name == "cut":
+                # what there is of the call is text after all
                 certain.content += self._call
                 self._call = ""
             elif name == "normal":
-                certain.calls += [self._call] if self._call else []
+                if self._call:
+                    certain.calls.append(self._call)
                 self._call = ""
                 certain.content += part
 
@@ -123,9 +145,15 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
         n_tops: The number of the likeliest tokens.
     """
     n_tops = min(n_tops, logprobs.size)
-    likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
-    ids = [token, *likeliest]
+    ids = [token]
+    if n_tops:
+        likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist()
+        ids += likeliest
     values: Any = logprobs[mx.array(ids)].tolist()
-    values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
-    chosen, *tops = zip(ids, values, strict=True)
-    return [chosen, *sorted(tops, key=lambda top: -top[1])]
+    entries = []
+    for each, value in zip(ids, values, strict=True):
+        if not math.isfinite(value):
+            value = VERY_UNLIKELY
+        entries.append((each, value))
+    tops = sorted(entries[1:], key=lambda entry: -entry[1])
+    return [entries[0], *tops]

@@ -41,20 +41,25 @@ class ApiError(ValueError):
 
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
+        error_type = "invalid_request_error"
+        if self.status >= 500:
+            error_type = "server_error"
+        error = {"message": str(self), "type": error_type, "param": self.field, "code": self.code}
         return {"error": error}
 
     def as_anthropic_json(self) -> dict[str, Any]:
         """The body of the answer in Anthropic's shape."""
-        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
-        message = f"Prompt is too long. {self}" if self.code == TOO_LONG else str(self)
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        error_type = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        message = str(self)
+        if self.code == TOO_LONG:
+            message = f"Prompt is too long. {message}"
+        return {"type": "error", "error": {"type": error_type, "message": message}}
 
     def body_at(self, path: str) -> dict[str, Any]:
         """The body of the answer to a request for a path, in the shape of its API."""
-        has_own_shape = path.removeprefix("/v1").startswith("/messages")
-        return self.as_anthropic_json() if has_own_shape else self.as_json()
+        if path.removeprefix("/v1").startswith("/messages"):
+            return self.as_anthropic_json()
+        return self.as_json()
 
 
 def field_error(field: str, reason: str) -> ApiError:

@@ -15,10 +15,14 @@ from starlette.responses import Response
 
 from .api_errors import ApiError
 
-LARGE_BODY = 64 << 10  # bytes: of larger ones, each address has one at a time in memory
-MAX_VALUES = 300_000  # such as token ids
-MAX_OBJECTS = 50_000  # objects, lists, and members of objects, which take more memory and time
-MAX_DEPTH = 100  # levels; what reads or writes JSON calls itself for each of them
+# Each address has one body of more bytes at a time in memory.
+LARGE_BODY = 64 << 10
+# Values are token ids, for example.
+MAX_VALUES = 300_000
+# Objects, lists and members of objects take more memory and time than other values.
+MAX_OBJECTS = 50_000
+# What reads or writes JSON calls itself for each level.
+MAX_DEPTH = 100
 # Escapes in JSON: of a whole character, else of the half of one.
 _ESCAPES = re.compile(
     rb"(\\ud[89ab]..\\ud[c-f]..|\\ud[0-7]|\\u[^d]|\\[^u])|\\ud[0-9a-f]{3}",
@@ -79,7 +83,8 @@ def read_json(text: bytes) -> Any:
     levels = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int32)
     if levels.max(initial=0) > MAX_DEPTH:
         raise ValueError("it is nested too deeply")
-    text = text.removeprefix(b"\xef\xbb\xbf")  # the mark of a file in UTF-8
+    # a file in UTF-8 may begin with this mark
+    text = text.removeprefix(b"\xef\xbb\xbf")
     try:
         with suppress(msgspec.DecodeError):
             return msgspec.json.decode(text)

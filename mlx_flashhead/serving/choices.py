@@ -22,8 +22,10 @@ class Choice:
         self._index = index
         self.finish_reason: str | None = None
         self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        self._whole = Token()  # with the calls as they are sent
-        self._offset = 0  # characters of the text before the next token
+        # all tokens so far, with the calls as they are sent
+        self._whole = Token()
+        # the number of characters before the next token
+        self._offset = 0
 
     def add(self, token: Token) -> dict[str, Any] | None:
         """Adds a token: the choice of a chunk, or None if there is nothing to send."""
@@ -50,17 +52,25 @@ class Choice:
         choice = self._choice(whole.logprobs)
         if not self._request.chat:
             return {**choice, "text": whole.content}
-        nothing = None if whole.calls else ""
-        message = {"role": "assistant", "content": nothing, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        if whole.calls:
+            message["content"] = None
         message |= _said(whole.content, whole.reasoning, whole.calls)
         return {**choice, "message": message}
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        logprobs: dict[str, Any] | None = None
-        if self._request.logprobs is not None:
-            write = self._chat_logprobs if self._request.chat else self._text_logprobs
-            logprobs = write(entries)
-        return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {
+            "index": self._index,
+            "logprobs": self._logprobs(entries),
+            "finish_reason": self.finish_reason,
+        }
+
+    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self._request.logprobs is None:
+            return None
+        if self._request.chat:
+            return self._chat_logprobs(entries)
+        return self._text_logprobs(entries)
 
     def _chat_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         tokenizer = self._request.served.tokenizer
@@ -99,10 +109,17 @@ class Choices:
         fields = request.fields
         self._jobs = jobs
         self._choices = [Choice(request, job.index) for job in jobs]
-        chat = "chat.completion.chunk" if fields.stream else "chat.completion"
-        self._common = {  # what all parts of an answer have beside their choices
-            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": chat if request.chat else "text_completion",
+        id_prefix = "cmpl"
+        object_name = "text_completion"
+        if request.chat:
+            id_prefix = "chatcmpl"
+            object_name = "chat.completion"
+            if fields.stream:
+                object_name = "chat.completion.chunk"
+        # all parts of an answer have this beside their choices
+        self._common = {
+            "id": f"{id_prefix}-{uuid.uuid4().hex}",
+            "object": object_name,
             "created": int(time.time()),
             "model": request.served.name,
             "system_fingerprint": f"mlx_flashhead-{__version__}",
@@ -110,7 +127,8 @@ class Choices:
         options = fields.stream_options
         self._include_usage = fields.stream and options is not None and options.include_usage
         if self._include_usage:
-            self._common["usage"] = None  # but in the last part
+            # the last part alone says it
+            self._common["usage"] = None
 
     @property
     def is_complete(self) -> bool:
@@ -124,14 +142,17 @@ class Choices:
     def add(self, index: int, token: Token) -> list[StreamEvent]:
         """The chunk of a token."""
         choice = self._choices[index].add(token)
-        return [] if choice is None else [StreamEvent(self._common | {"choices": [choice]})]
+        if choice is None:
+            return []
+        return [StreamEvent(self._common | {"choices": [choice]})]
 
     def end(self) -> list[StreamEvent]:
         """The usage, if it is wanted, and the end."""
         done = StreamEvent("[DONE]")
         if not self._include_usage:
             return [done]
-        return [StreamEvent(self._common | {"choices": [], "usage": usage_of(self._jobs)}), done]
+        last_chunk = self._common | {"choices": [], "usage": usage_of(self._jobs)}
+        return [StreamEvent(last_chunk), done]
 
     def fail(self, problem: ApiError) -> list[StreamEvent]:
         """The chunk with the error."""
@@ -156,7 +177,8 @@ TEXTS = Dialect(chat=False, fields=dict, answer=Choices, refused=refused, forms=
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:
     """The tokens of a request's answers, in OpenAI's words."""
-    once = jobs[:: jobs[0].request.fields.n]  # a prompt with several answers counts once
+    # a prompt with several answers counts once
+    once = jobs[:: jobs[0].request.fields.n]
     n_read = sum(len(job.prompt.tokens) for job in once)
     n_generated = sum(len(job.tokens) for job in jobs)
     return {
@@ -172,8 +194,13 @@ def usage_of(jobs: list[Job]) -> dict[str, Any]:
 
 def _said(content: str, thought: str, calls: list[Any]) -> dict[str, Any]:
     """What there is of a message. A thought has mlx-lm's name, and that of most others."""
-    said = {"content": content, "reasoning": thought, "reasoning_content": thought}
-    return {name: value for name, value in (said | {"tool_calls": calls}).items() if value}
+    said = {
+        "content": content,
+        "reasoning": thought,
+        "reasoning_content": thought,
+        "tool_calls": calls,
+    }
+    return {name: value for name, value in said.items() if value}
 
 
 @cache
@@ -187,13 +214,15 @@ def _bytes_of_letters() -> dict[str, bytes]:
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """The bytes of a token's text, possibly incomplete characters."""
-    name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
+    # a row of the head may have no token, and then no name
+    name = tokenizer.convert_ids_to_tokens(token) or ""
     if token in tokenizer.added_tokens_decoder:
         return name.encode()
     if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         bytes_of = _bytes_of_letters()
         return b"".join(bytes_of.get(letter) or letter.encode() for letter in name)
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
+    # sentencepiece's name of a byte, such as <0x0A>
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     return name.replace("\u2581", " ").encode()
 

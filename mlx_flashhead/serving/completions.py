@@ -33,12 +33,15 @@ from .served_models import ServedModel
 from .turns import Turns
 
 LOADING = "The model is being loaded: try again in a moment."
-_TICK_SECONDS = 1.0  # between comments of a stream whose model is being loaded
-_MAX_WAITING_BYTES = 32 << 20  # of the bodies that wait for a model
-_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # else nginx holds back
-# Fields without effect that the log names: of any number, which clients choose.
+# A stream whose model is being loaded has a comment each second.
+_TICK_SECONDS = 1.0
+# The bodies that wait for a model may have so many bytes together.
+_MAX_WAITING_BYTES = 32 << 20
+# Without the second header nginx holds events back.
+_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+# The log names so many fields without effect, by so many characters: clients choose both.
 _MAX_FIELDS_NAMED = 100
-_MAX_FIELD_NAME = 40  # characters
+_MAX_FIELD_NAME = 40
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,11 @@ class Service:
         self.end: ApiError | None = None
         self.in_progress: WeakSet[Completion] = WeakSet()
         self.n_waiting_bytes = 0
-        self._named: set[str] = set()  # fields without effect that the log has named
+        # the fields without effect that the log has named
+        self._named: set[str] = set()
         self.large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
-        self.parsers = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
+        # Python reads one JSON at a time in any case
+        self.parsers = Turns("parse", total=1, each=1)
         self.readers = Turns("read", total=MAX_HELPERS, each=2)
         self.grammar_readers = Turns("read grammar", total=6, each=2)
         self.call_readers = Turns("read calls", total=4, each=1)
@@ -127,17 +132,19 @@ class Completion:
         self._address: str = http_request.scope["client"][0]
         self._loop = asyncio.get_running_loop()
         self._queue = asyncio.Queue[Any]()
-        self._jobs: list[Job] = []  # once the request has been read
-        self._answer: Answer | None = None  # likewise
-        self._left = Event()  # the client has
+        # there are jobs and an answer once the request has been read
+        self._jobs: list[Job] = []
+        self._answer: Answer | None = None
+        self._client_has_left = Event()
         self._watching = asyncio.create_task(self._watch())
         service.in_progress.add(self)
 
     async def read(self) -> None:
         """Reads the request, whose model has been loaded; an ApiError if it is wrong."""
-        has_form = any(self._body.get(name) is not None for name in self._dialect.forms)
-        readers = self._service.grammar_readers if has_form else self._service.readers
-        read = partial(unless_left, self._left, self._read_jobs)
+        readers = self._service.readers
+        if any(self._body.get(name) is not None for name in self._dialect.forms):
+            readers = self._service.grammar_readers
+        read = partial(unless_left, self._client_has_left, self._read_jobs)
         try:
             self._jobs = await readers.run(self._address, read)
         except LeftError:
@@ -164,7 +171,8 @@ class Completion:
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
-        with suppress(RuntimeError):  # the loop has ended
+        # the loop may have ended
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,8 +185,9 @@ class Completion:
                 )
                 await response.stream_response(send)
             else:
+                # the answer keeps its parts
                 async for _ in self._parts():
-                    pass  # the answer keeps them
+                    pass
                 whole = await asyncio.to_thread(self._whole)
                 await whole(scope, receive, send)
         finally:
@@ -189,18 +198,25 @@ class Completion:
 
     def _note(self) -> None:
         """Says in the log what was computed."""
-        tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage_of(self._jobs))
-        rate = speed_of(self._jobs)
-        speed = [] if rate is None else [f"{rate:.1f} tokens/s"]
-        self._notes[:0] = [self._request.served.name, tokens, *speed, self._decoding()]
+        usage = usage_of(self._jobs)
+        notes = [
+            self._request.served.name,
+            f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens",
+        ]
+        speed = speed_of(self._jobs)
+        if speed is not None:
+            notes.append(f"{speed:.1f} tokens/s")
+        notes.append(self._decoding())
+        self._notes[:0] = notes
 
     async def _watch(self) -> None:
         """Ends the jobs when the client has left, or has its answer."""
         while (await self._http_request.receive())["type"] != "http.disconnect":
             pass
-        self._left.set()
+        self._client_has_left.set()
+        # the jobs end at once, whatever is still in the queue
         for job in self._jobs:
-            job.ended = True  # at once, whatever is still in the queue
+            job.ended = True
         self.put((0, ClientDisconnect()))
 
     async def _comments_while_loading(self) -> AsyncIterator[str]:
@@ -217,7 +233,8 @@ class Completion:
         models.add_done_callback(lambda _: self.put((0, None)))
         service.n_waiting_bytes += n_bytes
         try:
-            if service.n_waiting_bytes > _MAX_WAITING_BYTES:  # those that came before stay
+            # the last one leaves, and those that came before stay
+            if service.n_waiting_bytes > _MAX_WAITING_BYTES:
                 raise still_loading()
             while not models.done():
                 yield ": loading"
@@ -261,11 +278,14 @@ class Completion:
             yield comment
         self._service.engine.submit(self._jobs)
         answer = self._answer
-        assert answer is not None  # since the request has been read
+        # the request has been read, so there is an answer
+        assert answer is not None
         has_begun = False
         while not answer.is_complete:
             index, event = await self._next_event()
-            events = [] if has_begun else answer.begin()
+            events: list[StreamEvent] = []
+            if not has_begun:
+                events += answer.begin()
             has_begun = True
             if isinstance(event, PromptProgress):
                 yield f": prompt {event.done}/{event.total}"
@@ -274,7 +294,8 @@ class Completion:
             for each in events:
                 yield each
         yield f": decoding {self._decoding()}"
-        if (speed := speed_of(self._jobs)) is not None:
+        speed = speed_of(self._jobs)
+        if speed is not None:
             yield f": {speed:.2f} tokens/s"
         for each in answer.end():
             yield each
@@ -294,17 +315,23 @@ class Completion:
         return replace(token, content=content, calls=calls)
 
     def _whole(self) -> Response:
-        assert self._answer is not None  # since it is complete
+        # the answer is complete, so there is one
+        assert self._answer is not None
         return json_response(self._answer.whole())
 
     async def _events(self) -> AsyncIterator[str]:
         """What a stream sends. Clients ignore the comments, which begin with a colon."""
         try:
             async for part in self._parts():
-                yield part if isinstance(part, str) else _written(part)
+                if isinstance(part, str):
+                    yield part
+                else:
+                    yield _written(part)
         except ApiError as problem:
             self._notes.append(f"ended by an error: {problem}")
-            refused = self._dialect.refused if self._answer is None else self._answer.fail
+            refused = self._dialect.refused
+            if self._answer is not None:
+                refused = self._answer.fail
             for event in refused(problem):
                 yield _written(event)
 
@@ -330,8 +357,12 @@ class TokenCount(Completion):
 
 def _written(event: StreamEvent) -> str:
     """An event as a stream has it."""
-    data = event.data if isinstance(event.data, str) else write_json(event.data)
-    return f"event: {event.name}\ndata: {data}" if event.name else f"data: {data}"
+    data = event.data
+    if not isinstance(data, str):
+        data = write_json(data)
+    if event.name:
+        return f"event: {event.name}\ndata: {data}"
+    return f"data: {data}"
 
 
 def speed_of(jobs: list[Job]) -> float | None:
@@ -339,7 +370,9 @@ def speed_of(jobs: list[Job]) -> float | None:
     times = [moment for job in jobs for moment in job.times]
     seconds = max(times, default=0.0) - min(times, default=0.0)
     n_tokens = sum(max(0, len(job.tokens) - 1) for job in jobs)
-    return n_tokens / seconds if n_tokens and seconds > 0 else None
+    if n_tokens == 0 or seconds <= 0:
+        return None
+    return n_tokens / seconds
 
 
 def read_calls(request: Request, text: str) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ from .api_errors import ApiError
 from .bodies import json_response
 from .page_files import locked_page
 
-MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
+# Connections that wait. Beyond it, the address with most of them loses its oldest.
+MAX_WAITING = 64
 # Requests in progress, in total and for one address.
 MAX_ANSWERED = 128
 MAX_ANSWERED_PER_ADDRESS = 32
@@ -64,7 +65,8 @@ class Connection(H11Protocol):
         super().__init__(**options)
         self._waiting = waiting
         self._refused = False
-        self._n_ignored = 0  # bytes after the request
+        # the number of bytes after the request
+        self._n_ignored = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Admits a new connection to the waiting ones, and aborts the oldest if there are too many.
@@ -73,13 +75,15 @@ class Connection(H11Protocol):
         """
         super().connection_made(transport)
         self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
-        self._ends = self.client, self.server
-        if self.client is None:  # it has gone already
+        self._ends = (self.client, self.server)
+        if self.client is None:
+            # the client has gone already
             self._refused = True
             transport.abort()
             return
-        if len(self._waiting) >= MAX_WAITING:  # one makes room
-            (address, _), *_ = Counter(host for (host, _), _ in self._waiting).most_common(1)
+        if len(self._waiting) >= MAX_WAITING:
+            n_of_address = Counter(client[0] for client, _ in self._waiting)
+            address, _ = n_of_address.most_common(1)[0]
             oldest = next(ends for ends in self._waiting if ends[0][0] == address)
             self._waiting.pop(oldest).transport.abort()
         self._waiting[self._ends] = self
@@ -107,7 +111,8 @@ class Connection(H11Protocol):
             if self.cycle is not None and not begun:
                 self._timer.cancel()
             if self._complete:
-                self.flow.resume_reading()  # so that the end of the connection is noticed
+                # the end of the connection is noticed while it is being read
+                self.flow.resume_reading()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Leaves a complete request some time for its answer when the client has ended its side."""
@@ -130,7 +135,8 @@ class Connection(H11Protocol):
         lines = [f"HTTP/1.1 {status} {status.phrase}".encode(), *headers, b"Connection: close"]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
         self._refused = True
-        with suppress(OSError):  # it has gone
+        # the client may have gone
+        with suppress(OSError):
             self.transport.write_eof()
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
 
@@ -138,7 +144,8 @@ class Connection(H11Protocol):
         """Allows the client some time to read the response."""
         super().on_response_complete()
         if not self.transport.is_closing():
-            self._waiting[self._ends] = self  # until the client has read it
+            # it waits again, until the client has read the response
+            self._waiting[self._ends] = self
         self._allow_for_reading()
 
     def pause_writing(self) -> None:
@@ -167,18 +174,22 @@ class FrontDoor:
         self._app = app
         self.access = access
         self._waiting = waiting
-        self._answered: Counter[str] = Counter()  # requests in progress, by address
+        # the number of an address's requests that are being answered
+        self._answered: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request by the application, if the rules of access admit it."""
-        scope["app"] = self  # the router raises its 404 and 405 then
+        # with an application the router raises its 404 and 405
+        scope["app"] = self
         exchange = _Exchange(self, scope, receive, send)
         scope["state"]["notes"] = exchange.notes
         problem: ApiError | None = None
         try:
             self.access.check(scope)
-            # to OPTIONS, which requests a script of another site may send
-            app = Response(status_code=204) if scope["method"] == "OPTIONS" else self._app
+            app = self._app
+            if scope["method"] == "OPTIONS":
+                # the headers say which requests a script of another site may send
+                app = Response(status_code=204)
             if scope["method"] == "POST":
                 self._check_room(scope["client"][0])
             await app(scope, exchange.receive, exchange.send)
@@ -188,23 +199,24 @@ class FrontDoor:
             problem = _problem_of(error, scope)
         finally:
             if scope["state"].get("is_counted"):
-                self._answered -= Counter([scope["client"][0]])  # drops counts of 0
-        if problem is not None and not exchange.status:  # else the connection ends amid the answer
-            response = json_response(problem.body_at(scope["path"]), problem.status)
-            of_page = scope["method"] == "GET" and scope["path"] == "/"
-            if problem.status == HTTPStatus.UNAUTHORIZED and of_page:
-                response = locked_page(wrong="token" in Request(scope).query_params)
+                # counts of 0 leave the counter
+                self._answered -= Counter([scope["client"][0]])
+        # an error amid an answer ends the connection
+        if problem is not None and not exchange.status:
+            response = _error_response(problem, scope)
             await response(scope, exchange.receive, exchange.send)
         if exchange.notes or problem is not None:
             self._log(scope, exchange)
 
     def _log(self, scope: Scope, exchange: "_Exchange") -> None:
         path = scope["path"]
-        if self.access.token is not None:  # in whatever case it is written
+        if self.access.token is not None:
+            # the token may be written in any case
             path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
         path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
+        status = str(exchange.status or "-")
         seconds = f"{time.monotonic() - exchange.began:.2f} s"
-        notes = ", ".join([f"{exchange.status or '-'}", seconds, *exchange.notes])
+        notes = ", ".join([status, seconds, *exchange.notes])
         logger.info("%s %s %s %s", scope["client"][0], scope["method"][:20], path, notes)
 
     def _check_room(self, address: str) -> None:
@@ -236,8 +248,10 @@ class FrontDoor:
             headers["WWW-Authenticate"] = "Bearer"
         if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
             headers["Retry-After"] = "2"
-        if scope["path"] == "/" and (token := self.access.shown_token(scope)):
-            headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
+        if scope["path"] == "/":
+            token = self.access.shown_token(scope)
+            if token is not None:
+                headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
             headers.update(
@@ -252,16 +266,27 @@ class FrontDoor:
 
 @dataclass
 class _Exchange:
-    """A request and its response, on their way through the front door."""
+    """A request and its response, on their way through the front door.
+
+    Attributes:
+        door: The front door.
+        scope: The request's.
+        source: Where the request comes from.
+        sink: Where the response goes to.
+        notes: What the application says of it, for the log.
+        began: When it began, by ``time.monotonic``.
+        status: That of the response; 0 until it begins.
+        received: Whether the whole request has been received.
+    """
 
     door: FrontDoor
     scope: Scope
     source: Receive
     sink: Send
-    notes: list[str] = field(default_factory=list)  # what the application says of it, for the log
+    notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
-    status: int = 0  # of the response; 0 until it begins
-    received: bool = False  # the whole request
+    status: int = 0
+    received: bool = False
 
     async def receive(self) -> Message:
         """Receives a part of the request."""
@@ -283,6 +308,14 @@ class _Exchange:
                         await self.receive()
             message = {"type": "http.response.body"}
         await self.sink(message)
+
+
+def _error_response(problem: ApiError, scope: Scope) -> Response:
+    """The response to a request that is refused; the page asks for the token, if that is why."""
+    is_page = scope["method"] == "GET" and scope["path"] == "/"
+    if problem.status == HTTPStatus.UNAUTHORIZED and is_page:
+        return locked_page(wrong="token" in Request(scope).query_params)
+    return json_response(problem.body_at(scope["path"]), problem.status)
 
 
 def _problem_of(error: Exception, scope: Scope) -> ApiError:

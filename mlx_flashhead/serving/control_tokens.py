@@ -7,14 +7,16 @@ that is tokenized in two parts, of which each has a piece of it, has none.
 import secrets
 from typing import Any
 
-_WRITTEN_BY_OTHERS = ("user", "tool", "function")  # roles, beside those of the operator
+# The roles that are not the operator's.
+_WRITTEN_BY_OTHERS = ("user", "tool", "function")
 
 
 def control_tokens(tokenizer: Any) -> frozenset[str]:
     """The texts of a tokenizer's control tokens: special ones, and marks of thoughts and calls."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {token.content for token in added if token.special or token.content[:1] in "<["}
-    return frozenset(name for name in names if len(name) > 1)  # others cannot be cut
+    # a name of one character cannot be cut
+    return frozenset(name for name in names if len(name) > 1)
 
 
 def mark_control_tokens(
@@ -29,7 +31,8 @@ def mark_control_tokens(
     Returns:
         The messages with a mark at each cut, and the mark, a text that nobody can guess.
     """
-    mark = f"\ufdd0{secrets.token_hex(4)}"  # Unicode reserves the first character for programs
+    # Unicode reserves the first character for programs
+    mark = f"\ufdd0{secrets.token_hex(4)}"
     first_letters = {token[0] for token in tokens}
     lengths = {len(token) for token in tokens}
 

@@ -47,16 +47,18 @@ class Conversation:
 
     def __init__(self):
         self.messages: list[dict[str, Any]] = []
-        self._names: dict[str, str] = {}  # of the functions called, by the calls' ids
+        # the names of the functions called, by the calls' ids
+        self._names: dict[str, str] = {}
 
     def say(self, role: str, text: str) -> None:
         """Adds a text of a role: system, developer, user or assistant."""
         if role in ("system", "developer"):
-            is_first = all(message["role"] == "system" for message in self.messages)
-            role = "system" if is_first else "user"
+            role = "user"
+            if all(message["role"] == "system" for message in self.messages):
+                role = "system"
         message = self._turn_of(role)
-        between = BETWEEN_TEXTS if message["content"] and text else ""
-        message["content"] += between + text
+        texts = [each for each in (message["content"], text) if each]
+        message["content"] = BETWEEN_TEXTS.join(texts)
 
     def think(self, thought: str) -> None:
         """Adds a thought of the assistant."""
@@ -97,9 +99,11 @@ class Parts(ABC):
         self.finish_reason: str | None = None
         self.stop_text: str | None = None
         self._job = job
-        self._kind = ""  # of the part that may grow: "thought" or "text"; none if no part may
-        self._grown = ""  # what it has become
-        self._spaces: dict[str, str] = {}  # with which a part of a kind begins, if it does
+        # "thought" or "text" if the last part may grow, and what it has become
+        self._kind = ""
+        self._grown = ""
+        # the white space with which a part of a kind will begin
+        self._spaces: dict[str, str] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -140,7 +144,9 @@ class Parts(ABC):
         self._kind = ""
         self._grown = ""
         self._spaces = {}
-        return self._end_of(kind, text) if kind else []
+        if not kind:
+            return []
+        return self._end_of(kind, text)
 
     @abstractmethod
     def _begin_part(self, kind: str) -> list[StreamEvent]:

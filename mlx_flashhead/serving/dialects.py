@@ -10,10 +10,15 @@ from .jobs import Job
 
 
 class StreamEvent(NamedTuple):
-    """An event of a stream."""
+    """An event of a stream.
 
-    data: dict[str, Any] | str  # a text is sent as it is
-    name: str = ""  # none where all events are of one kind
+    Attributes:
+        data: An object, or a text that is sent as it is.
+        name: Empty in an API whose events have no names.
+    """
+
+    data: dict[str, Any] | str
+    name: str = ""
 
 
 class Answer(Protocol):

@@ -1,7 +1,8 @@
 """The paths that are served: completions, the models, the server's state, and the page."""
 
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,9 +16,8 @@ from .completions import Completion, Service, TokenCount
 from .connections import read_body
 from .messages import MESSAGES
 from .page_files import PAGE_ROUTES
-from .requests import find_model, unknown_model
 from .responses import RESPONSES
-from .served_models import served_names
+from .served_models import find_model, served_names, unknown_model
 
 _METHODS = ["GET", "POST", "PUT", "DELETE"]
 _COMPLETIONS = {
@@ -59,11 +59,13 @@ class Api(Service):
 
     async def health(self, request: HttpRequest) -> Response:
         """Whether requests are answered, and how."""
-        status = self.engine.status
-        value: dict[str, Any] = {"status": status}
-        if status != "loading":
-            value["decoding"] = {served.name: served.decoding() for served in self.models}
-        return json_response(value, 200 if status == "ok" else 503)
+        health: dict[str, Any] = {"status": self.engine.status}
+        if health["status"] != "loading":
+            health["decoding"] = {served.name: served.decoding() for served in self.models}
+        http_status = HTTPStatus.OK
+        if health["status"] != "ok":
+            http_status = HTTPStatus.SERVICE_UNAVAILABLE
+        return json_response(health, http_status)
 
     async def list_models(self, request: HttpRequest) -> Response:
         """The models that are served, also while they are being loaded."""
@@ -85,14 +87,16 @@ class Api(Service):
                 "context": served.context,
             }
             if served.head is not None:
-                model["flash_head"] = served.decoding(dense=False)  # Compare's other side
+                # Compare shows it beside the dense head
+                model["flash_head"] = served.decoding(dense=False)
                 model["n_probes"] = served.head.n_probes
             models.append(model)
+        # without max_tokens an answer may fill the context
         return json_response(
             {
                 "temperature": flags.temp,
                 "top_p": flags.top_p,
-                "max_tokens": flags.max_tokens,  # null: an answer may fill the context
+                "max_tokens": flags.max_tokens,
                 "models": models,
             }
         )
@@ -101,8 +105,10 @@ class Api(Service):
         """Answers a chat, continues texts, or counts the tokens of a prompt."""
         address = request.scope["client"][0]
         path = request.scope["path"]
-        is_large = int(request.headers["Content-Length"]) > LARGE_BODY
-        async with self.large_bodies.turn(address) if is_large else nullcontext():
+        turn: AbstractAsyncContextManager[None] = nullcontext()
+        if int(request.headers["Content-Length"]) > LARGE_BODY:
+            turn = self.large_bodies.turn(address)
+        async with turn:
             body = await read_body(request)
             fields = await self.parsers.run(address, partial(fields_of, body))
             if self.end is not None:

@@ -27,7 +27,8 @@ from .jobs import Job
 from .served_models import ServedModel
 from .stages import CHUNK_SECONDS, Batch, CachedTokens, Reading, Single, Stage, next_chunk
 
-FAILING = 3  # answers, one after the other, that failed by the server's fault
+# The engine is failing after so many answers in a row that failed by the server's fault.
+FAILING = 3
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +37,24 @@ class Engine:
     """Answers jobs until it is closed, of models that ``load`` loads in the generating thread."""
 
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
-        self.models: Future[list[ServedModel]] = Future()  # or why loading has failed
+        # it has the models, or why loading has failed
+        self.models: Future[list[ServedModel]] = Future()
         self._flags = flags
         self._arrived: SimpleQueue[list[Job]] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        self._stages: list[Stage] = []  # the oldest first
-        self._building: list[ServedModel] = []  # whose FlashHeads are built, one after the other
+        # the oldest stage comes first
+        self._stages: list[Stage] = []
+        # the models whose FlashHeads are built, one after the other
+        self._building: list[ServedModel] = []
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
-        self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
-        self._n_chunks = 0  # of all prompts
-        self._overtime = 0.0  # seconds of answers, beyond half of the time
-        self._n_failures = 0  # since the latest answer that was completed
+        # the number of a prompt's tokens to read at once, and that of all prompts' chunks
+        self._chunk = min(32, flags.prefill_step_size)
+        self._n_chunks = 0
+        # the seconds that answers have had beyond half of the time
+        self._overtime = 0.0
+        # the number of failures since the latest answer that was completed
+        self._n_failures = 0
         self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
         self._thread.start()
 
@@ -87,11 +94,13 @@ class Engine:
             try:
                 self._take_turns()
                 turn_failed = False
-            except BaseException as error:  # whatever it is, the model stays in memory
+            except BaseException as error:
+                # whatever has failed, the model stays in memory
                 logger.warning("A turn of the engine has failed", exc_info=error)
                 for stage in list(self._stages):
                     self._break_up(stage)
-                while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
+                # if it fails twice in a row, nobody waits any longer
+                while turn_failed and self._waiting:
                     self._fail(self._waiting.pop(0), error)
                 turn_failed = True
         for each in self._building:
@@ -110,7 +119,10 @@ class Engine:
         has_read = self._read()
         now = time.perf_counter()
         # answers have as long as the chunk took; a slow token's rest goes to the next chunks
-        self._overtime = self._overtime - (now - began) if has_read else 0.0
+        if has_read:
+            self._overtime -= now - began
+        else:
+            self._overtime = 0.0
         if self._overtime <= 0:
             until = now - self._overtime
             while self._decode() and time.perf_counter() < until and self._arrived.empty():
@@ -184,26 +196,30 @@ class Engine:
         The shares leave one for an address that is not here yet.
         """
         n_at_once: int = self._flags.decode_concurrency
-        begun = Counter(job.address for job in self._begun)  # answers of each address
-        n_addresses = len({*begun, *(job.address for job in self._waiting)})
+        # the number of answers of each address
+        n_begun = Counter(job.address for job in self._begun)
+        waiting_addresses = {job.address for job in self._waiting}
+        n_addresses = len(waiting_addresses | n_begun.keys())
         share = math.ceil(n_at_once / (n_addresses + 1))
-        others_wait = len({job.address for job in self._waiting}) > 1
+        others_wait = len(waiting_addresses) > 1
         for job in list(self._waiting):
-            is_full = begun.total() >= n_at_once
-            if begun[job.address] >= share and (is_full or others_wait):
+            is_full = n_begun.total() >= n_at_once
+            if n_begun[job.address] >= share and (is_full or others_wait):
                 continue
             # answers to one prompt wait until it is read, and begin with a copy of its cache
             if any(reading.job.prompt is job.prompt for reading in self._readings):
                 continue
             if is_full:
-                address, n_most = begun.most_common(1)[0]
+                address, n_most = n_begun.most_common(1)[0]
                 if n_most <= share:
                     continue
+                # the shortest of theirs waits again
                 theirs = [job for job in self._begun if job.address == address]
-                self._take_out([min(theirs, key=lambda job: len(job.tokens))])  # it waits again
-                begun[address] -= 1
+                shortest = min(theirs, key=lambda job: len(job.tokens))
+                self._take_out([shortest])
+                n_begun[address] -= 1
             self._waiting.remove(job)
-            begun[job.address] += 1
+            n_begun[job.address] += 1
             with self._working_for([job]):
                 self._stages.append(Reading(job, self._caches, self._flags))
 
@@ -225,8 +241,8 @@ class Engine:
                 took = time.perf_counter() - began
                 largest = self._flags.prefill_step_size
                 self._chunk = next_chunk(self._chunk, n_read, took, largest)
-            shared = not reading.left and any(other.prompt is job.prompt for other in self._waiting)
-            if shared or reading.done in job.prompt.landmarks:
+            is_shared = any(other.prompt is job.prompt for other in self._waiting)
+            if reading.done in job.prompt.landmarks or (is_shared and not reading.left):
                 self._store(job.served, copy.deepcopy(reading.cached))
             if not reading.left:
                 self._begin(reading)
@@ -238,25 +254,30 @@ class Engine:
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._stages.append(Single(reading, self._flags, self._stream))
             return
-        batches = (stage for stage in self._stages if isinstance(stage, Batch))
-        batch = next((batch for batch in batches if batch.kind == job.kind), None)
-        if batch is None:
-            batch = Batch(job, self._flags.decode_concurrency, self._stream)
-            self._stages.append(batch)
+        batch = self._batch_for(job)
         with self._working_for([job], batch):
             batch.add(reading)
 
+    def _batch_for(self, job: Job) -> Batch:
+        """The batch that takes a job, which is a new one if there is none."""
+        for stage in self._stages:
+            if isinstance(stage, Batch) and stage.key == job.batch_key:
+                return stage
+        batch = Batch(job, self._flags.decode_concurrency, self._stream)
+        self._stages.append(batch)
+        return batch
+
     def _decode(self) -> bool:
         """Generates a token for every answer in progress. Returns whether there were any."""
-        decoders = [stage for stage in self._stages if not isinstance(stage, Reading)]
-        for decoder in decoders:
-            with self._working_for(decoder.jobs, decoder):
-                for job, token, logprobs in decoder.step():
+        decoding = [stage for stage in self._stages if not isinstance(stage, Reading)]
+        for stage in decoding:
+            with self._working_for(stage.jobs, stage):
+                for job, token, logprobs in stage.step():
                     with self._working_for([job]):
                         if job.take(token, logprobs):
                             self._n_failures = 0
-                self._take_out([job for job in decoder.jobs if job.ended])
-        return bool(decoders)
+                self._take_out([job for job in stage.jobs if job.ended])
+        return bool(decoding)
 
     def _take_out(self, jobs: list[Job]) -> None:
         """Takes answers out, and keeps what has been computed. Those that are wanted wait again.
@@ -265,8 +286,10 @@ class Engine:
         """
         for stage in list(self._stages):
             taken = [job for job in stage.jobs if job in jobs]
+            if not taken:
+                continue
             try:
-                for cached in stage.remove(taken) if taken else ():
+                for cached in stage.remove(taken):
                     self._store(taken[0].served, cached)
             except BaseException as error:
                 logger.warning("Caches of answers are lost: %s", error, exc_info=error)

@@ -11,13 +11,15 @@ from msgspec import Meta, Struct
 
 from .api_errors import ApiError
 
-MAX_NAME = 40  # characters of a name or a value in a sentence
+# A name or a value in a sentence has so many characters at most.
+MAX_NAME = 40
 MAX_INT = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 Limit = Annotated[int, Meta(ge=1, le=MAX_INT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Temperature = Annotated[float, Meta(ge=0, le=2)]  # as OpenAI's
+# OpenAI's limits.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
 StopText = Annotated[
     str, Meta(min_length=1, max_length=1000, description="a text of 1 to 1,000 characters")
 ]
@@ -26,7 +28,7 @@ StopTexts = Annotated[
     Meta(max_length=16, description="a list of at most 16 texts, each of 1 to 1,000 characters"),
 ]
 
-Fields = TypeVar("Fields", bound=Struct)
+AnyStruct = TypeVar("AnyStruct", bound=Struct)
 
 _WORDS = {
     bool: "true or false",
@@ -44,20 +46,20 @@ _NO_TEXTS = (
 _AT = " - at `$"
 
 
-def read_struct(values: Mapping[str, Any], kind: type[Fields]) -> Fields:
+def read_struct(values: Mapping[str, Any], struct: type[AnyStruct]) -> AnyStruct:
     """Reads fields as a struct declares them.
 
     Args:
         values: Names and values.
-        kind: The struct. A union within it is told apart by a field ``type``.
+        struct: The struct. A field ``type`` says which one of a union within it a value is.
 
     Raises:
         ApiError: If a value is wrong. It says where it is, what it is, and what it must be.
     """
     try:
-        return msgspec.convert(values, kind)
+        return msgspec.convert(values, struct)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error), values, kind) from None
+        raise _refusal(str(error), values, struct) from None
 
 
 def without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,54 +67,63 @@ def without_nulls(body: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> ApiError:
+def _refusal(problem: str, values: Mapping[str, Any], struct: type[Struct]) -> ApiError:
     """The error of a wrong value.
 
     Args:
         problem: In msgspec's words. It may quote the client before the path of the value, which is
             such as ``$.messages[0].content[1]``.
         values: The fields.
-        kind: What they should be.
+        struct: What they should be.
     """
-    said, at, path = problem.rpartition(_AT)
+    said, at, json_path = problem.rpartition(_AT)
     if not at:
         said = problem
-        path = ""
-    if unknown := re.match(r"Object contains unknown field `(.*)`", said, re.DOTALL):
+        json_path = ""
+    unknown = re.match(r"Object contains unknown field `(.*)`", said, re.DOTALL)
+    if unknown is not None:
         name = unknown[1]
         return ApiError(f"{name:.{MAX_NAME}} is not a field of this server.", name[:80])
-    keys = re.findall(r"\w+|\[\d+\]", path)
+    keys = re.findall(r"\w+|\[\d+\]", json_path)
     keys += re.findall(r"^Object missing required field `(.*)`$", said)
     value: Any = values
-    hint: Any = kind
-    where = ""
-    told = ("", "", "")
+    hint: Any = struct
+    path = ""
+    sentence = ""
     for key in keys:
         hint = _hint_of(hint, value, key)
         value = _value_of(value, key)
         if key == "type" and value in _NO_TEXTS:
-            return ApiError(
-                f"{where} is {shown(value)}: this model takes text only.", _param(where)
-            )
-        where += key if key.startswith("[") or not where else f".{key}"
-        if words := _words(hint):
-            told = (where, shown(value), words)
-    place, found, wanted = told
-    return ApiError(f"{place} is {found}: it must be {wanted}.", _param(where))
+            sentence = f"{path} is {shown(value)}: this model takes text only."
+            break
+        path = _path_of(path, key)
+        wanted = _words(hint)
+        if wanted:
+            sentence = f"{path} is {shown(value)}: it must be {wanted}."
+    return ApiError(sentence, _param(path))
 
 
-def _param(where: str) -> str:
-    """The field that an error names, of a place such as ``messages[0].content[1].text``."""
-    param = re.match(r"(messages|input)\[\d+\](\.\w+)?|\w*", where)
-    assert param is not None  # since it may be empty
+def _path_of(parent: str, key: str) -> str:
+    """The path of what a value has under a key, such as ``messages[0].content[1].text``."""
+    if not parent or key.startswith("["):
+        return parent + key
+    return f"{parent}.{key}"
+
+
+def _param(path: str) -> str:
+    """The field that an error names, of a path such as ``messages[0].content[1].text``."""
+    param = re.match(r"(messages|input)\[\d+\](\.\w+)?|\w*", path)
+    # the expression matches an empty text, too
+    assert param is not None
     return param[0]
 
 
 def _hint_of(hint: Any, value: Any, key: str) -> Any:
     """The type of what a value of a type has under a key; None if it has nothing there."""
-    structs = [kind for kind in _alternatives(hint) if _is_struct(kind)]
-    if key == "type" and any(kind.__struct_config__.tag for kind in structs):
-        return Literal[tuple(kind.__struct_config__.tag for kind in structs)]
+    structs = [struct for struct in _alternatives(hint) if _is_struct(struct)]
+    tags = [struct.__struct_config__.tag for struct in structs]
+    if key == "type" and any(tags):
+        return Literal[tuple(tags)]
     for alternative in _alternatives(hint):
         if key.startswith("["):
             if get_origin(alternative) is list:
@@ -132,7 +143,9 @@ def _value_of(value: Any, key: str) -> Any:
     """What JSON has under a key, if it has one."""
     if key.startswith("["):
         return value[int(key[1:-1])]
-    return value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return value.get(key)
+    return None
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -141,7 +154,10 @@ def _alternatives(hint: Any) -> list[Any]:
     if origin is Annotated:
         return _alternatives(get_args(hint)[0])
     if origin in (Union, UnionType):
-        return [kind for part in get_args(hint) for kind in _alternatives(part)]
+        alternatives = []
+        for member in get_args(hint):
+            alternatives += _alternatives(member)
+        return alternatives
     return [hint]
 
 
@@ -154,12 +170,12 @@ def _words(hint: Any) -> str:
         return " or ".join(json.dumps(value) for value in get_args(hint))
     if origin is not Annotated:
         return _WORDS.get(origin or hint, "")
-    kind, limits = get_args(hint)
+    value_type, limits = get_args(hint)
     if limits.description is not None:
         return limits.description
     if limits.ge is None:
-        return _words(kind)
-    return f"{_words(kind)}, {limits.ge} to {limits.le}"
+        return _words(value_type)
+    return f"{_words(value_type)}, {limits.ge} to {limits.le}"
 
 
 def shown(value: Any) -> str:
@@ -171,4 +187,6 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value):,}"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
+    if len(text) > MAX_NAME:
+        return f"{text[:MAX_NAME]}…"
+    return text

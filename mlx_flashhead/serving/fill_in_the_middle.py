@@ -6,18 +6,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MiddleFormat:
-    """How a family of models marks the text before a gap, the text after it, and the gap."""
+    """How a family of models marks the text before a gap, the text after it, and the gap.
+
+    Attributes:
+        before: The token of the text before the gap.
+        after: The token of the text after it.
+        middle: The token after which the model writes; empty if it needs none.
+        after_first: Whether the text after the gap comes first.
+    """
 
     before: str
     after: str
-    middle: str = ""  # where the model writes on; empty where that is the end of the prompt
-    after_first: bool = False  # whether the text after the gap comes first
+    middle: str = ""
+    after_first: bool = False
 
     def prompt(self, before: str, after: str) -> str:
         """The text whose continuation stands between ``before`` and ``after``."""
-        first = self.before + before
-        second = self.after + after
-        return (second + first if self.after_first else first + second) + self.middle
+        marked_before = self.before + before
+        marked_after = self.after + after
+        if self.after_first:
+            return marked_after + marked_before + self.middle
+        return marked_before + marked_after + self.middle
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -26,7 +35,7 @@ class MiddleFormat:
 
 
 # The formats of published models, as their cards and tokenizers have them.
-FORMATS = (
+MIDDLE_FORMATS = (
     # Qwen2.5-Coder, Qwen3-Coder, CodeGemma, Granite
     MiddleFormat("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     # StarCoder, StableCode, Granite Code, Yi-Coder
@@ -46,5 +55,7 @@ END_TOKENS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<file_sep>", "<|f
 
 def middle_format(vocabulary: Container[str]) -> MiddleFormat | None:
     """The format whose tokens are all in a vocabulary; None if there is none."""
-    known = (each for each in FORMATS if all(token in vocabulary for token in each.tokens))
-    return next(known, None)
+    for known in MIDDLE_FORMATS:
+        if all(token in vocabulary for token in known.tokens):
+            return known
+    return None

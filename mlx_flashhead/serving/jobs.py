@@ -19,34 +19,47 @@ from .prompts import Prompt, read_prompts
 from .requests import Request
 from .served_models import ServedModel
 
-SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
+# All other answers wait for the mask of one in a form.
+SECONDS_PER_MASK = 0.005
 
 
 @dataclass(eq=False)
 class Job:
-    """A sequence to be generated."""
+    """A sequence to be generated.
+
+    Attributes:
+        request: The request.
+        prompt: One of the request's prompts.
+        events: Takes (index, event) by ``put``, from the engine's thread. An event is a
+            PromptProgress, a Token or an error.
+        index: The number of this answer within its request.
+        address: The client's.
+        cached: The number of the prompt's tokens that a cache held.
+        n_guessed: The number of the answer's tokens that were guessed.
+        ended: Whether its last event has been emitted, or its client has left.
+        alone: Whether it goes on by itself, after a failure of a step that it shared.
+        tokens: The tokens that were generated, with the end token.
+        times: Those of the first and the last of them, by ``time.monotonic``.
+    """
 
     request: Request
     prompt: Prompt
-    # takes (index, event) by put, from the engine's thread: a PromptProgress, a Token, or an error
     events: Any = field(default_factory=SimpleQueue)
-    index: int = 0  # of this answer within its request
-    address: str = ""  # of its client
-    cached: int = 0  # tokens of the prompt that a cache held
-    n_guessed: int = 0  # tokens of the answer that were guessed
-    ended: bool = False  # its last event has been emitted, or its client has left
-    alone: bool = False  # goes on by itself, after a failure of a step that it shared
+    index: int = 0
+    address: str = ""
+    cached: int = 0
+    n_guessed: int = 0
+    ended: bool = False
+    alone: bool = False
 
     def __post_init__(self):
         request = self.request
         self.served: ServedModel = request.served
-        n_free = self.served.context - len(self.prompt.tokens)
         fields = request.fields
-        self.max_tokens = n_free if fields.max_tokens is None else min(fields.max_tokens, n_free)
+        self.max_tokens: int = self.served.context - len(self.prompt.tokens)
+        if fields.max_tokens is not None:
+            self.max_tokens = min(fields.max_tokens, self.max_tokens)
         self.settings = replace(self.served.settings, n_probes=fields.n_probes, dense=fields.dense)
-        # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
-        # a function that fails while MLX compiles it.
-        seed = secrets.randbits(64) if fields.seed is None else fields.seed % 2**64 + self.index
         tokenizer = self.served.tokenizer
         self.sampler = make_sampler(
             fields.temperature,
@@ -56,7 +69,7 @@ class Job:
             xtc_probability=fields.xtc_probability,
             xtc_threshold=fields.xtc_threshold,
             xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-            seed=seed,
+            seed=self._seed(),
         )
         self.processors: list[Any] = make_logits_processors(
             fields.logit_bias or None,
@@ -68,9 +81,21 @@ class Job:
             frequency_context_size=fields.frequency_context_size,
         )
         self.grammar: GrammarProcessor | None = None
-        self.tokens: list[int] = []  # that were generated, with the end token
-        self.times: list[float] = []  # of the first and the last of them, by time.monotonic
+        self.tokens: list[int] = []
+        self.times: list[float] = []
         self._text = AnswerText(tokenizer, request.stop, self.prompt.state, self.prompt.keep_space)
+
+    def _seed(self) -> int:
+        """The seed of this answer.
+
+        MLX's random state decides nothing: it is left unusable by a function that fails while MLX
+        compiles it.
+        """
+        seed = self.request.fields.seed
+        if seed is None:
+            return secrets.randbits(64)
+        # OpenAI's seeds may be negative
+        return seed % 2**64 + self.index
 
     def follow(self, grammar: GrammarProcessor) -> None:
         """Keeps the answer in a form."""
@@ -79,7 +104,7 @@ class Job:
         self.processors.append(Mask(grammar.allowed, grammar.forced_tokens))
 
     @property
-    def kind(self) -> tuple:
+    def batch_key(self) -> tuple:
         """What jobs of one batch have in common.
 
         A batch pads its caches to the longest one, so a long text would multiply the memory and the
@@ -112,12 +137,16 @@ class Job:
                 f"The form cannot be followed any further ({self.grammar.problem}): simplify it.",
                 _field_of_form(self.request),
             )
-        last = ends or len(self.tokens) >= self.max_tokens
-        event = self._text.add(None if ends else token, last=last)
-        if last:
-            event.finish_reason = "stop" if ends else event.finish_reason or "length"
-        if self.request.logprobs is not None and not ends:
-            event.logprobs.append(token_logprobs(logprobs, token, self.request.logprobs))
+        if ends:
+            event = self._text.add(None, last=True)
+            event.finish_reason = "stop"
+        else:
+            is_last = len(self.tokens) >= self.max_tokens
+            event = self._text.add(token, last=is_last)
+            if is_last and event.finish_reason is None:
+                event.finish_reason = "length"
+            if self.request.logprobs is not None:
+                event.logprobs.append(token_logprobs(logprobs, token, self.request.logprobs))
         complete = event.finish_reason is not None
         self.ended |= complete
         self.emit(event)
@@ -177,22 +206,35 @@ def _processor(request: Request, state: str) -> GrammarProcessor | None:
     if request.grammar is None and tools.calls is None:
         return None
     tokenizer = request.served.tokenizer
-    # an answer has its form once the thought is at its end that the prompt begins
-    begun = state == "reasoning"
-    thought = None
-    if tokenizer.has_thinking and (begun or tools.calls is not None):
-        thought = ("" if begun else tokenizer.think_start, tokenizer.think_end)
+    grammar = request.grammar
+    if tools.required:
+        grammar = None
     try:
         return GrammarProcessor(
             tokenizer,
-            None if tools.required else request.grammar,
+            grammar,
             calls=tools.calls,
             required=tools.required,
-            thought=thought,
+            thought=_thought_marks(request, state),
             seconds_per_mask=SECONDS_PER_MASK,
         )
     except ValueError as error:
         raise ApiError(str(error), _field_of_form(request)) from None
+
+
+def _thought_marks(request: Request, state: str) -> tuple[str, str] | None:
+    """The marks of the thought after which an answer has its form; None if there is no thought.
+
+    The first mark is empty if the prompt begins the thought.
+    """
+    tokenizer = request.served.tokenizer
+    if not tokenizer.has_thinking:
+        return None
+    if state == "reasoning":
+        return "", tokenizer.think_end
+    if request.tools.calls is not None:
+        return tokenizer.think_start, tokenizer.think_end
+    return None
 
 
 def _field_of_form(request: Request) -> str:

@@ -116,7 +116,12 @@ class _MessageFields(Struct):
 
 
 _TRANSLATED = (
-    *("messages", "system", "stop_sequences", "tools", "tool_choice", "thinking"),
+    "messages",
+    "system",
+    "stop_sequences",
+    "tools",
+    "tool_choice",
+    "thinking",
     "output_config",
 )
 
@@ -204,7 +209,9 @@ def _function(tool: _Tool, i: int) -> dict[str, Any]:
 def _chat_choice(choice: _ToolChoice) -> Any:
     if choice.type == "tool":
         return {"type": "function", "function": {"name": choice.name}}
-    return "required" if choice.type == "any" else choice.type
+    if choice.type == "any":
+        return "required"
+    return choice.type
 
 
 class MessageAnswer(Parts):
@@ -307,8 +314,8 @@ def refused(problem: ApiError) -> list[StreamEvent]:
     return [StreamEvent(problem.as_anthropic_json(), "error")]
 
 
-def _event(kind: str, **data: Any) -> StreamEvent:
-    return StreamEvent({"type": kind, **data}, kind)
+def _event(event_name: str, **data: Any) -> StreamEvent:
+    return StreamEvent({"type": event_name, **data}, event_name)
 
 
 MESSAGES = Dialect(

@@ -16,7 +16,8 @@ from .dialects import Dialect, StreamEvent
 from .fields import Limit, Share, Temperature, read_struct, shown, without_nulls
 from .jobs import Job
 
-_BETWEEN_NAMES = "__"  # of a namespace and a function
+# It stands between the names of a namespace and a function.
+_BETWEEN_NAMES = "__"
 
 
 class _InputText(Struct, tag="input_text", tag_field="type"):
@@ -73,12 +74,14 @@ _Item = _Message | _Reasoning | _FunctionCall | _FunctionCallOutput
 
 
 class _Tool(Struct):
+    """A function; or a namespace, which has tools; or a search, which may have no access."""
+
     type: str
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    tools: list["_Tool"] | None = None  # of a namespace
-    external_web_access: bool | None = None  # of a search
+    tools: list["_Tool"] | None = None
+    external_web_access: bool | None = None
 
 
 class _Format(Struct):
@@ -117,7 +120,13 @@ class _ResponseFields(Struct):
 
 
 _TRANSLATED = (
-    *("input", "instructions", "max_output_tokens", "tools", "text", "reasoning", "include"),
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "tools",
+    "text",
+    "reasoning",
+    "include",
     "truncation",
 )
 # Fields for what OpenAI keeps or runs, the values that change nothing, and what to do instead.
@@ -190,7 +199,12 @@ def _joined(content: str | list[_Part]) -> str:
     """The text of parts."""
     if isinstance(content, str):
         return content
-    texts = [part.refusal if isinstance(part, _Refusal) else part.text for part in content]
+    texts = []
+    for part in content:
+        if isinstance(part, _Refusal):
+            texts.append(part.refusal)
+        else:
+            texts.append(part.text)
     return BETWEEN_TEXTS.join(texts)
 
 
@@ -204,7 +218,9 @@ def _thought_of(item: _Reasoning) -> str:
 
 def _full_name(namespace: str | None, name: str) -> str:
     """The name of a function for the model."""
-    return name if namespace is None else f"{namespace}{_BETWEEN_NAMES}{name}"
+    if namespace is None:
+        return name
+    return f"{namespace}{_BETWEEN_NAMES}{name}"
 
 
 def _functions(tools: list[_Tool], namespace: str | None = None) -> list[dict[str, Any]]:
@@ -248,15 +264,16 @@ class ResponseAnswer(Parts):
         self._id = _new_id("resp")
         self._created = int(time.time())
         self._n_events = 0
-        self._n_thought = 0  # tokens of thoughts
+        self._n_thought_tokens = 0
         self._problem: ApiError | None = None
-        tools = self._body.get("tools", [])
-        namespaces = [tool for tool in tools if tool["type"] == "namespace"]
-        self._namespaces = {  # by the names that the model knows
-            _full_name(tool["name"], function["name"]): (tool["name"], function["name"])
-            for tool in namespaces
-            for function in tool.get("tools") or ()
-        }
+        # namespaces and functions, by the names that the model knows
+        self._namespaces: dict[str, tuple[str, str]] = {}
+        for tool in self._body.get("tools", []):
+            if tool["type"] == "namespace":
+                namespace = tool["name"]
+                for function in tool.get("tools") or ():
+                    name = function["name"]
+                    self._namespaces[_full_name(namespace, name)] = (namespace, name)
 
     def begin(self) -> list[StreamEvent]:
         """The events with a response that has no items yet."""
@@ -267,7 +284,8 @@ class ResponseAnswer(Parts):
 
     def add(self, index: int, token: Any) -> list[StreamEvent]:
         """Adds what a token adds."""
-        self._n_thought += bool(token.reasoning)
+        if token.reasoning:
+            self._n_thought_tokens += 1
         return super().add(index, token)
 
     def end(self) -> list[StreamEvent]:
@@ -284,7 +302,12 @@ class ResponseAnswer(Parts):
         """The response."""
         body = self._body
         fields = self._job.request.fields
-        reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        reason = None
+        if self._status == "incomplete":
+            reason = {"reason": "max_output_tokens"}
+        usage = None
+        if self.is_complete:
+            usage = self._usage()
         return {
             "id": self._id,
             "object": "response",
@@ -308,7 +331,7 @@ class ResponseAnswer(Parts):
             "tools": body.get("tools", []),
             "top_p": fields.top_p,
             "truncation": body.get("truncation", "disabled"),
-            "usage": self._usage() if self.is_complete else None,
+            "usage": usage,
         }
 
     @property
@@ -331,19 +354,19 @@ class ResponseAnswer(Parts):
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": self._n_thought},
+            "output_tokens_details": {"reasoning_tokens": self._n_thought_tokens},
             "total_tokens": usage["total_tokens"],
         }
 
-    def _event(self, kind: str, **data: Any) -> StreamEvent:
+    def _event(self, event_name: str, **data: Any) -> StreamEvent:
         number = self._n_events
         self._n_events += 1
-        return StreamEvent({"type": kind, "sequence_number": number, **data}, kind)
+        return StreamEvent({"type": event_name, "sequence_number": number, **data}, event_name)
 
-    def _of_item(self, kind: str, **data: Any) -> StreamEvent:
+    def _of_item(self, event_name: str, **data: Any) -> StreamEvent:
         """An event of the last item."""
         index = len(self.parts) - 1
-        return self._event(kind, item_id=self.parts[-1]["id"], output_index=index, **data)
+        return self._event(event_name, item_id=self.parts[-1]["id"], output_index=index, **data)
 
     def _begin_item(self, item: dict[str, Any]) -> StreamEvent:
         self.parts.append(item)
@@ -389,13 +412,13 @@ class ResponseAnswer(Parts):
         item = {"id": _new_id("fc"), "type": "function_call", "status": "in_progress"}
         item |= {"call_id": number, "name": name, "arguments": ""}
         if name in self._namespaces:
-            item["namespace"], item["name"] = self._namespaces[name]
-        name = item["name"]
-        kind = "response.function_call_arguments"
+            namespace, name = self._namespaces[name]
+            item |= {"namespace": namespace, "name": name}
+        event_name = "response.function_call_arguments"
         return [
             self._begin_item(item),
-            self._of_item(f"{kind}.delta", delta=arguments),
-            self._of_item(f"{kind}.done", arguments=arguments, name=name),
+            self._of_item(f"{event_name}.delta", delta=arguments),
+            self._of_item(f"{event_name}.done", arguments=arguments, name=name),
             self._end_item(arguments=arguments),
         ]
 
@@ -406,8 +429,8 @@ def refused(problem: ApiError) -> list[StreamEvent]:
     return [StreamEvent({"type": "error", "sequence_number": 0, **error}, "error")]
 
 
-def _new_id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def _part_of(kind: str, text: str) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, access: Access, end_answers: Callable[[], None] = lambda: None):
         self._end_answers = end_answers
         waiting: Waiting = {}
+        # Lines of uvicorn's own access log would hold tokens. With the headers of proxies any
+        # client could name another address. The backlog is accepted at once, before the oldest
+        # connections are aborted.
         super().__init__(
             uvicorn.Config(
                 FrontDoor(app, access, waiting),
@@ -46,12 +49,12 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                access_log=False,  # its lines would hold tokens
-                proxy_headers=False,  # any client could name another address
+                access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 headers=[("Server", "mlx_flashhead"), ("Connection", "close")],
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-                backlog=MAX_WAITING,  # so many are accepted at once, before the oldest are aborted
+                backlog=MAX_WAITING,
                 timeout_graceful_shutdown=2,
             )
         )
@@ -84,22 +87,26 @@ def serve(flags: Namespace) -> None:
         access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            with other_handlers():  # uvicorn's, which end it in order
+            # uvicorn's handlers of signals end the server in order
+            with other_handlers():
                 asyncio.run(_serve(flags, engine, access, port))
         finally:
-            engine.close(3.0)  # a token or a chunk of a prompt is computed by then
+            # a token or a chunk of a prompt is computed by then
+            engine.close(3.0)
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
     api = Api(flags, engine)
     server = Server(api.router(), access, lambda: api.end_answers(SHUTTING_DOWN))
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as by nohup
+    # nohup lets SIGHUP be ignored
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, server.handle_exit)
     serving = asyncio.create_task(server.serve([port]))
     loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    loaded = loading.done() and loading.exception() is None
-    if loaded and not server.should_exit:  # a signal may have closed the port meanwhile
+    has_loaded = loading.done() and loading.exception() is None
+    # a signal may have closed the port meanwhile
+    if has_loaded and not server.should_exit:
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
         # Modules and models stay, and looking through them for garbage would stop all threads.
         gc.collect()
@@ -114,7 +121,8 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
         server.should_exit = True
     await serving
     if loading.done():
-        loading.result()  # or why loading has failed
+        # it raises the error if loading has failed
+        loading.result()
 
 
 def own_address(host: str) -> str:
@@ -132,8 +140,12 @@ def own_address(host: str) -> str:
 
 def url(host: str, port: int, token: str | None = None) -> str:
     """Returns the address of the page, with the token if there is one."""
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+    if ":" in host:
+        host = f"[{host}]"
+    page = f"http://{host}:{port}/"
+    if token is None:
+        return page
+    return f"{page}?token={token}"
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
@@ -143,28 +155,40 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
     """
     address = own_address(host)
     page = url(address, port, token)
-    # white on black: the code is for a dark terminal
-    shown = "\x1b[97;40m{}\x1b[0m" if out.isatty() else "{}"
-    try:
-        segno = from_extra("segno", "qr", "A QR code of this address")
-        made = segno.make(page, error="l", micro=False)
-        drawn = io.StringIO()
-        # with a wide border the code of a full IPv6 address leaves no line for the text
-        made.terminal(drawn, compact=True, border=2 if made.version < 5 else 1)
-        code = "\n".join(map(shown.format, drawn.getvalue().splitlines()))
-        code.encode(out.encoding or "ascii")
-    except UnicodeEncodeError:  # ASCII would make the code too large
-        code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
-    except ValueError as missing:
-        code = str(missing)
     text = (
         f"Programs use {url(address, port)}v1 with the token as their API key.",
         "Whoever has the token can use the model. The connection is not encrypted.",
         "Open this on an iPad, an iPhone or any computer of the network:",
-        code,
+        _qr_code(page, out),
         f"  {page}",
     )
     print(*text, sep="\n", file=out, flush=True)
+
+
+def _qr_code(page: str, out: TextIO) -> str:
+    """The lines of a QR code of an address, or a sentence that says why there is none."""
+    try:
+        segno = from_extra("segno", "qr", "A QR code of this address")
+    except ValueError as missing:
+        return str(missing)
+    code = segno.make(page, error="l", micro=False)
+    # with a wide border the code of a full IPv6 address leaves no line for the text
+    border = 1
+    if code.version < 5:
+        border = 2
+    drawn = io.StringIO()
+    code.terminal(drawn, compact=True, border=border)
+    lines = drawn.getvalue().splitlines()
+    if out.isatty():
+        # white on black: the code is for a dark terminal
+        lines = [f"\x1b[97;40m{line}\x1b[0m" for line in lines]
+    text = "\n".join(lines)
+    try:
+        text.encode(out.encoding or "ascii")
+    except UnicodeEncodeError:
+        # in ASCII the code would be too large
+        return f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
+    return text
 
 
 def log_requests(level: str) -> None:
@@ -175,9 +199,10 @@ def log_requests(level: str) -> None:
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    for chatty in ("transformers", "uvicorn"):  # they warn of what clients do
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # which warns of clients that have left
+    # they warn of what clients do, asyncio of those that have left
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from ..common.flags import (
 )
 from ..common.suggested_model import model_is_needed
 
-Add = Callable[..., Any]  # a group's add_argument
+# A group's ``add_argument``.
+Add = Callable[..., Any]
 LOCAL = "127.0.0.1"
 DEFAULT_TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -246,7 +247,9 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--dense scores every token: leave --n-probes out")
     check_draft_flags(parser, args)
     if args.host is None:
-        args.host = "0.0.0.0" if args.lan else LOCAL
+        args.host = LOCAL
+        if args.lan:
+            args.host = "0.0.0.0"
     elif args.lan and is_loopback(args.host):
         parser.error(
             f"--host {args.host} is this machine alone: leave it out with --lan, or give the "

@@ -27,15 +27,19 @@ from .jobs import Job
 # Seconds of a chunk. After it, other answers and ended ones have their turn.
 CHUNK_SECONDS = 0.4
 SMALLEST_CHUNK = 16
-CachedTokens = tuple[list[int], list[Any]]  # tokens, and caches of layers that hold them
-Decoded = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs (V,) there
+# Tokens, and caches of layers that hold them.
+CachedTokens = tuple[list[int], list[Any]]
+# A sequence, its next token, and the logprobs (V,) there.
+Decoded = tuple[Job, int, mx.array]
 
 
 def next_chunk(chunk: int, n_read: int, seconds: float, largest: int) -> int:
     """The number of tokens to read at once, after ``n_read`` of ``chunk`` took so long."""
     if seconds > CHUNK_SECONDS:
         return max(SMALLEST_CHUNK, n_read // 2)
-    return min(2 * chunk, largest) if n_read == chunk and seconds < CHUNK_SECONDS / 3 else chunk
+    if n_read == chunk and seconds < CHUNK_SECONDS / 3:
+        return min(2 * chunk, largest)
+    return chunk
 
 
 class Reading:
@@ -55,9 +59,11 @@ class Reading:
             cache = make_prompt_cache(served.model)
             if served.draft_model is not None:
                 cache += make_prompt_cache(served.draft_model)
-        self.cache: list[Any] = cache  # of a model's layers, and of its draft model's
+        # the caches of the model's layers, and then those of its draft model's
+        self.cache: list[Any] = cache
         self.drafts = self._new_drafts()
-        if not job.tokens:  # else it has begun before
+        # a job that goes on after a failure has tokens already
+        if not job.tokens:
             job.cached = self.done
 
     def _new_drafts(self) -> TrainedDrafts | None:
@@ -91,16 +97,16 @@ class Reading:
     def read(self, chunk: int) -> int:
         """Reads the next tokens, at most a chunk, and reports this. Returns their number."""
         start = self.done
-        step = self._flags.prefill_step_size
+        step_size = self._flags.prefill_step_size
         ends = [start + chunk, start + self.left]
         ends += [landmark for landmark in self.job.prompt.landmarks if landmark > start]
         if self._flags.kv_bits is not None:
-            ends.append(start - start % step + step)
+            ends.append(start - start % step_size + step_size)
         end = min(ends)
         self._compute(mx.array(self._all_tokens[start:end])[None])
         self.done = end
         # Where mlx-lm quantizes: what a chunk sees must not depend on how long chunks take.
-        if end % step == 0 or self.left == 0:
+        if end % step_size == 0 or self.left == 0:
             maybe_quantize_kv_cache(
                 self.cache,
                 quantized_kv_start=self._flags.quantized_kv_start,
@@ -121,7 +127,10 @@ class Reading:
             states: list[mx.array] = []
             with self._proposer.reading(states):
                 served.model(tokens, cache=self.cache)
-            self.drafts.hear(cast(list[int], tokens[0].tolist()), states[-1][0] if states else None)
+            last_states = None
+            if states:
+                last_states = states[-1][0]
+            self.drafts.hear(cast(list[int], tokens[0].tolist()), last_states)
         else:
             served.model(tokens, cache=self.cache[:n_caches])
             if served.draft_model is not None:
@@ -130,10 +139,10 @@ class Reading:
 
 
 class Batch:
-    """Sequences of one kind, up to ``size``, whose tokens are verified together."""
+    """Sequences with the same ``batch_key``, up to ``size``, whose tokens are verified together."""
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
-        self.kind = job.kind
+        self.key = job.batch_key
         self._generator = VerifiedBatchGenerator(
             job.served.model,
             completion_batch_size=size,
@@ -148,9 +157,10 @@ class Batch:
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
         tokens, cache = reading.cached
+        # one token more, since jobs say when they end
         (uid,) = self._generator.insert(
             [job.prompt.tokens[-1:]],
-            [job.max_tokens + 1],  # one more, since jobs say when they end
+            [job.max_tokens + 1],
             caches=[cache],
             all_tokens=[tokens],
             samplers=[job.sampler],
@@ -168,9 +178,13 @@ class Batch:
     def step(self) -> list[Decoded]:
         """Takes one step. It may give no token of a sequence."""
         _, responses = self._generator.next()
+        decoded = []
         for response in responses:
-            self._jobs[response.uid].n_guessed += response.from_draft
-        return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
+            job = self._jobs[response.uid]
+            if response.from_draft:
+                job.n_guessed += 1
+            decoded.append((job, response.token, response.logprobs))
+        return decoded
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
@@ -190,14 +204,13 @@ class Single:
         self.jobs = [job]
         self._cache = reading.cache
         self._tokens = job.all_tokens
-        self._n_cached = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
+        # the cache has all tokens but the prompt's last one
+        self._n_cached = len(self._tokens) - 1
         model = job.served.model
         draft_model = job.served.draft_model or job.served.drafter
         proposer = Proposer(model, job.settings)
-        loop: Any = partial(
-            verified_tokens,
-            max_tokens=-1,  # without a limit, so that a step is launched after the last token
-        )
+        # without a limit a step is launched after the last token
+        loop: Any = partial(verified_tokens, max_tokens=-1)
         if draft_model is not None:
             loop = partial(
                 drafted_tokens,
@@ -205,7 +218,7 @@ class Single:
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.fields.num_draft_tokens,
             )
-        steps = loop(
+        self._loop = loop(
             mx.array(self._tokens[-1:]),
             model,
             stream=stream,
@@ -220,21 +233,25 @@ class Single:
             kv_group_size=flags.kv_group_size,
             quantized_kv_start=flags.quantized_kv_start,
         )
-        self._loop = with_guesses(steps, proposer) if draft_model is None else steps
+        if draft_model is None:
+            self._loop = with_guesses(self._loop, proposer)
 
     def step(self) -> list[Decoded]:
         """Decodes the next token."""
-        token, logprobs, guessed = next(self._loop)
+        token, logprobs, is_guessed = next(self._loop)
         self._tokens.append(token)
         self._n_cached = len(self._tokens)
-        self.jobs[0].n_guessed += guessed
+        if is_guessed:
+            self.jobs[0].n_guessed += 1
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes the sequence. Returns its tokens and caches; nothing if they do not agree."""
         self.jobs = []
-        self._loop.close()  # brings the cache to the tokens that were yielded
-        if jobs[0].served.draft_model is not None:  # whose cache may be some tokens behind
+        # a loop that is closed brings the cache to the tokens that it has yielded
+        self._loop.close()
+        if jobs[0].served.draft_model is not None:
+            # the draft model's cache may be some tokens behind
             if not can_trim_prompt_cache(self._cache):
                 return []
             self._n_cached = min(self._n_cached, *(cache.offset for cache in self._cache))
@@ -243,4 +260,5 @@ class Single:
         return [(self._tokens[: self._n_cached], self._cache)]
 
 
-Stage = Reading | Batch | Single  # of some jobs
+# A stage of some jobs.
+Stage = Reading | Batch | Single

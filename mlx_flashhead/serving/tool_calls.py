@@ -13,7 +13,7 @@ from .api_errors import ApiError, field_error
 from .served_models import ServedModel
 
 # Characters of all tools together, as JSON.
-MAX_CHARACTERS = 400_000
+MAX_TOOL_CHARACTERS = 400_000
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def read_tools(
     try:
         vocabulary_of(served.tokenizer)
         format_name_of(served.tokenizer)
-    except ValueError as error:  # without llguidance, a fast tokenizer, or a format that is known
+    except ValueError as error:
+        # llguidance, a fast tokenizer or a format that is known is missing
         if required:
             raise ApiError(f"tool_choice cannot be followed: {error}", "tool_choice") from None
         _tell_once(served.name, str(error))
@@ -72,38 +73,42 @@ def _check_tools(tools: list[Any], served: ServedModel) -> None:
     names = set()
     for i, tool in enumerate(tools):
         is_function = isinstance(tool, dict) and tool.get("type") == "function"
-        function: Any = tool.get("function") if is_function else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not (isinstance(name, str) and name):
+        name = _name_of(tool)
+        if not (is_function and "function" in tool and isinstance(name, str) and name):
             wanted = '{"type": "function", "function": …}, whose function has a name'
             raise ApiError(f"tools[{i}] must be {wanted}.", "tools")
-        if not isinstance(function.get("parameters") or {}, dict):
+        if not isinstance(tool["function"].get("parameters") or {}, dict):
             raise ApiError(f"tools[{i}].function.parameters must be a JSON schema.", "tools")
         if name in names:
             raise ApiError(f"tools[{i}] has the name of another tool.", "tools")
         names.add(name)
     if tools and not served.tokenizer.has_tool_calling:
         raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
-    if tools and len(json.dumps(tools)) > MAX_CHARACTERS:
-        raise field_error("tools", f"are longer than {MAX_CHARACTERS:,} characters: send fewer.")
+    if tools and len(json.dumps(tools)) > MAX_TOOL_CHARACTERS:
+        raise field_error(
+            "tools", f"are longer than {MAX_TOOL_CHARACTERS:,} characters: send fewer."
+        )
 
 
 def _chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
     """The tools that may be called, and whether one must be."""
     allowed = tools
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        # responses have the list in the choice itself
         described = choice.get("allowed_tools")
-        described = described if isinstance(described, dict) else choice
+        if not isinstance(described, dict):
+            described = choice
         listed = described.get("tools")
-        names = [_name_of(tool) for tool in listed] if isinstance(listed, list) else []
-        allowed = _named(names, tools)
+        if not isinstance(listed, list):
+            listed = []
+        allowed = _named([_name_of(tool) for tool in listed], tools)
         choice = described.get("mode", "auto")
     elif isinstance(choice, dict):
         allowed = _named([_name_of(choice)], tools)
         choice = "required"
     if choice not in ("none", "auto", "required", "any"):
-        kinds = '"none", "auto", "required", or {"type": "function", "function": {"name": …}}'
-        raise field_error("tool_choice", f"must be {kinds}.")
+        wanted = '"none", "auto", "required", or {"type": "function", "function": {"name": …}}'
+        raise field_error("tool_choice", f"must be {wanted}.")
     if choice == "none":
         return [], False
     required = choice != "auto"
@@ -114,8 +119,12 @@ def _chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, An
 
 def _name_of(choice: Any) -> Any:
     """The name in ``{"type": "function", "function": {"name": …}}``."""
-    function = choice.get("function", choice) if isinstance(choice, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
+    if not isinstance(choice, dict):
+        return None
+    function = choice.get("function", choice)
+    if not isinstance(function, dict):
+        return None
+    return function.get("name")
 
 
 def _named(names: list[Any], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:

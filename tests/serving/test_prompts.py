@@ -8,7 +8,7 @@ from engines import checked
 from mlx_flashhead.serving import prompts
 from mlx_flashhead.serving.answer_text import AnswerText
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.fill_in_the_middle import FORMATS, middle_format
+from mlx_flashhead.serving.fill_in_the_middle import MIDDLE_FORMATS, middle_format
 from mlx_flashhead.serving.jobs import Job
 from mlx_flashhead.serving.prompts import Prompt, read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
@@ -166,8 +166,8 @@ def test_a_gap_is_marked_by_the_tokens_of_the_vocabulary(tiny):
 
 
 def test_the_text_of_a_gap_is_asked_for_in_the_models_own_tokens(tiny, monkeypatch):
-    qwen = FORMATS[0]
-    codestral = FORMATS[4]
+    qwen = MIDDLE_FORMATS[0]
+    codestral = MIDDLE_FORMATS[4]
     monkeypatch.setattr(tiny, "middle", qwen)
     monkeypatch.setattr(tiny, "middle_ends", ["<|file_sep|>"])
     fields = {"prompt": ["def f(", "x"], "suffix": "):", "stop": "\n"}
@@ -181,7 +181,7 @@ def test_the_text_of_a_gap_is_asked_for_in_the_models_own_tokens(tiny, monkeypat
     with pytest.raises(ApiError, match="needs prompts that are texts"):
         checked(tiny, fields | {"prompt": [5, 6]}, chat=False)
     # what a tokenizer has decides
-    for known in FORMATS:
+    for known in MIDDLE_FORMATS:
         assert middle_format({*known.tokens, "a"}) is known
         assert middle_format({*known.tokens[1:], "a"}) is None
     monkeypatch.undo()

@@ -7,7 +7,8 @@ import pytest
 from engines import checked
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.completion_fields import MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.requests import MAX_FORM_CHARACTERS
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -222,7 +223,7 @@ CHAT_MISTAKES = {
     "regex": {
         "unclosed group": ["("],
         "must be a text": [5],
-        "longer than": ["a" * MAX_CHARACTERS],
+        "longer than": ["a" * MAX_FORM_CHARACTERS],
     },
     "grammar": {"line 1, column 8": ["start: x"]},
     "chat_template_kwargs": {"must be an object": [[]]},
