@@ -407,7 +407,7 @@ def _answer(
     if processor and not processor.accepts(text):
         cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
         reason = processor.problem or cut
-        print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
+        print(f"The text does not complete the {grammar.form}: {reason}.", file=sys.stderr)
 
 
 def _build(loaded: _Loaded, options: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..common.guarded import Guard, GuardError
 
-MAX_CHARACTERS = 1 << 18  # of a text with calls
+# Of a text with calls.
+MAX_CHARACTERS = 1 << 18
 _GUARD = Guard(Path(__file__).with_name("tool_call_parser.py"))
 _PARSERS = "mlx_lm.tool_parsers."
 
@@ -41,6 +42,9 @@ def read_tool_calls(tokenizer: Any, text: str, tools: list[dict[str, Any]]) -> l
             read = parser(text, tools)
     except GuardError as error:
         raise ValueError(f"A call {error}.") from None
-    except Exception as error:  # parsers raise any type
+    # Parsers raise any type.
+    except Exception as error:
         raise ValueError(f"The text is no call: {error}") from None
-    return read if isinstance(read, list) else [read]
+    if isinstance(read, list):
+        return read
+    return [read]

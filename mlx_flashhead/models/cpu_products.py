@@ -47,6 +47,9 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
         weight = mx.dequantize(
             weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
         )
-    product = to_mlx(as_float32(x).reshape(-1, x.shape[-1]) @ as_float32(weight).T)
+    states = as_float32(x).reshape(-1, x.shape[-1])
+    product = to_mlx(states @ as_float32(weight).T)
     product = product.reshape(*x.shape[:-1], len(weight)).astype(x.dtype)
-    return product + layer.bias if "bias" in layer else product
+    if "bias" in layer:
+        product = product + layer.bias
+    return product

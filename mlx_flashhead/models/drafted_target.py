@@ -47,7 +47,9 @@ def nbytes_read(module: nn.Module, n_active: int) -> int:
     nbytes = 0.0
     for array in dict.values(module):
         if isinstance(array, mx.array):
-            share = min(1.0, n_active / len(array)) if array.ndim == 3 else 1.0
+            share = 1.0
+            if array.ndim == 3:
+                share = min(1.0, n_active / len(array))
             nbytes += array.nbytes * share
     return round(nbytes)
 

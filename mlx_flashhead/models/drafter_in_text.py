@@ -10,8 +10,9 @@ from .compat import mlx_vlm as compat
 from .drafted_target import DraftedTarget
 from .trained_drafter import TrainedDrafter
 
-Project = Callable[[mx.array], mx.array]  # states (1, L, D) → logits (1, 1, V) of the last one
-# logits (1, V) and a place of the text, None where nobody will read the token → token (1,)
+# States (1, L, D) → logits (1, 1, V) of the last one.
+Project = Callable[[mx.array], mx.array]
+# Logits (1, V) and a place of the text, None where nobody will read the token → a token (1,).
 Choose = Callable[[mx.array, int | None], mx.array]
 
 
@@ -81,12 +82,16 @@ class DrafterInText:
         choose: Choose,
         layers: list[Any] | None = None,
     ):
+        if layers is None:
+            layers = drafter.make_cache()
         self._model = target.model
-        self.layers = drafter.make_cache() if layers is None else layers
-        self._drafter: Any = compat.begun(drafter.module, _Names(target, project), self.layers)
+        self.layers = layers
+        self._drafter: Any = compat.begun(drafter.module, _Names(target, project), layers)
         self._choose = choose
-        self._place: int | None = None  # for which the next token is chosen
-        self._drafts = mx.zeros((1, 0), mx.uint32)  # the latest ones, whose pairs it holds
+        # The place for which the next token is chosen.
+        self._place: int | None = None
+        # The latest drafts, whose pairs it holds.
+        self._drafts = mx.zeros((1, 0), mx.uint32)
 
     def read(self, tokens: mx.array, states: mx.array, place: int | None = None) -> None:
         """Takes pairs.
@@ -130,7 +135,8 @@ class DrafterInText:
         """
         self._place = place
         if self.layers:
-            self._place += 1  # its first token is drafted already
+            # Its first token is drafted already.
+            self._place += 1
         else:
             keys, n_tokens = mlx_lm.keys_by_layer_type(self._model.layers, caches)
             self._drafter.set_shared_kv(keys, n_tokens, position=n_tokens - 1)
@@ -153,12 +159,15 @@ class DrafterInText:
         """
         if not self.layers:
             return
+        chosen = []
+        if token is not None:
+            chosen.append(token)
         self._place = place
         self._drafter.accept_verified_tokens(
             states[None],
             self._drafts,
             n_right,
-            [] if token is None else [token],
+            chosen,
             self._sample,
             mx.uint32,
         )

@@ -14,10 +14,13 @@ from ..index.files import FILE_NAME
 
 # An address of a model's page on the Hub, or of a file of it.
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
+LOG_IN = "log in with `hf auth login`"
+GO_ONLINE = "unset HF_HUB_OFFLINE"
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
-FINE_HEADS = "fine_heads"  # the folder of finer heads in it
-DRAFTERS = "drafters"  # the folder of MTP layers
-SPEEDS = "speeds"  # the folder of what was measured on this machine
+# Folders in it: of finer heads, of MTP layers, of what was measured on this machine.
+FINE_HEADS = "fine_heads"
+DRAFTERS = "drafters"
+SPEEDS = "speeds"
 
 
 def home() -> Path:
@@ -52,11 +55,12 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
-    if address := _ADDRESS.match(path_or_repo):
+    address = _ADDRESS.match(path_or_repo)
+    if address:
         raise ValueError(f"{path_or_repo} is an address: give OWNER/NAME, {address[1]}.")
     if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
-    # mlx-lm takes a second to import, which a folder does without
+    # It takes a second to import, which a folder does without.
     from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
     with hub_errors(path_or_repo, revision):
@@ -69,11 +73,13 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     """A block in which errors of the Hub's client, not of the disk, become a ValueError."""
     try:
         yield
-    except Exception as error:  # the client raises many unrelated types
+    # The client raises many unrelated types.
+    except Exception as error:
         sentence = hub_sentence(error, name, revision)
         if sentence is None:
             raise
-        raise ValueError(sentence) from None  # the error's own text may hold the token
+        # The error's own text may hold the token.
+        raise ValueError(sentence) from None
 
 
 def hub_sentence(error: Exception, name: str, revision: str | None = None) -> str | None:
@@ -90,27 +96,37 @@ def hub_sentence(error: Exception, name: str, revision: str | None = None) -> st
     disk_error = isinstance(error, OSError) and error.errno is not None
     if disk_error or type(error) is ValueError:
         return None
+    address = f"{constants.ENDPOINT}/{name}"
     missing = f"There is no folder {name!r} here, and"
-    nobody = f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
-    if constants.HF_HUB_OFFLINE:
-        nobody = f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-    sentences = {
-        errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
-        ", then log in with `hf auth login`.",
-        errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
-        "Hub: check the name, or log in with `hf auth login` if it is private.",
-        errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
-        errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
-        errors.OfflineModeIsEnabled: nobody,
-        errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
-        "OWNER/NAME.",
-        errors.LocalEntryNotFoundError: nobody,
-        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
-        "the name and the network.",
-    }
-    return next(said for kind, said in sentences.items() if isinstance(error, kind))
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated: ask for access on {address}, then {LOG_IN}."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{missing} no such repository on the Hugging Face Hub: check the name, or "
+                f"{LOG_IN} if it is private."
+            )
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision!r}: see its page."
+        case errors.RemoteEntryNotFoundError():
+            return f"{name} lacks a file of its weights: choose another."
+        case errors.HFValidationError():
+            return f"{missing} it cannot be a repository: give a folder or OWNER/NAME."
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            if constants.HF_HUB_OFFLINE:
+                return f"{missing} it was not downloaded before: check the name, or {GO_ONLINE}."
+            return (
+                f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
+            )
+    return (
+        f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the name and "
+        "the network."
+    )
 
 
 def reason(error: BaseException) -> str:
     """The error's message as one short line without secrets."""
-    return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
+    said = shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:")
+    if not said:
+        return type(error).__name__
+    return said

@@ -25,11 +25,15 @@ from .original import base_model, name_of_source, shown_name
 from .tensor_files import ENDING, Tensor, tensor_files
 
 DEFAULT_BITS = 8
-MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond rounding
-SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
-MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
-SKETCH_ROWS = 8  # fetched by themselves before all rows are
-PIECE_ROWS = 2048  # compared and rounded at once, in float32
+# The share of their length that rows may have moved by, beyond rounding: all of them, and few.
+MAX_DRIFT = 0.017
+SKETCH_DRIFT = 3 * MAX_DRIFT
+# The same of a single row, relative to its rounding.
+MAX_ROW_ERROR = 2.0
+# So many rows are fetched by themselves before all are.
+SKETCH_ROWS = 8
+# So many rows are compared and rounded at once, in float32.
+PIECE_ROWS = 2048
 
 Say = Callable[[str], None]
 
@@ -69,10 +73,11 @@ def give_fine_head(
         rows, original = _cached_rows(cached, coarse)
         if rows is None or (source is not True and name_of_source(source) != original):
             rows, original = _fetch(location, folder, source, bits, cached, say, progress)
-    except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
+    # MLX raises the latter where a disk is full.
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"The finer head cannot be kept in {cached.parent} "
-            f"({getattr(error, 'strerror', None) or error}): free some space, or set "
+            f"The finer head cannot be kept in {cached.parent} ({said}): free some space, or set "
             f"{HOME_VARIABLE} to another folder."
         ) from None
     replace_rows(location.module, rows)
@@ -83,9 +88,10 @@ def _cached_rows(cached: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
     """The finer rows in the cache, if they can be read, and the source that they are from."""
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
         arrays, metadata = cast(Any, mx.load(str(cached), return_metadata=True))
-        numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
-        rows = Matrix(**arrays, bias=coarse.bias, **numbers)
-        if (rows.n_rows, rows.hidden_size) == (coarse.n_rows, coarse.hidden_size):
+        bits = int(metadata["bits"])
+        group_size = int(metadata["group_size"])
+        rows = Matrix(**arrays, bias=coarse.bias, bits=bits, group_size=group_size)
+        if rows.n_rows == coarse.n_rows and rows.hidden_size == coarse.hidden_size:
             return rows, metadata["original"]
     return None, ""
 
@@ -97,11 +103,11 @@ def check_is_coarse(location: HeadLocation, bits: int | None = None) -> None:
         ValueError: If it has as many already, or is of another kind.
     """
     coarse = location.rows()
-    kind = type(location.module)
+    cls = type(location.module)
     if not coarse.quantized:
         raise ValueError("The head's rows are floats already: leave `fine_head` out.")
-    if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
-        raise ValueError(f"A {kind.__name__} cannot be made finer: leave `fine_head` out.")
+    if cls not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
+        raise ValueError(f"A {cls.__name__} cannot be made finer: leave `fine_head` out.")
     if coarse.bits >= (bits or DEFAULT_BITS):
         raise ValueError(
             f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
@@ -119,12 +125,17 @@ def _fetch(
 ) -> tuple[Matrix, str]:
     """Fetches the finer rows and keeps them: the rows, and the source that they are from."""
     coarse = location.rows()
-    group_size = affine_group(coarse.hidden_size) if bits < 16 else 0
+    group_size: int | None = 0
+    if bits < 16:
+        group_size = affine_group(coarse.hidden_size)
     if group_size is None:
         raise ValueError(
             f"Rows of width {coarse.hidden_size} fit no group of 32: add `head_bits` 16."
         )
-    original = base_model(folder, "fine_head") if source is True else name_of_source(source)
+    if source is True:
+        original = base_model(folder, "fine_head")
+    else:
+        original = name_of_source(source)
     tensor, names = find_original_head(location, folder, original)
     say(f"Fetching {tensor.name} of {original} ({megabytes(tensor.nbytes)}) for a finer head.")
     with tqdm(
@@ -139,7 +150,8 @@ def _fetch(
         "group_size": str(rows.group_size),
     }
     arrays = {name: array for name, array in rows.arrays().items() if name in ARRAYS}
-    with new_file(cached) as file:  # whole or not at all
+    # The file is there whole or not at all.
+    with new_file(cached) as file:
         mx.save_safetensors(str(file), arrays, metadata=about)
     return rows, original
 
@@ -168,7 +180,8 @@ def find_original_head(
     names = f"{original} is not the original of {shown_name(folder)}"
     ids = np.linspace(0, rows.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
     fine = tensor.rows(ids).astype(mx.float32)
-    check_same([distances(rows.take(mx.array(ids)), fine)], names, SKETCH_DRIFT, keyword)
+    compared = distances(rows.take(mx.array(ids)), fine)
+    check_same([compared], names, SKETCH_DRIFT, keyword)
     return tensor, names
 
 
@@ -195,7 +208,9 @@ def _checked_rows(
     """
     coarse = location.rows()
     scales: Any = coarse.scales
-    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
+    dtype = scales.dtype
+    if dtype == mx.uint8:
+        dtype = location.hidden_dtype
     compared = []
     pieces = []
     size = tensor.nbytes // coarse.n_rows
@@ -209,7 +224,9 @@ def _checked_rows(
         mx.eval(*fine.arrays().values())
         pieces.append(fine.arrays())
     check_same(compared, names, MAX_DRIFT)
-    joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    joined: dict[str, Any] = {}
+    for name in pieces[0]:
+        joined[name] = mx.concatenate([piece[name] for piece in pieces])
     return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
 
 
@@ -224,15 +241,19 @@ def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
         For each row four lengths (n, 4), float32: of its movement beyond rounding, of its rounding,
         of both together, and of the finer row itself.
     """
-    stored_as: Any = coarse.scales if coarse.quantized else coarse.weight
-    dtype = mx.bfloat16 if stored_as.dtype == mx.uint8 else stored_as.dtype
+    dtype = coarse.weight.dtype
+    if coarse.scales is not None:
+        dtype = coarse.scales.dtype
+    if dtype == mx.uint8:
+        dtype = mx.bfloat16
     form = Matrix(fine.astype(dtype))
     if coarse.quantized:
         form = form.quantize(**coarse.quantization)
     rounded = form.dequantized(mx.float32)
     stored = coarse.dequantized(mx.float32)
     differences = (stored - rounded, rounded - fine, stored - fine, fine)
-    return np.array(mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1))
+    lengths = [mx.linalg.norm(difference, axis=1) for difference in differences]
+    return np.array(mx.stack(lengths, axis=1))
 
 
 def check_same(
@@ -253,11 +274,13 @@ def check_same(
     whole = float(np.linalg.norm(length)) or 1.0
     total = float(np.linalg.norm(moved)) / whole
     rounded = float(np.linalg.norm(rounding)) / whole
-    # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
+    # Noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings.
     drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
-    floor = 1e-3 * length.mean() + 1e-30  # rows of padding have no length
-    worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
-    if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
+    # Rows of padding have no length.
+    floor = 1e-3 * length.mean() + 1e-30
+    allowed = MAX_ROW_ERROR * rounding + floor
+    worst = int(np.argmax(error / allowed))
+    if not drift <= max_drift or error[worst] > allowed[worst]:
         raise ValueError(
             f"{names}, or was trained further: beyond rounding, rows are {100 * min(drift, 1):.1f} "
             f"% of their length apart, row {worst} the most. Choose another `{keyword}`."
@@ -292,8 +315,10 @@ def replace_rows(module: nn.Module, rows: Matrix) -> None:
     dict.update(module, rows.arrays())
     vars(module).update(rows.quantization)
     if not rows.quantized:
-        is_embedding = isinstance(module, nn.QuantizedEmbedding)
-        module.__class__ = nn.Embedding if is_embedding else nn.Linear
+        cls: Any = nn.Linear
+        if isinstance(module, nn.QuantizedEmbedding):
+            cls = nn.Embedding
+        module.__class__ = cls
     vars(module)["_coarse_head"] = before
 
 

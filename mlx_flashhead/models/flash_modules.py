@@ -7,7 +7,8 @@ import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 
-_Module: Any = object  # the methods of nn.Module come from the class beside those below
+# The methods of nn.Module come from the class beside those below.
+_Module: Any = object
 
 
 def subclass(module: nn.Module, mixin: type) -> None:
@@ -50,11 +51,15 @@ class FlashModule(_Module):
         return key in self._flash_head.clustered.rows.arrays()
 
     def __getitem__(self, key):
-        return self._arrays()[key] if self._keeps(key) else super().__getitem__(key)
+        if self._keeps(key):
+            return self._arrays()[key]
+        return super().__getitem__(key)
 
     def get(self, key, default=None):
         """An array by its name. Other names, which nn.Module looks up here, gather no rows."""
-        return self._arrays()[key] if self._keeps(key) else super().get(key, default)
+        if self._keeps(key):
+            return self._arrays()[key]
+        return super().get(key, default)
 
     def items(self):
         """The names and arrays, those of the FlashHead in the model's own order."""

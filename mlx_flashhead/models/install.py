@@ -19,20 +19,25 @@ from .flash_modules import FlashEmbedding, FlashLinear, FlashModule, subclass
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 from .vlm import is_vlm
 
-ROOT = "_has_flash_head"  # an attribute of the model that got a FlashHead, and of its copies
+# An attribute of the model that got a FlashHead, and of its copies.
+ROOT = "_has_flash_head"
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
 
 def _installed_module(model: nn.Module) -> Any:
-    if not isinstance(model, nn.Module):
-        return None
-    return next((m for m in model.modules() if isinstance(m, FlashModule)), None)
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, FlashModule):
+                return module
+    return None
 
 
 def get_flash_head(model: nn.Module) -> FlashHead | None:
     """The FlashHead installed on ``model``, or None when the model is dense."""
     module = _installed_module(model)
-    return None if module is None else module._flash_head
+    if module is None:
+        return None
+    return module._flash_head
 
 
 def installed_head(model: nn.Module) -> FlashHead:
@@ -77,16 +82,22 @@ def install(
     rows = location.rows()
     head = FlashHead(rows, token_ids, centroids, **settings)
     head.check_kernels(location.hidden_dtype, rows)
-    del rows  # they leave the memory as the module lets them go
+    # They leave the memory as the module lets them go.
+    del rows
     mx.eval(head.arrays())
     module: Any = location.module
+    # Each array keeps its name.
     for name in head.clustered.rows.arrays():
-        module[name] = None  # which keeps its name and place
-    mx.clear_cache()  # it holds the rows in their old order
+        module[name] = None
+    # MLX's cache of memory holds the rows in their old order.
+    mx.clear_cache()
     module._flash_head = head
-    # its name, since MLX's dtypes do not pickle
+    # MLX's dtypes do not pickle, but their names do.
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
-    subclass(module, FlashEmbedding if location.method == EMBEDDING else FlashLinear)
+    if location.method == EMBEDDING:
+        subclass(module, FlashEmbedding)
+    else:
+        subclass(module, FlashLinear)
     vars(model)[ROOT] = True
     if is_vlm(model):
         keep_from_weights(FlashModule)
@@ -116,7 +127,8 @@ def dense_copy(model: nn.Module) -> nn.Module:
     by up to a tenth on a CPU.
     """
     dense = copy.deepcopy(model)
-    _uninstall(dense)  # a finer head stays: it is the dense model's, too
+    # A finer head stays: it is the dense model's, too.
+    _uninstall(dense)
     return dense
 
 

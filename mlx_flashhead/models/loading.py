@@ -16,7 +16,8 @@ OTHER_FORMATS = {
     "*.bin": "PyTorch's weights",
     "*.pth": "PyTorch's weights",
 }
-UNKNOWN_CONTEXT = 32768  # of a model whose configuration and tokenizer do not give it
+# The context of a model whose configuration and tokenizer do not give it.
+UNKNOWN_CONTEXT = 32768
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
@@ -43,7 +44,8 @@ def load_dense(
     check_format(folder)
     try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
-    except Exception as error:  # code of models, and of damaged settings, raises any
+    # Code of models, and of damaged settings, raises any type.
+    except Exception as error:
         remedy = "check or fetch it again"
         if "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
@@ -54,7 +56,7 @@ def load_dense(
     if adapter_path is not None:
         try:
             model = load_adapters(model, adapter_path)
-        except Exception as error:  # any, as above
+        except Exception as error:
             raise ValueError(
                 f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
                 "check `adapter_path`."
@@ -73,7 +75,8 @@ def check_format(folder: Path) -> None:
         return
     remedy = "choose a repository with safetensors, such as one of mlx-community"
     for pattern, what in OTHER_FORMATS.items():
-        if file := next(folder.glob(pattern), None):
+        file = next(folder.glob(pattern), None)
+        if file is not None:
             raise ValueError(
                 f"{folder} holds {what} ({file.name}), which mlx-lm does not read: {remedy}."
             )
@@ -104,9 +107,11 @@ def load_dense_part(
     Raises:
         ValueError: If mlx-lm cannot split it between the processes.
     """
-    source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
-    # mlx-lm's default allows a tokenizer's own code
-    tokenizer_config = tokenizer_config or {"trust_remote_code": trust_remote_code}
+    # A repository's name stays as it is.
+    source = os.path.expanduser(path_or_hf_repo)
+    # mlx-lm's default allows a tokenizer's own code.
+    if not tokenizer_config:
+        tokenizer_config = {"trust_remote_code": trust_remote_code}
     try:
         loaded: Any = sharded_load(
             source,
@@ -116,11 +121,14 @@ def load_dense_part(
             tokenizer_config=tokenizer_config,
             trust_remote_code=trust_remote_code,
         )
-    except Exception as error:  # each model has its own shard() with its own errors
-        no = "" if pipeline_group is None else "no "
+    # Each model has its own shard() with its own errors.
+    except Exception as error:
+        remedy = "use `pipeline_group`"
+        if pipeline_group is not None:
+            remedy = "use no `pipeline_group`"
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
-            f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
+            f"({reason(error)}): {remedy}, another number of processes, or one."
         ) from error
     return loaded
 
@@ -136,5 +144,8 @@ def context_of(config: dict[str, Any], tokenizer: Any) -> int:
         for key in _CONTEXT_KEYS:
             if isinstance(part.get(key), int) and part[key] > 1:
                 return part[key]
-    length = tokenizer.model_max_length  # transformers writes 1e30 for unknown
-    return length if 1 < length <= 2**24 else UNKNOWN_CONTEXT
+    # Where it is not known transformers writes 1e30.
+    length = tokenizer.model_max_length
+    if 1 < length <= 2**24:
+        return length
+    return UNKNOWN_CONTEXT

@@ -32,18 +32,18 @@ def logit_map_of(model: nn.Module) -> LogitMap | None:
     some = mx.random.normal((1, 1, vocab_size), scale=20, key=mx.random.key(0)).astype(dtype)
 
     def change(logits: mx.array) -> mx.array:
-        """What the model makes of its head's logits (1, R, V), into which it may write."""
+        """What the model makes of its head's logits (1, L, V), into which it may write."""
         with head.intercepted(lambda _: logits):
             return forward(model, mx.array([[0]]))
 
-    changed = change(mx.array(some))  # a copy
-    if not mx.array_equal(known(some), changed):
-        known = (
-            IDENTITY
-            if mx.array_equal(some, changed)
-            else _find_logit_map(head, change, some, changed)
-        )
-        if known is not None and not known.identity:  # for which there are kernels of their own
+    # It gets a copy.
+    changed = change(mx.array(some))
+    if mx.array_equal(some, changed):
+        known = IDENTITY
+    elif not mx.array_equal(known(some), changed):
+        known = _find_logit_map(head, change, some, changed)
+        if known is not None:
+            # There are kernels for such a map.
             head.check_kernels(hidden_dtype(model), logit_map=known)
     _logit_maps[head] = known
     return known
@@ -52,22 +52,27 @@ def logit_map_of(model: nn.Module) -> LogitMap | None:
 def _find_logit_map(
     head: FlashHead, change: Callable[[mx.array], mx.array], some: mx.array, changed: mx.array
 ) -> LogitMap | None:
-    """Finds the map that ``change`` applies to logits (1, R, V), as ``changed`` out of ``some``."""
+    """Finds the map that ``change`` applies to logits (1, L, V), as ``changed`` out of ``some``."""
 
     def change_values(values: mx.array) -> mx.array:
         """What it makes of any number of logits. Some models write to those of certain tokens.
 
-        In rows of fewer than V MLX would write beyond the end.
+        Of fewer than V at a position MLX would write beyond the end.
         """
-        n_rows = -(-values.size // head.vocab_size)
-        padded = mx.pad(values, (0, n_rows * head.vocab_size - values.size))
-        return change(padded.reshape(1, n_rows, -1)).reshape(-1)[: values.size]
+        n_positions = -(-values.size // head.vocab_size)
+        missing = n_positions * head.vocab_size - values.size
+        padded = mx.pad(values, (0, missing))
+        made = change(padded.reshape(1, n_positions, -1))
+        return made.reshape(-1)[: values.size]
 
+    # A model that looks at the number of positions fails.
     try:
         logit_map = fit_logit_map(change_values, some.dtype)
-    except ValueError:  # it looks at the number of rows
+    except ValueError:
         return None
-    # the values may have been fewer than the tokens
+    # The values may have been fewer than the tokens.
     if logit_map is None or not mx.array_equal(logit_map(some), changed):
         return None
-    return logit_map if head.applies(logit_map, some.dtype) else None
+    if not head.applies(logit_map, some.dtype):
+        return None
+    return logit_map

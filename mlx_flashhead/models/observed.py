@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-Method = Callable[..., Any]  # a layer and its arguments → what the call gives
+# A layer and its arguments → what the call gives.
+Method = Callable[..., Any]
 
 
 @contextmanager
@@ -28,9 +29,7 @@ def with_methods(
         for module in modules:
             base = type(module)
             if base not in classes:
-                replaced = methods(base)
-                names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-                classes[base] = type(base.__name__, (base,), replaced | names) if replaced else base
+                classes[base] = _with_methods(base, methods(base))
             if classes[base] is not base:
                 changed.append((module, base))
                 module.__class__ = classes[base]
@@ -38,3 +37,11 @@ def with_methods(
     finally:
         for module, base in changed:
             module.__class__ = base
+
+
+def _with_methods(base: type, methods: dict[str, Method]) -> type:
+    """A subclass of a class with other methods, under its names; the class itself without any."""
+    if not methods:
+        return base
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), methods | names)

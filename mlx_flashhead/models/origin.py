@@ -9,17 +9,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_NAME = 96  # characters of a repository's name
+# Characters of a repository's name.
+MAX_NAME = 96
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that gets a FlashHead."""
+    """A model that gets a FlashHead.
+
+    Attributes:
+        name: Its name.
+        repo_id: "owner/name" on the Hub, if it is known.
+        revision: Its commit, if it is known.
+    """
 
     name: str
-    repo_id: str | None = None  # "owner/name" on the Hub
-    revision: str | None = None  # its commit
+    repo_id: str | None = None
+    revision: str | None = None
 
     @property
     def known_as(self) -> str:
@@ -33,13 +40,18 @@ class Origin:
             label: Of the precision, such as "4bit".
             prefix: The word with which a licence asks names to begin.
         """
-        # the Hub allows these characters, but neither "--" nor ".."
-        name = re.sub(r"[^\w.]+|\.{2,}", "-", self.name, flags=re.ASCII).strip("-.") or "model"
+        # The Hub allows these characters, but neither "--" nor "..".
+        name = re.sub(r"[^\w.]+|\.{2,}", "-", self.name, flags=re.ASCII).strip("-.")
+        if not name:
+            name = "model"
         name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
         if not begins_with(prefix, name):
             name = name.removeprefix("Meta-")
-            name = name if begins_with(prefix, name) else f"{prefix}-{name}"
-        ending = f"-FlashHead-{label}" if label else "-FlashHead"
+        if not begins_with(prefix, name):
+            name = f"{prefix}-{name}"
+        ending = "-FlashHead"
+        if label:
+            ending = f"-FlashHead-{label}"
         return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
 
 
@@ -60,11 +72,13 @@ def local_origin(folder: Path) -> Origin:
         case (holder, "snapshots", commit) if holder.startswith("models--"):
             cached = holder.removeprefix("models--").replace("--", "/", 1)
             return Origin(cached.rpartition("/")[2], cached, commit)
-    named = None
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not readable
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
-    repo_id = named if is_repository(named) else None
-    return Origin((repo_id or folder.resolve().name).rpartition("/")[2], repo_id)
+    # A configuration may not be readable.
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        repo_id = config["_name_or_path"]
+        if is_repository(repo_id):
+            return Origin(repo_id.rpartition("/")[2], repo_id)
+    return Origin(folder.resolve().name)
 
 
 def is_repository(name: object) -> bool:

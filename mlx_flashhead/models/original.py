@@ -14,7 +14,9 @@ CARD = "README.md"
 def name_of_source(source: str | Path | bool) -> str:
     """A named source, as the cache knows it: its path from the root, or its repository."""
     path = Path(str(source)).expanduser()
-    return str(path.resolve()) if path.exists() else str(source)
+    if path.exists():
+        return str(path.resolve())
+    return str(source)
 
 
 def base_model(folder: Path, keyword: str) -> str:
@@ -31,12 +33,17 @@ def base_model(folder: Path, keyword: str) -> str:
     name = shown_name(folder)
     card = folder / CARD
     in_cache = origin.revision is not None
-    with suppress(Exception):  # cards and the Hub's client raise any type
-        source: Any = name if in_cache and not card.exists() else card
+    source: Any = card
+    if in_cache and not card.exists():
+        source = name
+    # Cards and the Hub's client raise any type.
+    with suppress(Exception):
         data: Any = ModelCard.load(source, ignore_metadata_errors=True).data
-        bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
-        if len(bases) == 1 and is_repository(bases[0]):
-            return bases[0]
+        base = data.base_model
+        if isinstance(base, list) and len(base) == 1:
+            base = base[0]
+        if is_repository(base):
+            return base
     if origin.repo_id is None or in_cache:
         raise ValueError(
             f"The card of {name} names no original (as its base_model), or cannot be fetched: name "
@@ -48,4 +55,6 @@ def base_model(folder: Path, keyword: str) -> str:
 def shown_name(folder: Path) -> str:
     """A model's repository, else the name of its folder, which others need not know."""
     origin = local_origin(folder)
-    return folder.resolve().name if origin.revision is None else origin.known_as
+    if origin.revision is None:
+        return folder.resolve().name
+    return origin.known_as

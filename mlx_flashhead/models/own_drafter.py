@@ -30,7 +30,8 @@ from .trained_drafter import (
     read_config,
 )
 
-BITS = 8  # with 4, far fewer drafts are right
+# With 4, far fewer drafts are right.
+BITS = 8
 
 
 def load_own_drafter(
@@ -84,9 +85,10 @@ def _prepared(
     splitter: Any, folder: Path, config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """The configuration and the weights of the drafter whose tensors are in a folder's files."""
+    # mlx-vlm's code takes the tensors as they should be, and raises any type.
     try:
         prepared = splitter.prepare(folder, source_config=config, q_bits=BITS)
-    except Exception as error:  # mlx-vlm's code, which takes the tensors as they should be
+    except Exception as error:
         raise ValueError(
             f"The MTP layer of {source} cannot be read ({reason(error)}): leave `mtp` out."
         ) from error
@@ -94,9 +96,10 @@ def _prepared(
 
 
 def _module(config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:
+    # mlx-vlm's code raises any type.
     try:
         return compat.drafter_of(config, weights)
-    except Exception as error:  # as above
+    except Exception as error:
         raise ValueError(
             f"mlx-vlm cannot load the MTP layer ({reason(error)}): leave `mtp` out."
         ) from error
@@ -114,10 +117,11 @@ def _cached_or_fetched(
         if known is None or (source is not True and name_of_source(source) != known[2]):
             _fetch(model, folder, source, cached, say, progress)
             known = _read(cached)
-    except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
+    # MLX raises the latter where a disk is full.
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"The MTP layer cannot be kept in {cached.parent} "
-            f"({getattr(error, 'strerror', None) or error}): free some space, or set "
+            f"The MTP layer cannot be kept in {cached.parent} ({said}): free some space, or set "
             f"{HOME_VARIABLE} to another folder."
         ) from None
     assert known is not None
@@ -141,7 +145,10 @@ def _fetch(
     progress: bool,
 ) -> None:
     """Fetches the tensors of the original's MTP layer, and keeps them in 8 bits."""
-    original = base_model(folder, "mtp") if source is True else name_of_source(source)
+    if source is True:
+        original = base_model(folder, "mtp")
+    else:
+        original = name_of_source(source)
     config = read_json(original, CONFIG)
     if is_trained_drafter(config):
         raise ValueError(
@@ -152,7 +159,8 @@ def _fetch(
     tensors = _tensors(splitter, original, config)
     n_bytes = sum(tensor.nbytes for tensor in tensors)
     say(f"Fetching the MTP layer of {original} ({megabytes(n_bytes)}).")
-    with new_file(cached) as file:  # whole or not at all
+    # The file is there whole or not at all.
+    with new_file(cached) as file:
         with tqdm(
             total=n_bytes, unit="B", unit_scale=True, desc="MTP layer", disable=not progress
         ) as bar:

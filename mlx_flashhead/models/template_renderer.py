@@ -14,7 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-MAX_CHARACTERS = 1 << 24  # of a text
+# Of a text.
+MAX_CHARACTERS = 1 << 24
 
 
 def work(request: list[Any]) -> Any:
@@ -47,7 +48,8 @@ class _Namespace(Namespace):
     """One without names that reach Python's inside, as in transformers."""
 
     def __init__(*args: Any, **attributes: Any):
-        self, *parts = args  # so that an attribute may be called self
+        # So an attribute may be called self.
+        self, *parts = args
         Namespace.__init__(self)
         for name, value in dict(*parts, **attributes).items():
             self[name] = value

@@ -51,27 +51,27 @@ def apply_template(
     """
     apply = partial(type(tokenizer).apply_chat_template, tokenizer, messages, tokenize=False)
     template = _jinja_template(tokenizer, options.get("tools"))
-    text = ""
+    # Templates raise any type.
     try:
         if template is not None:
-            # transformers prepares messages, tools and variables, and writes those that are read
-            entries = (
-                f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
-                for name in _variables_read(template)
-            )
-            variables = apply(chat_template="".join(entries) or " ", **options)
+            # transformers prepares messages, tools and variables, and writes those that are read.
+            variables = apply(chat_template=_writing_variables(template), **options)
             text = _GUARD.call([template, f'{{{variables}"":0}}'])
-        if continue_final_message:  # what it makes is bounded above
-            text = apply(continue_final_message=True, **options)
-        elif template is None:
-            text = apply(**options)
-    except Exception as error:  # templates raise any type
-        line = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
-        reason = f"it {line}" if isinstance(error, GuardError) else line
+            if not continue_final_message:
+                return text
+        if continue_final_message:
+            # What the template makes is bounded above.
+            return apply(continue_final_message=True, **options)
+        return apply(**options)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0].rstrip(".")[:200]
+        if not line:
+            line = type(error).__name__
+        if isinstance(error, GuardError):
+            line = f"it {line}"
         raise ValueError(
-            f"The model's chat template cannot be filled in ({reason}): {remedy}."
+            f"The model's chat template cannot be filled in ({line}): {remedy}."
         ) from error
-    return text
 
 
 def template_variables(tokenizer: Any) -> frozenset[str]:
@@ -81,8 +81,21 @@ def template_variables(tokenizer: Any) -> frozenset[str]:
         return frozenset()
     try:
         return frozenset(_variables_read(template))
-    except (GuardError, RuntimeError):  # the error is raised when it is filled in
+    # The error is raised when it is filled in.
+    except (GuardError, RuntimeError):
         return frozenset()
+
+
+def _writing_variables(template: str) -> str:
+    """A template that writes the variables that another one reads, as members of JSON."""
+    entries = []
+    for name in _variables_read(template):
+        entries.append(
+            f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+        )
+    if not entries:
+        return " "
+    return "".join(entries)
 
 
 @lru_cache(32)

@@ -23,8 +23,10 @@ from .fetch import hub_errors
 
 ENDING = ".safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = constants.SAFETENSORS_MAX_HEADER_LENGTH  # bytes, as the Hub's client has it
-SILENCE = 30.0  # seconds without a byte, after which the network is down
+# Bytes, as the Hub's client has it.
+LARGEST_HEADER = constants.SAFETENSORS_MAX_HEADER_LENGTH
+# After so many seconds without a byte the network is down.
+SILENCE = 30.0
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # What reading a damaged header raises.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
@@ -38,7 +40,9 @@ class TensorFile:
     repo_id: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} of {self.repo_id}" if self.repo_id else self.name
+        if self.repo_id is None:
+            return self.name
+        return f"{self.name} of {self.repo_id}"
 
     def stream(self, start: int, end: int) -> Iterator[bytes]:
         """The bytes from ``start`` to ``end``, as many as there are.
@@ -50,10 +54,10 @@ class TensorFile:
             yield np.memmap(self.name, mode="r")[start:end].tobytes()
             return
         url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
-        headers = build_hf_headers() | {
-            "Range": f"bytes={start}-{end - 1}",
-            "Accept-Encoding": "identity",  # an answer that is packed has no known length
-        }
+        headers = build_hf_headers()
+        headers["Range"] = f"bytes={start}-{end - 1}"
+        # An answer that is packed has no known length.
+        headers["Accept-Encoding"] = "identity"
         stream = get_session().stream("GET", url, headers=headers, timeout=SILENCE)
         with hub_errors(self.repo_id), stream as response:
             hf_raise_for_status(response)
@@ -71,8 +75,11 @@ class TensorFile:
 
     def tensors(self) -> list["Tensor"]:
         """The tensors of the header; ValueError if it is none, or is too large."""
-        first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
-        content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
+        length = b"".join(self.stream(0, 8))
+        first = 8 + int.from_bytes(length, "little")
+        content = b""
+        if 10 <= first <= LARGEST_HEADER:
+            content = b"".join(self.stream(8, first))
         try:
             header = json.loads(content)
             metadata = header.pop("__metadata__", {})
@@ -93,6 +100,10 @@ class Tensor:
         about: What the header says of it.
         first: Where in the file the bytes of the first tensor begin.
         metadata: What the header says of the whole file.
+
+    Attributes:
+        stored_as: Its dtype in the words of safetensors.
+        dtype: Its dtype as MLX's, if it is one of floats.
     """
 
     def __init__(
@@ -106,7 +117,7 @@ class Tensor:
         self.file = file
         self.name = name
         self.metadata = metadata
-        self.stored_as = str(about["dtype"])  # in the words of safetensors
+        self.stored_as = str(about["dtype"])
         self.dtype = _DTYPES.get(self.stored_as, mx.uint8)
         self.shape = tuple(map(int, about["shape"]))
         start, end = map(int, about["data_offsets"])
@@ -122,14 +133,19 @@ class Tensor:
 
     def array(self, content: Any) -> mx.array:
         """Rows (n, D), from their bytes."""
-        raw = np.frombuffer(content, np.uint32 if self.dtype == mx.float32 else np.uint16)
-        return mx.array(raw.reshape(-1, self.shape[1])).view(self.dtype)
+        words: Any = np.uint16
+        if self.dtype == mx.float32:
+            words = np.uint32
+        raw = np.frombuffer(content, words).reshape(-1, self.shape[1])
+        return mx.array(raw).view(self.dtype)
 
     def rows(self, ids: list[int]) -> mx.array:
         """The rows (n, D) of these numbers; ValueError if the file ends before them."""
         size = self.dtype.size * self.shape[1]
-        starts = (self.start + i * size for i in ids)
-        content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
+        content = b""
+        for i in ids:
+            start = self.start + i * size
+            content += b"".join(self.file.stream(start, start + size))
         if len(content) != len(ids) * size:
             raise ValueError(f"{self.file} ends before its rows: choose another source.")
         return self.array(content)
@@ -163,13 +179,16 @@ def selected_tensors(source: str, select: Callable[[str], bool]) -> list[Tensor]
     Raises:
         ValueError: If the files cannot be read.
     """
-    # names of tensors and of their files, where an index has them
-    places = read_json(source, INDEX).get("weight_map", {})
-    holding = {place for name, place in places.items() if select(name)}
+    # An index has the names of tensors and of their files.
+    file_names = read_json(source, INDEX).get("weight_map", {})
+    holding = {file_name for name, file_name in file_names.items() if select(name)}
     files = tensor_files(source)
     if holding:
         files = [file for file in files if Path(file.name).name in holding]
-    return [tensor for file in files for tensor in file.tensors() if select(tensor.name)]
+    selected = []
+    for file in files:
+        selected += [tensor for tensor in file.tensors() if select(tensor.name)]
+    return selected
 
 
 def read_json(source: str, name: str) -> dict[str, Any]:
@@ -237,19 +256,27 @@ def tensor_files(source: str) -> list[TensorFile]:
     The last one comes first: a head that is not tied is mostly there.
     """
     path = Path(os.path.expanduser(source))
-    if path.exists():
-        paths = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
-        files = [TensorFile(str(file)) for file in paths]
+    if path.is_dir():
+        files = [TensorFile(str(file)) for file in sorted(path.glob("*" + ENDING))]
+    elif path.exists():
+        files = [TensorFile(str(path))]
     else:
-        with hub_errors(source):
-            siblings = huggingface_hub.HfApi().model_info(source).siblings or []
-        files = []
-        for name in sorted(file.rfilename for file in siblings):
-            if name.endswith(ENDING) and "/" not in name:
-                copy = huggingface_hub.try_to_load_from_cache(source, name)
-                files.append(
-                    TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
-                )
+        files = _repository_files(source)
     if not files:
         raise ValueError(f"{source} holds no safetensors file: choose another source.")
     return [files[-1], *files[:-1]]
+
+
+def _repository_files(repo_id: str) -> list[TensorFile]:
+    """The safetensors files of a repository, those on this machine by their paths."""
+    with hub_errors(repo_id):
+        siblings = huggingface_hub.HfApi().model_info(repo_id).siblings or []
+    files = []
+    for name in sorted(file.rfilename for file in siblings):
+        if name.endswith(ENDING) and "/" not in name:
+            copy = huggingface_hub.try_to_load_from_cache(repo_id, name)
+            if isinstance(copy, str):
+                files.append(TensorFile(copy))
+            else:
+                files.append(TensorFile(name, repo_id))
+    return files

@@ -20,19 +20,26 @@ _LIKE_A_DRAFTERS = re.compile("mtp|assistant|dflash|dspark|eagle", re.IGNORECASE
 
 
 class Shape(NamedTuple):
-    """What must agree between a drafter and its target. None and "" are not known."""
+    """What must agree between a drafter and its target. None and "" are not known.
 
-    family: str  # such as "qwen3_5"
+    Attributes:
+        family: Such as "qwen3_5".
+        hidden_size: Numbers of a state.
+        vocab_size: Tokens.
+    """
+
+    family: str
     hidden_size: int | None
     vocab_size: int | None
 
     def fits(self, target: "Shape") -> bool:
         """Whether a drafter of this shape may draft for a target."""
-        names = sorted((self.family, target.family), key=len)
-        sizes = zip(self[1:], target[1:], strict=True)
-        return names[1].startswith(names[0]) and all(
-            own == other for own, other in sizes if own is not None and other is not None
-        )
+        shorter, longer = sorted((self.family, target.family), key=len)
+        if not longer.startswith(shorter):
+            return False
+        if self.hidden_size is not None and target.hidden_size not in (None, self.hidden_size):
+            return False
+        return self.vocab_size is None or target.vocab_size in (None, self.vocab_size)
 
     def __str__(self) -> str:
         return (
@@ -55,7 +62,9 @@ class TrainedDrafter:
         self.source = source
         self._target: DraftedTarget | None = None
         self._shape = _shape_of_drafter(config)
-        self.name = "MTP" if "mtp" in config["model_type"] else "assistant"
+        self.name = "assistant"
+        if "mtp" in config["model_type"]:
+            self.name = "MTP"
 
     @property
     def has_own_head(self) -> bool:
@@ -77,7 +86,8 @@ class TrainedDrafter:
             head_share: Of the target's head that a draft reads.
         """
         parts = self.module.modules()
-        if "masked_embedding" in self.module:  # it scores few rows by itself
+        # Such a drafter scores few rows by itself.
+        if "masked_embedding" in self.module:
             parts = [each for each in parts if not isinstance(each, EMBEDDINGS)]
         nbytes = sum(nbytes_read(each, target.n_active) for each in parts)
         if not self.has_own_head:
@@ -105,7 +115,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return config
 
 
 def is_trained_drafter(config: dict[str, Any]) -> bool:
@@ -148,9 +160,10 @@ def load_trained_drafter(folder: Path, source: str) -> TrainedDrafter:
         raise ValueError(
             f"The drafter {source} has no weights (*.safetensors): check or fetch it again."
         )
+    # mlx-vlm's code of drafters, and of damaged settings, raises any type.
     try:
         module = compat.load_drafter(folder)
-    except Exception as error:  # mlx-vlm's code of drafters, and of damaged settings, raises any
+    except Exception as error:
         raise ValueError(
             f"mlx-vlm cannot load the drafter {source} ({reason(error)}): check or fetch it again."
         ) from error
@@ -164,14 +177,15 @@ def check_installed(what: str) -> None:
 
 def _check_kind(config: dict[str, Any], source: str) -> None:
     check_installed(f"The drafter {source}")
-    kind = config.get("model_type")
+    model_type = config.get("model_type")
     available = compat.available_drafters()
-    if kind not in available:
+    if model_type not in available:
         raise ValueError(
-            f"{source} is a drafter of the kind {kind!r}, which cannot draft for a model of "
+            f"{source} is a drafter of the kind {model_type!r}, which cannot draft for a model of "
             f"mlx-lm: give one of {', '.join(available)}, or a smaller model of the same family."
         )
-    if "model_file" in config:  # which mlx-vlm would run
+    # It is code, which mlx-vlm would run.
+    if "model_file" in config:
         raise ValueError(f"{source} brings Python code of its own: choose another drafter.")
 
 
@@ -196,7 +210,9 @@ def _shape(config: dict[str, Any]) -> Shape:
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
-    return text if isinstance(text, dict) else {}
+    if not isinstance(text, dict):
+        return {}
+    return text
 
 
 def _shape_of_drafter(config: dict[str, Any]) -> Shape:

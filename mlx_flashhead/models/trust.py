@@ -30,12 +30,14 @@ def is_librarys_model(model: Any) -> bool:
     if not isinstance(model, nn.Module) or model.training:
         return False
     classes: set[Any] = set(map(type, model.modules()))
-    own = {cls.__bases__[1] if issubclass(cls, FlashModule) else cls for cls in classes}
-    return all(map(_is_libraries, own))
+    return all(map(_is_libraries, classes))
 
 
-def _is_libraries(cls: type) -> bool:
+def _is_libraries(cls: Any) -> bool:
     """Whether a class is the one that its library has under its name, and its call is its own."""
+    if issubclass(cls, FlashModule):
+        # It is this package's, beside the one of the library.
+        cls = cls.__bases__[1]
     home = sys.modules.get(cls.__module__)
     if getattr(home, cls.__qualname__, None) is not cls:
         return False
@@ -47,6 +49,10 @@ def _is_libraries(cls: type) -> bool:
 @cache
 def _in_libraries(filename: str) -> bool:
     """Whether a file of code is one of the libraries'."""
-    there = (sys.modules[name] for name in LIBRARIES if name in sys.modules)
-    places = [place for library in there for place in library.__path__]
-    return any(Path(filename).is_relative_to(place) for place in places)
+    file = Path(filename)
+    for name in LIBRARIES:
+        if name in sys.modules:
+            folders = sys.modules[name].__path__
+            if any(file.is_relative_to(folder) for folder in folders):
+                return True
+    return False

@@ -41,7 +41,9 @@ def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) 
     else:
         output = whole(tokens, cache=cache)
     logits = getattr(output, "logits", output)
-    return logits[0] if isinstance(logits, tuple) else logits
+    if isinstance(logits, tuple):
+        return logits[0]
+    return logits
 
 
 @contextmanager
@@ -111,7 +113,9 @@ def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
 
 def text_side(model: nn.Module, processor: Any) -> Any:
     """The tokenizer of a model: mlx-lm's as it is, the text side of mlx-vlm's processor."""
-    return ProcessorText(model, processor) if is_vlm(model) else processor
+    if is_vlm(model):
+        return ProcessorText(model, processor)
+    return processor
 
 
 class ProcessorText:
@@ -144,7 +148,8 @@ class ProcessorText:
         sides = (self._processor, self._tokenizer)
         if not any(getattr(side, "chat_template", None) for side in sides):
             return False
-        with suppress(Exception):  # an architecture without one, or whatever a template raises
+        # An architecture may have none, and a template raises any type.
+        with suppress(Exception):
             hello = [{"role": "user", "content": "Hello"}]
             return isinstance(self.apply_chat_template(hello, tokenize=False), str)
         return False

@@ -97,8 +97,10 @@ class CallFormat:
                     raise ValueError("this model's format has no such names")
                 written.append(rules.rule(self.call_of(tool, rules)))
         call = rules.rule(one_of(written))
-        again = f"({rules.template(self.comma)} {call})*" if several and self.several else ""
-        return rules.template(self.section + self.end, calls=f"{call} {again}")
+        calls = call
+        if several and self.several:
+            calls = f"{call} ({rules.template(self.comma)} {call})*"
+        return rules.template(self.section + self.end, calls=calls)
 
     def call_of(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a call."""
@@ -120,16 +122,18 @@ class Mistral(CallFormat):
     def section_of(self, tools: Sequence[Tool], rules: LarkRules, *, several: bool) -> str:
         """A Lark expression of calls with headers, or of a list of calls."""
         listed = super().section_of(tools, rules, several=several)
-        headed = [
-            rules.rule(f"{rules.expression(f'{tool.name}[ARGS]')} {self.arguments(tool, rules)}")
-            for tool in tools
-            if re.fullmatch(r"[\w-]+", tool.name, re.ASCII)
-        ]
+        headed = []
+        for tool in tools:
+            if re.fullmatch(r"[\w-]+", tool.name, re.ASCII):
+                header = rules.expression(f"{tool.name}[ARGS]")
+                headed.append(rules.rule(f"{header} {self.arguments(tool, rules)}"))
         if not headed:
             return listed
         call = rules.rule(one_of(headed))
-        again = f"({rules.expression(self.start)}? {call})*" if several else ""
-        return one_of([listed, f"{call} {again}"])
+        calls = call
+        if several:
+            calls = f"{call} ({rules.expression(self.start)}? {call})*"
+        return one_of([listed, calls])
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ class ListedFormat(CallFormat):
         written = []
         for key, part, required in listed:
             text = self.key(key)
-            value = self.value(part, tool, rules) if text else ""
+            value = ""
+            if text:
+                value = self.value(part, tool, rules)
             if value:
                 words = {"key": text, "type": self.type_read(part, tool)}
                 opening = rules.template(self.opening, words)
@@ -196,15 +202,21 @@ class ListedFormat(CallFormat):
                 raise ValueError(f"this model's format has no such argument as {key!r:.40}")
         between = rules.template(self.between)
         if self.free_keys and others not in (None, False):
-            unlike = [f"~/{any_of(key for key, _, _ in listed)}/"] if listed else []
-            key = rules.rule(" & ".join([f"/{self.free_keys}/", *unlike]), "T")
-            more = f"{rules.template(self.opening, key=key)} {self.value(others, tool, rules)}"
+            pattern = f"/{self.free_keys}/"
+            if listed:
+                names = any_of(key for key, _, _ in listed)
+                pattern = f"{pattern} & ~/{names}/"
+            free_key = rules.rule(pattern, "T")
+            opening = rules.template(self.opening, key=free_key)
+            more = f"{opening} {self.value(others, tool, rules)}"
             written.append((f"{more} ({between} {more})*", False))
         return rules.in_order(written, between, needs_one=bool(self.empty))
 
     def key(self, name: str) -> str:
         """A name as it is written; empty if it cannot be."""
-        return name if re.fullmatch(self.keys, name) else ""
+        if re.fullmatch(self.keys, name):
+            return name
+        return ""
 
     def type_read(self, schema: Any, tool: Tool) -> str:
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
@@ -216,8 +228,9 @@ class ListedFormat(CallFormat):
             return "object"
         if others and not self.null_is_none:
             return "object"
-        are_null = all(type_of(part) == "null" for part in others)
-        return "string" if are_null else "object"
+        if all(type_of(part) == "null" for part in others):
+            return "string"
+        return "object"
 
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
@@ -277,28 +290,44 @@ class Gemma(ListedFormat):
         return rules.recursive(key, lambda: one_of(self._values(schema, tool, rules)))
 
     def _values(self, schema: Any, tool: Tool, rules: LarkRules) -> list[str]:
+        """Lark expressions of the values of a schema."""
         parts = tool.alternatives(schema)
         if parts is None:
             raise ValueError("limits beside alternatives cannot be written in this model's format")
         found: list[str] = []
         for part in parts:
-            part_type = type_of(part)
-            if part_type in _PARTS and not self.has_parts:
-                continue
-            if part_type == "any":
-                types = [*_SCALARS, *_PARTS] if self.has_parts else list(_SCALARS)
-                found.append(self.value({"type": types}, tool, rules))
-            elif is_text(part):
-                texts = plain_text(part, self.quote, rules, never=self.never)
-                found += [f"{rules.expression(self.quote)} {text}" for text in texts]
-            elif part_type == "array":
-                found.append(self._array(part, tool, rules))
-            elif part_type == "object":
-                found.append(f'"{{" {self.members(part, tool, rules)} "}}"')
-            elif not any(isinstance(value, list | dict) for value in part.get("enum", ())):
-                scalar = part if "enum" in part else {"type": part_type, **part}
-                found.append(rules.json(scalar))
+            found += self._values_of(part, type_of(part), tool, rules)
         return found
+
+    def _values_of(
+        self, part: dict[str, Any], part_type: str, tool: Tool, rules: LarkRules
+    ) -> list[str]:
+        """Lark expressions of the values of an alternative; none if they cannot be written."""
+        if part_type == "any":
+            types = list(_SCALARS)
+            if self.has_parts:
+                types += _PARTS
+            return [self.value({"type": types}, tool, rules)]
+        if is_text(part):
+            texts = plain_text(part, self.quote, rules, never=self.never)
+            return [f"{rules.expression(self.quote)} {text}" for text in texts]
+        if part_type in _PARTS:
+            return self._lists_and_objects(part, part_type, tool, rules)
+        if "enum" not in part:
+            return [rules.json({"type": part_type, **part})]
+        if any(isinstance(value, list | dict) for value in part["enum"]):
+            return []
+        return [rules.json(part)]
+
+    def _lists_and_objects(
+        self, part: dict[str, Any], part_type: str, tool: Tool, rules: LarkRules
+    ) -> list[str]:
+        """Lark expressions of lists, or of objects; none if the format has none."""
+        if not self.has_parts:
+            return []
+        if part_type == "array":
+            return [self._array(part, tool, rules)]
+        return [f'"{{" {self.members(part, tool, rules)} "}}"']
 
     def _array(self, schema: dict[str, Any], tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of lists."""
@@ -310,9 +339,11 @@ class Gemma(ListedFormat):
         most = schema.get("maxItems")
         if most == 0 or not item:
             return literal_of("[]")
-        least_more = max(0, fewest - 1)
-        most_more = "" if most is None else most - 1
-        items = f'{item} ("," {item}){{{least_more},{most_more}}}'
+        # A first one, and so many after it.
+        times = f"{max(0, fewest - 1)},"
+        if most is not None:
+            times += str(most - 1)
+        items = f'{item} ("," {item}){{{times}}}'
         if not fewest:
             items = f"({items})?"
         return f'"[" {items} "]"'
@@ -341,7 +372,9 @@ def plain_text(
             has_mark = any(each in text for each in (mark, *never))
             if not has_mark and not any(re.fullmatch(each, text) for each in unlike):
                 left.append(text)
-        return [rules.text_until(mark, f"/{any_of(left)}/")] if left else []
+        if not left:
+            return []
+        return [rules.text_until(mark, f"/{any_of(left)}/")]
     shortest = schema.get("minLength", 0)
     longest = schema.get("maxLength", "")
     forms = [rf"/[^\x00]{{{shortest},{longest}}}/"]

@@ -17,8 +17,10 @@ from .vocabulary import llguidance
 
 # Earley items of one mask: large schemas need up to 10,000. llguidance's default takes seconds.
 LIMITS: dict[str, Any] = {"step_max_items": 10_000, "verbose_errors": False}
-MAX_KEPT = 200_000  # characters of grammars whose problem is kept; clients send the same ones again
-MAX_FORCED = 10_000  # bytes without a choice at a text's beginning: each mask looks at all of them
+# Clients send the same grammars again: the problem is kept of those of so many characters, or less.
+MAX_KEPT = 200_000
+# Bytes without a choice at a text's beginning: each mask looks at all of them.
+MAX_FORCED = 10_000
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
 # What is found in llguidance's messages, and what they say.
@@ -39,10 +41,15 @@ _GUARD = Guard(Path(__file__).with_name("grammar_check.py"))
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked description of a text. What makes one raises a ValueError if it is wrong."""
+    """A checked description of a text. What makes one raises a ValueError if it is wrong.
 
-    kind: str  # "JSON schema", "regular expression" or "grammar"
-    source: str  # one of llguidance's grammars, as JSON
+    Attributes:
+        form: What describes it: "JSON schema", "regular expression" or "grammar".
+        source: One of llguidance's grammars, as JSON.
+    """
+
+    form: str
+    source: str
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
@@ -51,12 +58,15 @@ class Grammar:
         Raises:
             ValueError: If the schema is wrong, or has a key that llguidance does not follow.
         """
-        if not isinstance(schema, dict) and schema is not True:
-            form = 'it must be an object such as {"type": "object"}'
-            raise ValueError(f"The JSON schema is {schema!r:.60}: {form}.")
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            remedy = 'it must be an object such as {"type": "object"}'
+            raise ValueError(f"The JSON schema is {schema!r:.60}: {remedy}.")
         try:
-            document = Document({} if schema is True else schema)
-            source = json.dumps({"name": "form", "json_schema": document.by_itself(document.root)})
+            document = Document(schema)
+            whole = document.by_itself(document.root)
+            source = json.dumps({"name": "form", "json_schema": whole})
         except (RecursionError, ValueError) as error:
             raise ValueError(f"The JSON schema is wrong: {error}.") from None
         return cls._checked("JSON schema", source)
@@ -71,8 +81,10 @@ class Grammar:
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(f"The regular expression is {pattern!r:.60}: it must be a text.")
         if _ZERO.search(pattern):
-            zero = "holds the character 0, which no text has here"
-            raise ValueError(f"The regular expression {pattern!r:.60} {zero}: leave it out.")
+            raise ValueError(
+                f"The regular expression {pattern!r:.60} holds the character 0, which no text has "
+                "here: leave it out."
+            )
         lark = f"start: /{llguidance().regex_to_lark(pattern, '')}/"
         source = json.dumps({"name": "form", "lark_grammar": lark})
         return cls._checked("regular expression", source, f" {pattern!r:.60}", _place_in(pattern))
@@ -89,14 +101,15 @@ class Grammar:
         return cls._checked("grammar", json.dumps({"name": "form", "lark_grammar": text}))
 
     @classmethod
-    def _checked(cls, kind: str, source: str, shown: str = "", where: str = "") -> "Grammar":
+    def _checked(cls, form: str, source: str, shown: str = "", where: str = "") -> "Grammar":
         problem = first_problem(source)
         if problem is None:
-            return cls(kind, source)
-        place = re.match(r"(?:at )?(\d+)\((\d+)\)", problem[1])
-        if place and kind == "grammar":
-            where = f" at line {place[1]}, column {place[2]}"
-        raise ValueError(f"The {kind}{shown} is wrong{where}: {sentence(problem[1])}.")
+            return cls(form, source)
+        _, objection = problem
+        found = re.match(r"(?:at )?(\d+)\((\d+)\)", objection)
+        if found and form == "grammar":
+            where = f" at line {found[1]}, column {found[2]}"
+        raise ValueError(f"The {form}{shown} is wrong{where}: {sentence(objection)}.")
 
 
 def top_level(*sources: str) -> str:
@@ -123,15 +136,19 @@ def _known_problem(*sources: str) -> tuple[int, str] | None:
         found = _GUARD.call(request)
     except (GuardError, RuntimeError) as error:
         return -1, f"it {error}: simplify it"
-    return None if found is None else (found[0], found[1])
+    if found is None:
+        return None
+    number, objection = found
+    return number, objection
 
 
 def sentence(problem: str) -> str:
     """What llguidance's message of several lines says, without its full stop."""
     problem = problem.replace("/$defs/root", "")
-    for found, said in _SENTENCES:
-        if match := re.search(found, problem, re.MULTILINE):
-            return match.expand(said)
+    for pattern, said in _SENTENCES:
+        found = re.search(pattern, problem, re.MULTILINE)
+        if found:
+            return found.expand(said)
     return problem.strip().partition("\n")[0].rstrip(".:")
 
 
@@ -168,23 +185,40 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
     """
     if args.regex is not None:
         return Grammar.from_regex(args.regex)
-    is_schema = args.json_schema is not None
-    given = args.json_schema if is_schema else args.grammar
-    if given is None:
-        return None
-    # Otherwise it is the name of a file.
-    is_text = is_schema and given.lstrip().startswith("{")
-    where = "--json-schema" if is_text else given
+    if args.json_schema is not None:
+        return _of_schema(args.json_schema)
+    if args.grammar is not None:
+        return _of_file(args.grammar)
+    return None
+
+
+def _of_file(name: str) -> Grammar:
+    """The Lark grammar in a file."""
     try:
-        text = given if is_text else Path(given).expanduser().read_text(encoding="utf-8")
-        return Grammar.from_json_schema(json.loads(text)) if is_schema else Grammar.from_lark(text)
+        return Grammar.from_lark(_text_of(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _of_schema(given: str) -> Grammar:
+    """The JSON schema that is given, or that is in a file."""
+    where = given
+    text = given
+    try:
+        if given.lstrip().startswith("{"):
+            where = "--json-schema"
+        else:
+            text = _text_of(given)
+        return Grammar.from_json_schema(json.loads(text))
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is not JSON ({problem}): give a schema.") from None
     except FileNotFoundError:
-        if not is_schema:
-            raise
         remedy = """give one that exists, or the schema itself, such as '{"type": "object"}'"""
         raise ValueError(f"--json-schema: there is no file {given:.60}: {remedy}.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _text_of(name: str) -> str:
+    return Path(name).expanduser().read_text(encoding="utf-8")

@@ -43,8 +43,10 @@ class LarkRules:
 
     def text(self, start: str) -> str:
         """The whole grammar, of texts that the expression ``start`` derives."""
-        rules = [f"{name}: {body}\n" for name, body in self._bodies.items()]
-        return "".join([f"start: {start}\n", *rules, _TERMINALS])
+        lines = [f"start: {start}\n"]
+        for name, body in self._bodies.items():
+            lines.append(f"{name}: {body}\n")
+        return "".join([*lines, _TERMINALS])
 
     def rule(self, body: str, prefix: str = "r", attributes: str = "") -> str:
         """The name of a rule with this body.
@@ -135,7 +137,8 @@ class LarkRules:
         first = self.parts(mark)[0]
         if first in self.special:
             return f"{text} {self.expression(mark)}"
-        # one terminal, since the longest one counts: a text by itself would take the mark's letters
+        # It is one terminal, since the longest one counts: a text by itself would take the mark's
+        # letters.
         whole = self.rule(f"{text} {literal_of(first)}", "T")
         return f"{whole} {self.expression(mark.removeprefix(first))}"
 
@@ -153,7 +156,9 @@ class LarkRules:
         firsts: list[str] = []
         following = ""
         for member, required in reversed(members):
-            rest = self.rule(following) if following else ""
+            rest = ""
+            if following:
+                rest = self.rule(following)
             if required:
                 firsts = []
                 following = f"{comma} {member} {rest}"
@@ -161,8 +166,9 @@ class LarkRules:
                 following = f"({comma} {member})? {rest}"
             firsts.append(f"{member} {rest}")
         inside = one_of(reversed(firsts))
-        is_optional = not needs_one and not any(required for _, required in members)
-        return f"({inside})?" if inside and is_optional else inside
+        if not inside or needs_one or any(required for _, required in members):
+            return inside
+        return f"({inside})?"
 
 
 def literal_of(text: str) -> str:
@@ -172,12 +178,19 @@ def literal_of(text: str) -> str:
 
 def quoted(text: str) -> str:
     """A regular expression of exactly this text."""
-    return "".join(c if c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+    characters = []
+    for character in text:
+        if character.isalnum():
+            characters.append(character)
+        else:
+            characters.append(rf"\x{{{ord(character):x}}}")
+    return "".join(characters)
 
 
 def any_of(texts: Iterable[str]) -> str:
     """A regular expression of exactly these texts."""
-    return f"({'|'.join(map(quoted, texts))})"
+    alternatives = "|".join(map(quoted, texts))
+    return f"({alternatives})"
 
 
 def matching(pattern: str) -> str:
@@ -186,12 +199,16 @@ def matching(pattern: str) -> str:
     Anchors at its ends are taken off, and the rest matches the whole text up to them. So a branch
     with an anchor of its own matches less.
     """
-    anything = "(?s:.*)"
-    begin = "" if pattern.startswith("^") else anything
-    without_begin = pattern.removeprefix("^")
-    inner = re.sub(r"(?<!\\)((\\\\)*)\$$", r"\1", without_begin)
-    end = "" if inner != without_begin else anything
-    return f"/{begin}(?:{llguidance().regex_to_lark(inner, 'dw')}){end}/"
+    begin = "(?s:.*)"
+    end = "(?s:.*)"
+    if pattern.startswith("^"):
+        begin = ""
+        pattern = pattern.removeprefix("^")
+    inner = re.sub(r"(?<!\\)((\\\\)*)\$$", r"\1", pattern)
+    if inner != pattern:
+        end = ""
+    middle = llguidance().regex_to_lark(inner, "dw")
+    return f"/{begin}(?:{middle}){end}/"
 
 
 def one_of(expressions: Iterable[str]) -> str:

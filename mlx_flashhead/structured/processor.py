@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -46,13 +46,13 @@ class MaskTime:
 
 
 @lru_cache(MAX_MATCHERS)
-def checked_matcher(vocabulary: Vocabulary, grammars: str, kind: str) -> Any:
+def checked_matcher(vocabulary: Vocabulary, grammars: str, form: str) -> Any:
     """A matcher whose first mask has been computed. It is to be copied.
 
     Args:
         vocabulary: The tokens.
         grammars: llguidance's, as JSON.
-        kind: What the text is, for the error.
+        form: What describes the text, for the error.
 
     Raises:
         ValueError: If no text follows them.
@@ -61,7 +61,7 @@ def checked_matcher(vocabulary: Vocabulary, grammars: str, kind: str) -> Any:
     matcher = llguidance().LLMatcher(vocabulary.tokens, grammars, log_level=0, limits=limits)
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise ValueError(f"The {kind} cannot be followed: {sentence(matcher.get_error())}.")
+        raise ValueError(f"The {form} cannot be followed: {sentence(matcher.get_error())}.")
     return matcher
 
 
@@ -112,8 +112,10 @@ class GrammarProcessor(Mask):
         # It counts the processors for other sequences, too.
         self._time = MaskTime(seconds_per_mask)
         text = text_grammar(self._vocabulary, grammar, calls, required=required, thought=thought)
-        kind = "form of calls" if grammar is None else grammar.kind
-        self._fresh = checked_matcher(self._vocabulary, text, kind)
+        form = "form of calls"
+        if grammar is not None:
+            form = grammar.form
+        self._fresh = checked_matcher(self._vocabulary, text, form)
         self.begin()
 
     def begin(self) -> None:
@@ -185,28 +187,37 @@ class GrammarProcessor(Mask):
 
     def _follow(self, tokens: Any) -> str | None:
         """Brings the matcher to the end of the tokens so far, and returns what is wrong."""
-        if self._n_prompt is None:
-            self._n_prompt = len(tokens)
-        text: Any = tokens[self._n_prompt :]
-        text = text.tolist() if isinstance(text, mx.array) else list(text)
+        text = self._text_of(tokens)
         if self._matcher.is_error() and text[: len(self._followed)] != self._followed:
             # A guess has led it into the error.
             self._matcher = self._fresh.deep_copy()
             self._followed = []
-        if (problem := self._error()) is not None:
+        problem = self._error()
+        if problem is not None:
             return problem
-        before = self._followed
-        n_both = min(len(before), len(text))
-        shared = next((i for i in range(n_both) if before[i] != text[i]), n_both)
-        if shared < len(before):
-            self._matcher.rollback(len(before) - shared)
+        shared = _n_shared(self._followed, text)
+        n_wrong = len(self._followed) - shared
+        if n_wrong:
+            self._matcher.rollback(n_wrong)
         new = text[shared:]
-        n_taken = self._time.spend(lambda: self._matcher.try_consume_tokens(new)) if new else 0
+        n_taken = 0
+        if new:
+            n_taken = self._time.spend(lambda: self._matcher.try_consume_tokens(new))
         self._followed = text[: shared + n_taken]
-        stray = new[n_taken : n_taken + 1]
-        if stray and stray[0] not in self._vocabulary.end_tokens:
-            return f"the token {stray[0]} is not allowed there"
+        if n_taken < len(new):
+            stray = new[n_taken]
+            if stray not in self._vocabulary.end_tokens:
+                return f"the token {stray} is not allowed there"
         return self._error()
+
+    def _text_of(self, tokens: Any) -> list[int]:
+        """The tokens so far without those of the prompt."""
+        if self._n_prompt is None:
+            self._n_prompt = len(tokens)
+        text: Any = tokens[self._n_prompt :]
+        if isinstance(text, mx.array):
+            return cast(list[int], text.tolist())
+        return list(text)
 
     def _error(self) -> str | None:
         if self._time.is_over:
@@ -214,6 +225,15 @@ class GrammarProcessor(Mask):
         if self._matcher.is_error():
             return str(self._matcher.get_error().splitlines()[0])
         return None
+
+
+def _n_shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    n_both = min(len(one), len(other))
+    for i in range(n_both):
+        if one[i] != other[i]:
+            return i
+    return n_both
 
 
 def grammar_processor(
@@ -238,5 +258,6 @@ def grammar_processor(
         raise ValueError("Give one of json_schema, regex and grammar.")
     if json_schema is not None:
         return GrammarProcessor(tokenizer, Grammar.from_json_schema(json_schema))
-    form = Grammar.from_lark(grammar or "") if regex is None else Grammar.from_regex(regex)
-    return GrammarProcessor(tokenizer, form)
+    if regex is not None:
+        return GrammarProcessor(tokenizer, Grammar.from_regex(regex))
+    return GrammarProcessor(tokenizer, Grammar.from_lark(cast(str, grammar)))

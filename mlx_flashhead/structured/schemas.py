@@ -7,10 +7,11 @@ is a schema by itself, with this definition beside it.
 import json
 import math
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
-MAX_STEPS = 50_000  # lists and objects of one schema, and its references and alternatives
+# Lists and objects of one schema, and its references and alternatives.
+MAX_PARTS = 50_000
 # Characters of a schema once what it refers to stands in its place, and of its parts where a
 # format of calls writes them one by one.
 MAX_CHARACTERS = 1_000_000
@@ -71,7 +72,7 @@ class Document:
         if not isinstance(schema, dict):
             raise ValueError(f"{schema!r:.40} is no JSON schema")
         self.given = schema
-        self._n_steps = 0
+        self._n_parts = 0
         self.n_characters = 0
         # Lengths of values as JSON, by their ids.
         self._lengths: dict[int, int] = {}
@@ -84,9 +85,14 @@ class Document:
 
     def by_itself(self, schema: Any) -> dict[str, Any]:
         """A part of the root as llguidance reads it."""
-        made = schema if isinstance(schema, dict) else {"allOf": [schema]}
-        definitions = {"$defs": {"root": self.root}} if '"$ref"' in json.dumps(made) else {}
-        return {**made, **definitions, "x-guidance": _OPTIONS}
+        if isinstance(schema, dict):
+            made = dict(schema)
+        else:
+            made = {"allOf": [schema]}
+        if '"$ref"' in json.dumps(made):
+            made["$defs"] = {"root": self.root}
+        made["x-guidance"] = _OPTIONS
+        return made
 
     def alternatives(self, schema: Any) -> list[dict[str, Any]] | None:
         """The schemas that a value may follow, any of them, each of one type or of some values.
@@ -129,24 +135,39 @@ class Document:
         Raises:
             ValueError: If more than that is said of them.
         """
-        parts = self.alternatives(schema) or []
-        part = parts[0] if len(parts) == 1 else schema
-        others = part.keys() & LIMITS - {"properties", "required", "additionalProperties"}
-        others -= {"type"} if len(parts) == 1 else set()
+        parts = self.alternatives(schema)
+        part = schema
+        known = {"properties", "required", "additionalProperties"}
+        if parts is not None and len(parts) == 1:
+            part = parts[0]
+            known.add("type")
+        others = part.keys() & LIMITS - known
         if others:
             raise ValueError(f'"{min(others)}" of an object is not supported in this format')
         properties = part.get("properties", {})
         required = part.get("required", ())
-        more = part.get("additionalProperties", None if properties or required else {})
-        unlisted = {} if more is None else more
-        names = dict.fromkeys([*properties, *required])
-        members = [(name, properties.get(name, unlisted), name in required) for name in names]
+        more = part.get("additionalProperties")
+        unlisted: Any = {}
+        if more is not None:
+            unlisted = more
+        members = []
+        for name in dict.fromkeys([*properties, *required]):
+            members.append((name, properties.get(name, unlisted), name in required))
+        if "additionalProperties" not in part and not members:
+            more = {}
         return members, more
 
     def _count(self) -> None:
-        self._n_steps += 1
-        if self._n_steps > MAX_STEPS:
-            raise ValueError(f"it takes more than {MAX_STEPS:,} steps: simplify it")
+        """Counts a part that is looked at.
+
+        Raises:
+            ValueError: If there are too many.
+        """
+        self._n_parts += 1
+        if self._n_parts > MAX_PARTS:
+            raise ValueError(
+                f"it has more than {MAX_PARTS:,} parts with what they refer to: simplify it"
+            )
 
     def count_characters(self, n: int) -> None:
         """Counts characters that stand in a grammar.
@@ -163,10 +184,9 @@ class Document:
 
     def _count_value(self, value: Any) -> None:
         """Counts the characters of a value of the given schema, which is written once more."""
-        length = self._lengths.get(id(value))
-        if length is None:
-            length = self._lengths[id(value)] = len(json.dumps(value))
-        self.count_characters(length)
+        if id(value) not in self._lengths:
+            self._lengths[id(value)] = len(json.dumps(value))
+        self.count_characters(self._lengths[id(value)])
 
     def _count_divisor(self, value: Any) -> None:
         """Adds to what numbers must be multiples of.
@@ -211,10 +231,12 @@ class Document:
 
     def _in_place(self, schema: Any) -> Any:
         """A schema without a reference: llguidance compares alternatives that it sees."""
-        reference = schema.get("$ref") if isinstance(schema, dict) else None
-        if not isinstance(reference, str) or reference in self._within:
+        if not isinstance(schema, dict) or schema.keys() & LIMITS != {"$ref"}:
             return self._prepared(schema)
-        if not schema.keys() & LIMITS <= {"$ref"} or not reference.startswith("#"):
+        reference = schema["$ref"]
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return self._prepared(schema)
+        if reference in self._within:
             return self._prepared(schema)
         self._within.append(reference)
         found = self._in_place(_pointed(self.given, reference[1:]))
@@ -226,7 +248,7 @@ class Document:
 
         A reference is taken for endless until what it points at is seen to end without it.
         """
-        self._n_steps = 0
+        self._n_parts = 0
         # References. It becomes longer by those that one of them meets.
         met: list[str] = []
         # Whether that is known of a reference.
@@ -257,9 +279,8 @@ class Document:
             if not ending[reference]:
                 return False
         for name in ("anyOf", "oneOf"):
-            parts = schema.get(name)
-            listed = parts if isinstance(parts, list) else []
-            if listed and not any(self._ends(part, met, ending) for part in listed):
+            parts = _listed(schema, name)
+            if parts and not any(self._ends(part, met, ending) for part in parts):
                 return False
         return all(self._ends(part, met, ending) for part in _needed(schema))
 
@@ -268,7 +289,17 @@ def _as_object(schema: Any) -> dict[str, Any]:
     """A schema that may be true, for any value, or false, for none."""
     if isinstance(schema, dict):
         return schema
-    return {} if schema else {"enum": []}
+    if schema:
+        return {}
+    return {"enum": []}
+
+
+def _listed(schema: dict[str, Any], name: str) -> list[Any]:
+    """A list of a schema; empty if it has none."""
+    value = schema.get(name)
+    if isinstance(value, list):
+        return value
+    return []
 
 
 def _needed(schema: dict[str, Any]) -> list[Any]:
@@ -281,9 +312,8 @@ def _needed(schema: dict[str, Any]) -> list[Any]:
         if isinstance(properties, dict) and isinstance(required, list):
             return [properties[name] for name in required if name in properties]
     if schema.get("type") == "array" and isinstance(schema.get("minItems"), int):
-        listed = schema.get("prefixItems")
-        items = listed if isinstance(listed, list) else []
-        return [*items, schema.get("items")][: schema["minItems"]]
+        items = [*_listed(schema, "prefixItems"), schema.get("items")]
+        return items[: schema["minItems"]]
     return []
 
 
@@ -314,36 +344,47 @@ def _mend(made: dict[str, Any]) -> None:
     for name, says_nothing in notes.items():
         if says_nothing:
             del made[name]
-    for name, bound, sign in (
-        ("exclusiveMinimum", "minimum", 1),
-        ("exclusiveMaximum", "maximum", -1),
-    ):
-        # llguidance lets some of them be met
-        limit: Any = made.get(bound) if made.get(name) is True else made.get(name)
-        known: Any = made.get(bound, limit)
-        if _is_number(limit) and _is_number(known):
-            inside = limit + sign * max(1e-9, abs(limit) * 2**-52)
-            made[bound] = sign * max(sign * inside, sign * known)
-            del made[name]
-    required = made.get("required")
+    _mend_exclusive(made, "exclusiveMinimum", "minimum", 1)
+    _mend_exclusive(made, "exclusiveMaximum", "maximum", -1)
     fewest = made.get("minProperties")
-    n_known = len(required) if isinstance(required, list) else 0
+    n_required = len(_listed(made, "required"))
     # llguidance lets a name come twice.
-    if isinstance(fewest, int) and fewest > n_known + 1:
+    if isinstance(fewest, int) and fewest > n_required + 1:
         raise ValueError('"minProperties" of several that are not required is not supported')
 
 
-def _is_number(value: Any) -> bool:
+def _mend_exclusive(made: dict[str, Any], name: str, bound: str, sign: int) -> None:
+    """Puts a bound in the place of an exclusive one, since llguidance lets some of these be met.
+
+    Args:
+        made: The schema.
+        name: The exclusive bound. In older drafts it is true beside the other one.
+        bound: The other one.
+        sign: 1 for a minimum, -1 for a maximum.
+    """
+    limit = made.get(name)
+    if limit is True:
+        limit = made.get(bound)
+    known = made.get(bound, limit)
+    if _is_number(limit) and _is_number(known):
+        inside = limit + sign * max(1e-9, abs(limit) * 2**-52)
+        made[bound] = sign * max(sign * inside, sign * known)
+        del made[name]
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is a number within the bounds of a schema."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_BOUND
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= MAX_BOUND
 
 
 def type_of(schema: dict[str, Any]) -> str:
     """The type of an alternative: its own, "enum", that of its limits, or "any" without limits."""
+    if schema.get("enum") == [None]:
+        return "null"
     if "enum" in schema:
-        return "null" if schema["enum"] == [None] else "enum"
+        return "enum"
     if schema.get("type"):
         return schema["type"]
     for implied, names in _LIMITS_OF.items():
@@ -370,7 +411,9 @@ def _enumerations(schema: dict[str, Any]) -> list[dict[str, Any]]:
     values = [value for value in values if schema.get("const", value) == value]
     own_type = schema.get("type")
     if own_type is not None:
-        types = {"number", "integer"} if own_type == "number" else {own_type}
+        types = {own_type}
+        if own_type == "number":
+            types.add("integer")
         values = [value for value in values if _TYPES[type(value)] in types]
     texts = [value for value in values if isinstance(value, str)]
     others = [value for value in values if not isinstance(value, str)]
@@ -383,7 +426,10 @@ def _pointed(document: Any, pointer: str) -> Any:
     for part in unquote(pointer).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         try:
-            found = found[int(name)] if isinstance(found, list) else found[name]
+            if isinstance(found, list):
+                found = found[int(name)]
+            else:
+                found = found[name]
         except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(f"the reference {'#' + pointer!r:.60} does not exist") from None
     return found

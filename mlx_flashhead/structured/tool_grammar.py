@@ -47,9 +47,12 @@ def tool_calls(
         ValueError: If the model's format is not known, or cannot carry one of the tools, or a
             schema has a part that is not followed. It names the tool.
     """
+    format_name = format_name_of(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     text = json.dumps([_tool(tool) for tool in tools])
-    calls = _calls if len(text) > MAX_KEPT else _known_calls
-    return calls(format_name_of(tokenizer), vocabulary_of(tokenizer), text, several)
+    if len(text) > MAX_KEPT:
+        return _calls(format_name, vocabulary, text, several)
+    return _known_calls(format_name, vocabulary, text, several)
 
 
 def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) -> ToolCalls:
@@ -73,7 +76,8 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
     return ToolCalls(call_format.start, source, goes_on=several and bool(call_format.end))
 
 
-_known_calls = lru_cache(16)(_calls)  # of a client, which sends the same tools again
+# A client sends the same tools again.
+_known_calls = lru_cache(16)(_calls)
 
 
 def _without_tokens(call_format: CallFormat, tools: Sequence[Tool], *, several: bool) -> str:
@@ -112,7 +116,9 @@ def _tool(tool: Mapping[str, Any]) -> tuple[str, Any]:
     """A tool's name and parameters."""
     function = tool["function"]
     parameters = function.get("parameters")
-    return function["name"], {} if parameters is None else parameters
+    if parameters is None:
+        parameters = {}
+    return function["name"], parameters
 
 
 def text_grammar(
@@ -141,12 +147,19 @@ def text_grammar(
         return top_level(*sources)
     rules = LarkRules(vocabulary.special)
     if calls is not None and form is None and not required:
-        text = _free_text(vocabulary, rules, [calls.start])
-        section = f"{_until(calls.start, text, rules)} @calls"
-        start = f"({section})* {text}" if calls.goes_on else f"{section} | {text}"
+        start = _text_with_calls(vocabulary, rules, calls)
     else:
         start = _text_in_form(vocabulary, rules, form, calls, thought)
     return top_level(json.dumps({"lark_grammar": rules.text(start)}), *sources)
+
+
+def _text_with_calls(vocabulary: Vocabulary, rules: LarkRules, calls: ToolCalls) -> str:
+    """A Lark expression of free text in which calls may stand."""
+    text = _free_text(vocabulary, rules, [calls.start])
+    section = f"{_until(calls.start, text, rules)} @calls"
+    if calls.goes_on:
+        return f"({section})* {text}"
+    return f"{section} | {text}"
 
 
 def _text_in_form(
@@ -157,22 +170,33 @@ def _text_in_form(
     thought: tuple[str, str] | None,
 ) -> str:
     """A Lark expression of a form, or of calls and nothing else, perhaps after a thought."""
-    bodies = [] if form is None else ["@form"]
+    bodies = []
+    if form is not None:
+        bodies.append("@form")
     further = ""
     if calls is not None:
         section = f"PADDING? {rules.expression(calls.start)} @calls"
-        further = f"({section})*" if calls.goes_on else ""
+        if calls.goes_on:
+            further = f"({section})*"
         bodies.append(f"{section} {further}")
     body = one_of(bodies)
     if thought is None:
         return body
     begin, end = thought
-    opening = f"PADDING? {rules.expression(begin)}" if begin else ""
-    free = _free_text(vocabulary, rules, [end] if calls is None else [end, calls.start])
-    texts = [f"{opening} {_until(end, free, rules)} {body}"]
+    texts = []
+    opening = ""
+    # Without a beginning the thought must come.
+    if begin:
+        texts.append(body)
+        opening = f"PADDING? {rules.expression(begin)}"
+    marks = [end]
+    if calls is not None:
+        marks.append(calls.start)
+    free = _free_text(vocabulary, rules, marks)
+    texts.append(f"{opening} {_until(end, free, rules)} {body}")
     if calls is not None:
         texts.append(f"{opening} {_until(calls.start, free, rules)} @calls {further}")
-    return one_of([body, *texts] if begin else texts)
+    return one_of(texts)
 
 
 def _free_text(vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]) -> str:
@@ -185,14 +209,18 @@ def _free_text(vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]) -
         if first in rules.special:
             rests.setdefault(rules.special[first], []).append("".join(rest[:1]))
     marking = {*vocabulary.end_tokens, *rests}
-    others = [token for token in vocabulary.other_than_text if token not in marking]
-    parts = [f"<[{','.join(map(str, others))}]> {any_text}?"] if others else []
+    parts = []
+    others = [str(token) for token in vocabulary.other_than_text if token not in marking]
+    if others:
+        parts.append(f"<[{','.join(others)}]> {any_text}?")
     for token, texts in rests.items():
         # Such a token may come, if the rest of the mark does not.
         if all(texts):
             unlike = rules.rule(f"{any_text} & ~/{any_of(texts)}/", "T")
             parts.append(f"<[{token}]> {unlike}?")
-    return f"{any_text}? ({one_of(parts)})*" if parts else f"{any_text}?"
+    if not parts:
+        return f"{any_text}?"
+    return f"{any_text}? ({one_of(parts)})*"
 
 
 def _until(mark: str, text: str, rules: LarkRules) -> str:

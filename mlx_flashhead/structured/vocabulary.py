@@ -1,5 +1,6 @@
 """A tokenizer as grammars see it."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -23,7 +24,7 @@ class Vocabulary:
     """The tokens of a tokenizer.
 
     Args:
-        tokenizer: mlx-lm's or Hugging Face's tokenizer.
+        backend: A ``tokenizers.Tokenizer``.
         end_tokens: Those that end a text.
 
     Attributes:
@@ -32,21 +33,26 @@ class Vocabulary:
         size: The number of tokens.
         special: The numbers of tokens that no plain text becomes, by their texts.
 
+    Source: ``from_tokenizer`` in llguidance's hf.py, which takes transformers' tokenizers alone.
+
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, end_tokens: tuple[int, ...]):
-        make = llguidance("llguidance.hf").from_tokenizer
-        self.tokens = make(tokenizer, eos_token=[*end_tokens])
+    def __init__(self, backend: Any, end_tokens: tuple[int, ...]):
+        plain = copy.copy(backend)
+        plain.no_padding()
+        plain.no_truncation()
+        make = llguidance().LLTokenizer
+        self.tokens = make(plain.to_str(), eos_token=[*end_tokens])
         self.end_tokens = end_tokens
         self.size: int = self.tokens.vocab_size
-        added = tokenizer.get_added_vocab()
-        is_special = self.tokens.is_special_token
-        # these are no plain text for llguidance, which a grammar must name by their numbers
-        self.special: Mapping[str, int] = {
-            text: token for text, token in added.items() if is_special(token)
-        }
+        # They are no plain text for llguidance: a grammar must name them by their numbers.
+        special = {}
+        for token, added in backend.get_added_tokens_decoder().items():
+            if self.tokens.is_special_token(token):
+                special[added.content] = token
+        self.special: Mapping[str, int] = special
 
     @cached_property
     def other_than_text(self) -> list[int]:
@@ -81,10 +87,17 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
     """
-    # It is within mlx-lm's.
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    ends = {tokenizer.eos_token_id} if inner is tokenizer else tokenizer.eos_token_ids
-    return _vocabulary(inner, tuple(sorted(ends)))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            "Structured output needs a fast tokenizer, as Hugging Face calls it, and this model "
+            "has another one: leave the form of the text open."
+        )
+    # Hugging Face's has one, and mlx-lm's may have several.
+    ends = getattr(tokenizer, "eos_token_ids", tokenizer.eos_token_id)
+    if isinstance(ends, int):
+        ends = [ends]
+    return _vocabulary(backend, tuple(sorted(ends)))
 
 
 _vocabulary = lru_cache(4)(Vocabulary)

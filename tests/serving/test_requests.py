@@ -146,7 +146,7 @@ def json_schema(schema, **further):
 )
 def test_forms(tiny, fields, kind):
     grammar = chat(tiny, **fields).grammar
-    assert (None if grammar is None else grammar.kind) == kind
+    assert (None if grammar is None else grammar.form) == kind
 
 
 # of a chat: field → what is said → values

@@ -9,7 +9,7 @@ import pytest
 from call_formats import of, tokenizer_of, tool
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
-from mlx_flashhead.structured.schemas import MAX_STEPS
+from mlx_flashhead.structured.schemas import MAX_PARTS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 LIMITS = [0, 1, -1, 5, 10, 14, 99, 100, 123, -7, 0.5, 0.75, -1.5, 1.25, 20, 0.1, -0.05, -100]
@@ -106,7 +106,7 @@ REFUSED = [
     (of(a={"type": "object", "minProperties": 2}), '"minProperties"'),
     (of(["a"], a=False), "required property 'a' is unsatisfiable"),
     (of(["a"], a={"type": "integer", "minimum": 4, "maximum": 3}), "'a' is unsatisfiable"),
-    (of(a={"anyOf": [{}] * MAX_STEPS}), "50,000 steps"),
+    (of(a={"anyOf": [{}] * MAX_PARTS}), "50,000 parts"),
 ]
 
 

@@ -40,7 +40,9 @@ def end_of(cache: Any) -> int:
 
 def set_end(cache: Any, length: int, n_slots: int) -> None:
     """Notes in a cache that it holds the latest ``n_slots`` of ``length`` positions, in order."""
-    cache.offset = mx.array([length]) if type(cache) in OF_A_BATCH else length
+    cache.offset = length
+    if type(cache) in OF_A_BATCH:
+        cache.offset = mx.array([length])
     if hasattr(cache, "_idx"):
         cache._idx = n_slots
     if hasattr(cache, "_offset"):
@@ -58,7 +60,9 @@ def move_mask(cache: Any) -> None:
 def next_slot(window: Any) -> int:
     """The place in a window's arrays, which are full, that its next position is written over."""
     slot: int = window._idx
-    return getattr(window, "keep", 0) if slot == window.max_size else slot
+    if slot == window.max_size:
+        return getattr(window, "keep", 0)
+    return slot
 
 
 def is_in_order(window: Any) -> bool:

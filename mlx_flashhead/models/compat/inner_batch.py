@@ -17,16 +17,27 @@ from .mlx_lm import BatchGenerator
 
 
 class Waiting(NamedTuple):
-    """A text of which nothing was read, in mlx-lm's order."""
+    """A text of which nothing was read, in mlx-lm's order.
+
+    Attributes:
+        uid: Its number.
+        segments: The tokens of its prompt, in parts.
+        max_tokens: How many tokens it may have.
+        cache: Its caches, one for each layer.
+        held: The tokens in the caches.
+        sampler: Its sampler.
+        processors: Its logits processors.
+        stops: Its stop sequences, of 0.31 a state machine.
+    """
 
     uid: int
     segments: list[list[int]]
     max_tokens: int
     cache: Any
-    held: list[int]  # tokens in the cache
+    held: list[int]
     sampler: Any
     processors: Any
-    stops: Any  # of 0.31 a state machine
+    stops: Any
 
 
 class ClosableBatchGenerator(BatchGenerator):

@@ -45,7 +45,8 @@ from .recognised import is_omlx_sampler, nested_codes
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 
-if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
+# This module is new in 0.32.
+if find_spec("mlx_lm.cli_ui") is not None:
     from mlx_lm.generate import (
         StopSequences,
         TextStateMachine,
@@ -100,8 +101,9 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     if sampler.__code__ not in _SAMPLERS and not is_omlx_sampler(sampler):
         return None
     values = getclosurevars(sampler).nonlocals
+    # Such a sampler of 0.31 takes the best token.
     if "sampling_methods" not in values:
-        return {}  # the best token, of 0.31
+        return {}
     settings: dict[str, Any] = {"temperature": float(values["temp"])}
     for method in values["sampling_methods"]:
         filtered = dict(getclosurevars(method).nonlocals)
@@ -110,8 +112,10 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         if not known or kept != 1:
             return None
         settings |= filtered
-    valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
-    return settings if valid and settings["temperature"] > 0 else None
+    is_valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
+    if not is_valid or settings["temperature"] <= 0:
+        return None
+    return settings
 
 
 # Whether processors of a text alone see its prompt: 0.31 shows them the last token of it.
@@ -130,7 +134,9 @@ def batch_response(**fields: Any) -> BatchResponse:
 
 def as_stop_sequences(stops: Any) -> Any:
     """A sequence's stops, whichever version's they are: 0.31 has state machines."""
-    return StopSequences(stops) if hasattr(stops, "make_state") else stops
+    if hasattr(stops, "make_state"):
+        return StopSequences(stops)
+    return stops
 
 
 def keys_by_layer_type(
@@ -148,14 +154,14 @@ def keys_by_layer_type(
     found = {}
     n_tokens = 0
     for layer, cache in zip(layers, caches, strict=False):
-        alone = cache.extract(0) if hasattr(cache, "extract") else cache
-        n_tokens = alone.offset
-        if hasattr(alone, "_temporal_order"):
-            found[layer.layer_type] = (
-                alone._temporal_order(alone.keys),
-                alone._temporal_order(alone.values),
-            )
+        if hasattr(cache, "extract"):
+            cache = cache.extract(0)
+        n_tokens = cache.offset
+        if hasattr(cache, "_temporal_order"):
+            keys = cache._temporal_order(cache.keys)
+            values = cache._temporal_order(cache.values)
         else:
-            whole = alone.keys[..., :n_tokens, :], alone.values[..., :n_tokens, :]
-            found[layer.layer_type] = whole
+            keys = cache.keys[..., :n_tokens, :]
+            values = cache.values[..., :n_tokens, :]
+        found[layer.layer_type] = (keys, values)
     return found, n_tokens

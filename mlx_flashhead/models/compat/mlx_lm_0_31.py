@@ -34,12 +34,16 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(path: str, *arguments: Any, trust_remote_code: bool = False, **options: Any) -> Any:
         how: Any = {"revision": options.get("revision"), "allow_patterns": ["config.json"]}
-        config = Path(utils._download(str(path), **how)) / "config.json"
-        # what cannot be read is left to mlx-lm's own errors
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if settings.get("model_file") is not None and not trust_remote_code:
+        folder = Path(utils._download(str(path), **how))
+        config = folder / "config.json"
+        code = None
+        # What cannot be read is left to mlx-lm's own errors.
+        if config.is_file():
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            code = settings.get("model_file")
+        if code is not None and not trust_remote_code:
             raise ValueError(
-                f"The model at {config.parent} runs its own code ({settings['model_file']!r}): "
+                f"The model at {folder} runs its own code ({code!r}): "
                 "pass trust_remote_code=True if you trust it."
             )
         return load(path, *arguments, **options)
@@ -107,17 +111,22 @@ class TextStateMachine:
         segments: list[tuple[str | None, str]] = []
         while name is not None:
             markers = {marker: after for marker, after in transitions.get(name, []) if marker}
-            ends = [(text.find(m) + len(m), -len(m), m) for m in markers if m in text]
+            ends = []
+            for marker in markers:
+                if marker in text:
+                    end = text.find(marker) + len(marker)
+                    ends.append((end, -len(marker), marker))
             if not ends:
                 break
-            end, _, marker = min(ends)  # the first to end, of those the longest
+            # The first one to end counts, of those the longest.
+            end, _, marker = min(ends)
             segments.append((name, text[: end - len(marker)]))
             name = markers[marker]
             text = text[end:]
         if name is None:
             return (name, transitions, text), [*segments, (name, "")]
-        beginnings = [n for m in markers for n in range(1, len(m)) if text.endswith(m[:n])]
-        certain = len(text) - max(beginnings, default=0)
+        n_held_back = max((_n_begun(marker, text) for marker in markers), default=0)
+        certain = len(text) - n_held_back
         return (name, transitions, text[certain:]), [*segments, (name, text[:certain])]
 
     @staticmethod
@@ -125,6 +134,14 @@ class TextStateMachine:
         """Gives out the text held back as a possible beginning of a marker."""
         name, transitions, held_back = state
         return (name, transitions, ""), held_back, name
+
+
+def _n_begun(marker: str, text: str) -> int:
+    """How many characters of a marker a text ends with; 0 if it does not begin there."""
+    for n in reversed(range(1, len(marker))):
+        if text.endswith(marker[:n]):
+            return n
+    return 0
 
 
 def make_text_state_machine(tokenizer: Any) -> TextStateMachine:

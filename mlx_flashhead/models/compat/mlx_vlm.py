@@ -19,7 +19,9 @@ def too_old() -> str | None:
     """The installed version of mlx-vlm, if a FlashHead cannot be under its models."""
     installed = version("mlx-vlm")
     parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    return installed if parts < (0, 7, 8) else None
+    if parts >= (0, 7, 8):
+        return None
+    return installed
 
 
 # What makes a text of mlx-vlm's ``generate_step`` other than plain greedy decoding.
@@ -94,7 +96,7 @@ def drafter_splitter(config: dict[str, Any]) -> Any:
     """
     from mlx_vlm.speculative.drafters.mtp_split import get_mtp_splitter
 
-    # code of a checkpoint is not run
+    # Code of a checkpoint is not run.
     return get_mtp_splitter(source_config={**config, "model_file": None})
 
 
@@ -130,10 +132,13 @@ def take_back(drafter: Any, n: int) -> None:
     for layer in drafter._cache:
         layer.trim(n)
     drafter._next_position = length_of_pairs(drafter._cache[0])
-    drafter._seed_token = drafter._seed_hidden = None
+    drafter._seed_token = None
+    drafter._seed_hidden = None
 
 
 def length_of_pairs(layer: Any) -> int:
     """The pairs in a cache of a drafter's layer, or in the first one of several."""
     parts = getattr(layer, "caches", None)
-    return int(length_of_pairs(parts[0]) if parts else layer.offset)
+    if parts:
+        return length_of_pairs(parts[0])
+    return int(layer.offset)

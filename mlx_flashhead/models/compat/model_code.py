@@ -27,9 +27,12 @@ def library_functions(cls: type) -> Iterator[tuple[type, str, FunctionType]]:
 
 def global_names(function: FunctionType) -> list[str]:
     """The names of globals that a function's code uses."""
-    nested = [each for each in function.__code__.co_consts if isinstance(each, CodeType)]
-    names = dict.fromkeys(name for code in [function.__code__, *nested] for name in code.co_names)
-    return [name for name in names if name in function.__globals__]
+    code = function.__code__
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names += constant.co_names
+    return [name for name in dict.fromkeys(names) if name in function.__globals__]
 
 
 def with_globals(function: FunctionType, name: str, others: Mapping[str, Any]) -> FunctionType:
@@ -64,8 +67,10 @@ def is_rotation(cls: type) -> bool:
 
 
 def _call_of(cls: type) -> CodeType | None:
-    calls = (function for _, name, function in library_functions(cls) if name == "__call__")
-    return next((call.__code__ for call in calls), None)
+    for _, name, function in library_functions(cls):
+        if name == "__call__":
+            return function.__code__
+    return None
 
 
 def files_of(*functions: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """mlx-lm's biases and penalties, read from the closures of its processors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import getclosurevars
 from types import FunctionType
@@ -33,31 +34,38 @@ class Penalty:
     biases: dict[int, float] = field(default_factory=dict)
 
 
-_KINDS = {
-    code: kind
-    for maker, kind in (
-        (sample_utils.make_logits_processors, BIAS),
-        (sample_utils.make_repetition_penalty, REPETITION),
-        (sample_utils.make_presence_penalty, PRESENCE),
-        (sample_utils.make_frequency_penalty, FREQUENCY),
-    )
-    for code in nested_codes(maker)
+# The code of mlx-lm's processors, by what makes them.
+_CODES = {
+    BIAS: nested_codes(sample_utils.make_logits_processors),
+    REPETITION: nested_codes(sample_utils.make_repetition_penalty),
+    PRESENCE: nested_codes(sample_utils.make_presence_penalty),
+    FREQUENCY: nested_codes(sample_utils.make_frequency_penalty),
 }
 
 
 def penalty_of(processor: Any) -> Penalty | None:
     """What a processor of mlx-lm's makers changes; None for any other function."""
-    kind = _KINDS.get(processor.__code__) if isinstance(processor, FunctionType) else None
-    if kind is None:
+    if not isinstance(processor, FunctionType):
         return None
-    values = getclosurevars(processor).nonlocals
-    if kind == BIAS:
-        if not {"indices", "values"} <= values.keys():
-            return None  # another function of this maker
-        indices: Any = cast(mx.array, values["indices"]).tolist()
-        biases: Any = cast(mx.array, values["values"]).tolist()
-        return Penalty(BIAS, biases=dict(zip(indices, biases, strict=True)))
+    for kind, codes in _CODES.items():
+        if processor.__code__ in codes:
+            values = getclosurevars(processor).nonlocals
+            return _bias(values) if kind == BIAS else _penalty(kind, values)
+    return None
+
+
+def _bias(values: Mapping[str, Any]) -> Penalty | None:
+    """The biases of a processor with these values; None for another function of its maker."""
+    if not {"indices", "values"} <= values.keys():
+        return None
+    indices: Any = cast(mx.array, values["indices"]).tolist()
+    biases: Any = cast(mx.array, values["values"]).tolist()
+    return Penalty(BIAS, biases=dict(zip(indices, biases, strict=True)))
+
+
+def _penalty(kind: str, values: Mapping[str, Any]) -> Penalty | None:
+    """A penalty with these values; None for a window that mlx-lm reads from the other end."""
     window = values.get("context_size")
     if not isinstance(window, int) or window < 1:
-        return None  # which mlx-lm reads from the other end
+        return None
     return Penalty(kind, float(values["penalty"]), window)

@@ -102,8 +102,12 @@ def digest(thing: Any) -> str:
 
 def nested_codes(*functions: Any) -> set[CodeType]:
     """The codes of the functions that are made within others."""
-    constants = (constant for f in functions for constant in f.__code__.co_consts)
-    return {constant for constant in constants if isinstance(constant, CodeType)}
+    codes = set()
+    for function in functions:
+        for constant in function.__code__.co_consts:
+            if isinstance(constant, CodeType):
+                codes.add(constant)
+    return codes
 
 
 def is_omlx_sampler(sampler: FunctionType) -> bool:
@@ -115,12 +119,16 @@ def is_omlx_sampler(sampler: FunctionType) -> bool:
     return sampler.__code__ in nested_codes(vars(module)["make_sampler"])
 
 
-_cache_classes: dict[type, dict[str, Any]] = {}  # and their functions, as they were first seen
+# The classes of caches, and their functions as they were first seen.
+_cache_classes: dict[type, dict[str, Any]] = {}
 
 
 def _functions_of(cls: type) -> dict[str, Any]:
-    named = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
-    named.pop("__slotnames__", None)  # which copying a cache leaves there
+    named: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        named.update(vars(base))
+    # Copying a cache leaves it there.
+    named.pop("__slotnames__", None)
     return named
 
 

@@ -13,7 +13,9 @@ from .mlx_lm import TokenizerWrapper
 
 def inner_tokenizer(tokenizer: Any) -> Any:
     """Hugging Face's tokenizer in mlx-lm's; any other is its own."""
-    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+    if isinstance(tokenizer, TokenizerWrapper):
+        return tokenizer._tokenizer
+    return tokenizer
 
 
 def has_function_for_template(tokenizer: Any) -> bool:
