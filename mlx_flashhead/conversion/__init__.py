@@ -11,17 +11,26 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 Result = TypeVar("Result")
-FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # units differ by stage
+# Units differ by stage, so a bar names none.
+FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 class Progress(NamedTuple):
-    """What a part of a stage has done: so many units of ``total``, or of fewer."""
+    """What a part of a stage has done: so many units of ``total``, or of fewer.
+
+    Attributes:
+        stage: The name of the stage.
+        added: The number of units that the part has done.
+        total: The number of the stage's units.
+        unit: The name of a unit.
+        kept: Whether an earlier build has done them.
+    """
 
     stage: str
     added: int
     total: int
     unit: str
-    kept: bool = False  # whether an earlier build has done them
+    kept: bool = False
 
 
 Task = Generator[Progress, None, Result]
@@ -41,13 +50,14 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
     shown = ""
     try:
         while True:
-            stage, added, total, _, _ = next(task)
-            if stage != shown:
-                bar.total = bar.n  # a stage may end before its total, by its time limit
+            part = next(task)
+            if part.stage != shown:
+                # a stage may end before its total, by its time limit
+                bar.total = bar.n
                 bar.close()
-                bar = tqdm(total=total, desc=stage, bar_format=FORM, disable=not progress)
-                shown = stage
-            bar.update(min(added, total - bar.n))
+                bar = tqdm(total=part.total, desc=part.stage, bar_format=FORM, disable=not progress)
+                shown = part.stage
+            bar.update(min(part.added, part.total - bar.n))
     except StopIteration as end:
         bar.total = bar.n
         return end.value

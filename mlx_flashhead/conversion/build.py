@@ -3,7 +3,7 @@
 import math
 import timeit
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ from .centroids import fit_centroids, logit_metric
 from .checkpoint import NOT_KEPT, Checkpoint, checksum
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
 from .clusters import STAGE as CLUSTERING
-from .measures import measure_positions
+from .measures import Product, measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import (
     StepBytes,
@@ -30,15 +30,19 @@ from .probes import (
 )
 from .report import compare_bits, make_report
 
-STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
-HELD_OUT_SHARE = 1 / 4  # of the positions
-UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
+# The model works about so long at once, where a window of text takes no longer.
+STEP_SECONDS = 0.1
+# The share of the positions that is held out.
+HELD_OUT_SHARE = 1 / 4
+# The share of the clusters that means need for 99 % agreement on SmolLM2-135M.
+UNCALIBRATED_SHARE = 1 / 6
 
 # Passes over all centroids for each dense pass of the clustering, and over all rows for each
 # position, that take as long as clustering, fitting and measuring.
 CLUSTER_PASSES = 0.5
 POSITION_PASSES = {"Fitting": 3.6, "Rounding": 0.9, "Measuring": 1.5}
-SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
+# The product that measures the machine's speed has so many rows and columns.
+SPEED_SAMPLE = 1024
 
 
 def model_index(
@@ -153,16 +157,24 @@ def build_index(
     Raises:
         ValueError: If the states are too few or not finite.
     """
-    n_fitted = _n_fitted(states, next_ids)
-    fitted_on = None if states is None else states[:n_fitted]
     weight = as_float32(rows.dequantized())
-    bias = None if rows.bias is None else as_float32(rows.bias)
+    bias = None
+    if rows.bias is not None:
+        bias = as_float32(rows.bias)
+    n_positions = 0
+    fitted_on = None
+    held_out = None
+    metric = None
+    if states is not None:
+        n_positions = len(states)
+        fitted_on, held_out = _split(states, next_ids)
+        metric = logit_metric(fitted_on)
     token_ids = yield from cluster_rows(
         weight,
         options.cluster_size,
         seed=options.seed,
-        metric=None if fitted_on is None else logit_metric(fitted_on),
-        passes=QUICK_PASSES if options.quick else PASSES,
+        metric=metric,
+        passes=_n_passes(options),
         checkpoint=checkpoint,
     )
     centroids = yield from fit_centroids(
@@ -173,33 +185,21 @@ def build_index(
     unverified_probes = n_probes
     verification = Verification()
     report = {}
-    if states is not None and next_ids is not None:
-        states_left = states[n_fitted:]
-        ids_left = next_ids[n_fitted:]
+    if held_out is not None:
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
             dense=rows.nbytes,
             body=body_bytes,
         )
-        centroid_rows = as_float32(centroids.matrix.dequantized())
-        centroid_bias = as_float32(centroids.bias)
-
-        def logits_of(hidden: np.ndarray) -> np.ndarray:
-            products = hidden @ weight.T
-            return products if bias is None else products + bias
-
-        def scores_of(hidden: np.ndarray) -> np.ndarray:
-            return hidden @ centroid_rows.T + centroid_bias
-
         measured = yield from measure_positions(
-            states_left,
-            logits_of,
+            held_out.states,
+            _product_with(weight, bias),
             token_ids,
-            scores_of,
+            _product_with(as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)),
             as_float32(centroids.tail_offset),
             measured_probes(n_clusters, nbytes, options.n_probes),
-            ids_left,
+            held_out.next_ids,
             checkpoint=checkpoint,
             source=checksum(token_ids),
         )
@@ -210,7 +210,13 @@ def build_index(
         report = make_report(measured, n_probes, nbytes)
         if original is not None and rows.quantized and not original.quantized:
             report["head_bits"] = yield from compare_bits(
-                measured, n_probes, nbytes, original, rows, states_left, ids_left
+                measured,
+                n_probes,
+                nbytes,
+                original,
+                rows,
+                held_out.states,
+                held_out.next_ids,
             )
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
@@ -222,36 +228,64 @@ def build_index(
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration={
-            **(calibration or {}),
-            "positions": 0 if states is None else len(states),
-            "seed": options.seed,
-        },
+        calibration={**(calibration or {}), "positions": n_positions, "seed": options.seed},
         report=report,
         verification=verification,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
 
 
-def _n_fitted(states: np.ndarray | None, next_ids: np.ndarray | None) -> int | None:
-    """How many states fit clusters and centroids; the others are held out, if tokens follow them.
+class _HeldOut(NamedTuple):
+    """The positions that the probes are chosen on.
 
-    ValueError if the states are too few or not finite.
+    Attributes:
+        states: Hidden states (n, D) float32.
+        next_ids: The tokens after them (n,).
     """
-    if states is None:
-        return None
+
+    states: np.ndarray
+    next_ids: np.ndarray
+
+
+def _split(states: np.ndarray, next_ids: np.ndarray | None) -> tuple[np.ndarray, _HeldOut | None]:
+    """The states that fit clusters and centroids, and the others if tokens follow them.
+
+    Raises:
+        ValueError: If the states are too few or not finite.
+    """
     if len(states) < MIN_POSITIONS:
         raise ValueError(
             f"{len(states)} calibration positions are too few: give hundreds, or none."
         )
     if not np.isfinite(states).all():
         raise ValueError("The calibration states hold NaN or infinity: check the model.")
-    return None if next_ids is None else len(states) - round(HELD_OUT_SHARE * len(states))
+    if next_ids is None:
+        return states, None
+    n_fitted = len(states) - round(HELD_OUT_SHARE * len(states))
+    return states[:n_fitted], _HeldOut(states[n_fitted:], next_ids[n_fitted:])
+
+
+def _product_with(weight: np.ndarray, bias: np.ndarray | None) -> Product:
+    """The product of states with rows (R, D) float32, plus a bias (R,)."""
+
+    def product(states: np.ndarray) -> np.ndarray:
+        products = states @ weight.T
+        if bias is not None:
+            products += bias
+        return products
+
+    return product
+
+
+def _n_passes(options: IndexOptions) -> int:
+    """The number of the clustering's passes over all rows."""
+    return QUICK_PASSES if options.quick else PASSES
 
 
 def index_nbytes(rows: Matrix) -> int:
     """Approximate size of an index, from what is known before the work."""
-    return rows.n_rows * (4 + rows.hidden_size // 16)  # ids, centroids of 4 bits and small arrays
+    # ids of 4 bytes, centroids of 4 bits, and small arrays
+    return rows.n_rows * (4 + rows.hidden_size // 16)
 
 
 def expected_seconds(rows: Matrix, options: IndexOptions) -> dict[str, float]:
@@ -268,8 +302,7 @@ def expected_seconds(rows: Matrix, options: IndexOptions) -> dict[str, float]:
     seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     n_clusters = -(-rows.n_rows // options.cluster_size)
     seconds_of_pass = rows.n_rows * rows.hidden_size / SPEED_SAMPLE**3 * seconds_of_sample
-    n_passes = QUICK_PASSES if options.quick else PASSES
-    clustering = CLUSTER_PASSES * n_passes * n_clusters * seconds_of_pass
+    clustering = CLUSTER_PASSES * _n_passes(options) * n_clusters * seconds_of_pass
     if options.source == NO_CALIBRATION:
         return {CLUSTERING: clustering}
     seconds = {READING: options.calibration_seconds, CLUSTERING: clustering}

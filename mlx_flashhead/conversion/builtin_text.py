@@ -27,13 +27,17 @@ SHARES = {
     PYTHON: 1,
     DIALOGUE: 1,
 }
-EXCERPT_CHARACTERS = 3000  # of a help topic, or of a module's source
-EXCERPT_START = 2 / 5  # of a module's source, where its excerpt begins
-BEGINNING = 300  # characters of a document that are a request
+# An excerpt of a help topic or of a module's source has so many characters. That of a source
+# begins after this share of it.
+EXCERPT_CHARACTERS = 3000
+EXCERPT_START = 2 / 5
 
-BUILTIN_WINDOW = 64  # tokens; longer windows of built-in text take longer steps and gain nothing
-CONTEXT = 8  # first tokens of such a window, whose states have seen too little and are left out
-MIN_WINDOW = 16  # tokens; shorter rests are left out
+# Longer windows of built-in text than of so many tokens take longer and gain nothing.
+BUILTIN_WINDOW = 64
+# The states of a window's first tokens have seen too little, and are left out.
+CONTEXT = 8
+# Shorter rests of a text than of so many tokens are left out.
+MIN_WINDOW = 16
 
 
 def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
@@ -52,7 +56,9 @@ def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
 def beginning_of_text(tokenizer: Any) -> list[int]:
     """The token with which the tokenizer begins each text, in a list; empty if there is none."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+    if bos is None or bos not in tokenizer.encode(""):
+        return []
+    return [bos]
 
 
 def read_parts(name: str) -> list[str]:
@@ -85,10 +91,10 @@ def dialogues() -> list[list[dict[str, str]]]:
     conversations = []
     for document in read_parts(DIALOGUE):
         _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
-        turns = zip(parts[::2], parts[1::2], strict=True)
-        conversations.append(
-            [{"role": who.lower(), "content": text.strip()} for who, text in turns]
-        )
+        messages = []
+        for who, text in zip(parts[::2], parts[1::2], strict=True):
+            messages.append({"role": who.lower(), "content": text.strip()})
+        conversations.append(messages)
     return conversations
 
 
@@ -112,6 +118,7 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     beginning = beginning_of_text(tokenizer)
     ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
     sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
+    # a window's turn comes at the share of its kind that is there before it
     turns: list[tuple[float, list[int]]] = []
     for texts, size in zip(documents.values(), sizes, strict=True):
         left = size
@@ -120,15 +127,18 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
                 chosen = window[: CONTEXT + left + 1]
                 turns.append(((size - left) / size, chosen))
                 left -= len(chosen) - 1 - CONTEXT
-    return [window for _, window in sorted(turns, key=lambda turn: turn[0])]
+    turns.sort(key=lambda turn: turn[0])
+    return [window for _, window in turns]
 
 
 def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[list[int]]:
     """The windows of texts in a fixed random order, the first windows of all texts first."""
     rng = np.random.default_rng(0)
-    placed = []
+    ranked = []
     for token_ids in texts:
-        text = token_ids[len(beginning) :] if token_ids[:1] == beginning else token_ids
-        for number, window in enumerate(windows_of(text, BUILTIN_WINDOW)):
-            placed.append((number, rng.random(), window))
-    return [window for _, _, window in sorted(placed)]
+        if token_ids[:1] == beginning:
+            token_ids = token_ids[len(beginning) :]
+        for number, window in enumerate(windows_of(token_ids, BUILTIN_WINDOW)):
+            ranked.append((number, rng.random(), window))
+    ranked.sort()
+    return [window for _, _, window in ranked]

@@ -24,10 +24,13 @@ from .builtin_text import CONTEXT, beginning_of_text, builtin_windows, windows_o
 from .checkpoint import NOT_KEPT, Checkpoint
 
 READING = "Reading built-in text"
-TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
-READ_TOKENS = 2048  # of windows that are read together
-MIN_STEP = 16  # tokens, however long they take
-WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
+# A window of a user's text has so many tokens, and starts afresh.
+TEXT_WINDOW = 512
+# So many tokens of windows are read together at most, and at least, however long they take.
+READ_TOKENS = 2048
+MIN_STEP = 16
+# A pass reads all weights, which takes about as long as so many tokens.
+WEIGHTS_TOKENS = 32
 
 
 def text_states(
@@ -57,14 +60,19 @@ def text_states(
     Raises:
         ValueError: If there are fewer than two tokens.
     """
-    token_ids = list(tokenizer.encode(text))[: None if positions is None else positions + 1]
+    token_ids = list(tokenizer.encode(text))
+    if positions is not None:
+        token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
-    first, *others = windows_of(token_ids, TEXT_WINDOW)
-    beginning = beginning_of_text(tokenizer)  # the first window has it already
-    windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
-    states = [read[0], *(window_states[len(beginning) :] for window_states in read[1:])]
+    windows = windows_of(token_ids, TEXT_WINDOW)
+    # the first window has the beginning of a text already
+    beginning = beginning_of_text(tokenizer)
+    for i in range(1, len(windows)):
+        windows[i] = beginning + windows[i]
+    states = yield from read_windows(model, location, windows, step_seconds=step_seconds)
+    for i in range(1, len(windows)):
+        states[i] = states[i][len(beginning) :]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
@@ -104,10 +112,14 @@ def builtin_states(
         step_seconds=step_seconds,
         checkpoint=checkpoint,
     )
-    kept = [pair for pair in zip(read, windows, strict=True) if len(pair[0])]
-    states = [window_states[len(beginning) + CONTEXT :] for window_states, _ in kept]
-    next_ids = np.concatenate([window[CONTEXT + 1 :] for _, window in kept]).astype(np.int64)
-    return np.concatenate(states), next_ids, len(kept) < len(windows)
+    states = []
+    next_ids = []
+    for window_states, window in zip(read, windows, strict=True):
+        if len(window_states):
+            states.append(window_states[len(beginning) + CONTEXT :])
+            next_ids.append(np.array(window[CONTEXT + 1 :], dtype=np.int64))
+    is_cut_short = len(states) < len(windows)
+    return np.concatenate(states), np.concatenate(next_ids), is_cut_short
 
 
 def read_windows(
@@ -150,7 +162,9 @@ def read_windows(
             states[i] = kept["states"][starts[i] : starts[i + 1]]
     # a bar is there before the first part, which may take long
     yield Progress(stage, n_kept, total, "token", kept=True)
-    n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
+    n_together: float = MIN_STEP
+    if step_seconds == math.inf:
+        n_together = READ_TOKENS
     longest = max(map(len, inputs), default=1)
     while waiting and (not spent or spent < seconds):
         n_windows = max(1, int(n_together // longest))
@@ -159,8 +173,12 @@ def read_windows(
         length = max(len(inputs[i]) for i in batch)
         # shorter ones are padded at the end, where no state looks
         tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
-        n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / n_together)
-        cache = make_prompt_cache(model) if n_parts > 1 else None
+        n_parts = math.ceil(tokens.size / n_together)
+        cache = None
+        if is_vlm(model):
+            n_parts = 1
+        elif n_parts > 1:
+            cache = make_prompt_cache(model)
         size = math.ceil(length / n_parts)
         parts = []
         for start in range(0, length, size):

@@ -22,14 +22,18 @@ from .checkpoint import NOT_KEPT, Checkpoint, checksum
 BLOCK_CLUSTERS = 64
 BLOCK_STATES = 2048
 
-RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
-BITS = 4  # of a rounded centroid
+# The penalty of the fit, relative to the states' mean variance per dimension.
+RIDGE = 0.03
+# A rounded centroid has so many bits, and values above its offset.
+BITS = 4
 LEVELS = 15
-DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
+# This share of the mean variance is added to the covariance before it is inverted.
+DAMPING = 0.01
 
-# of the metric
-FLOOR = 0.1  # of the variance in all directions, of its mean; 0.03 to 0.3 make no difference
-COLUMNS_SHARE = 1 / 6  # of D; a third or all of them make no difference
+# The metric's variance in each direction, relative to the mean; 0.03 to 0.3 make no difference.
+FLOOR = 0.1
+# The metric's columns, as a share of D; a third or all of them make no difference.
+COLUMNS_SHARE = 1 / 6
 LEAST_COLUMNS = 64
 
 Array = np.ndarray
@@ -95,16 +99,18 @@ def fit_centroids(
     """
     rows = as_float32(rows)
     vocab_size, hidden_size = rows.shape
-    head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
+    bias_of_tokens = np.zeros(vocab_size, np.float32)
+    if head_bias is not None:
+        bias_of_tokens = as_float32(head_bias)
     means = mean_rows(rows, token_ids)
     if states is None:
         matrix, _ = yield from _quantize(means, np.eye(hidden_size), group_size)
-        mean_bias = mx.array(mean_rows(head_bias[:, None], token_ids)[:, 0])
+        mean_bias = mx.array(mean_rows(bias_of_tokens[:, None], token_ids)[:, 0])
         return Centroids(matrix, mean_bias, mx.zeros(len(token_ids)))
 
     state_mean, state_variance = covariance(states)
     residual_mean, residual_variance, cross = yield from _fit_residuals(
-        rows, token_ids, means, states, state_mean, head_bias, checkpoint
+        rows, token_ids, means, states, state_mean, bias_of_tokens, checkpoint
     )
     # max: equal states have no variance, and the means stay
     penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
@@ -158,7 +164,8 @@ def _fit_residuals(
     total = np.zeros(n_clusters)
     squares = np.zeros(n_clusters)
     cross = np.zeros((n_clusters, hidden_size))
-    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
+    # the last value leaves padded slots out
+    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)
     source = checksum(token_ids, states)
     kept = checkpoint.read("residuals", source)
     n_kept = len(kept.get("total", ()))
@@ -170,7 +177,8 @@ def _fit_residuals(
     yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
     for start in range(n_kept, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
-        slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
+        # (cluster_size, c): sums over a cluster run along axis 0
+        slots = token_ids[part].T
         columns = rows[np.minimum(slots, vocab_size - 1)].reshape(-1, hidden_size).T
         for block, centred_block in zip(blocks, centred, strict=True):
             logits = (block @ columns).reshape(len(block), *slots.shape) + slot_bias[slots]
@@ -208,8 +216,10 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
         return Matrix(mx.array(weight)), weight.astype(np.float64)
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
-    feed = np.linalg.cholesky(inverse).T  # upper: the effect of a column's error on later ones
-    left = centroids.T.astype(np.float64)  # (D, C): the columns of the centroids are contiguous
+    # upper triangle: the effect of a column's error on later ones
+    feed = np.linalg.cholesky(inverse).T
+    # (D, C): the columns of the centroids are contiguous
+    left = centroids.T.astype(np.float64)
     codes = np.empty(left.shape, dtype=np.uint32)
     rounded = np.empty_like(left)
     n_groups = hidden_size // group_size
@@ -225,10 +235,11 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
         offsets[number] = low
         scale = scales[number].astype(np.float32)
         offset = offsets[number].astype(np.float32)
-        step = np.where(scale > 0, scale, 1)  # the scale of a constant group is 0
+        # the scale of a constant group is 0
+        divisor = np.where(scale > 0, scale, 1)
         errors = np.empty((group_size, n_clusters))
         for i in range(start, group.stop):
-            codes[i] = np.clip(np.round((left[i] - offset) / step), 0, LEVELS)
+            codes[i] = np.clip(np.round((left[i] - offset) / divisor), 0, LEVELS)
             rounded[i] = codes[i] * scale + offset
             errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
             later = slice(i + 1, group.stop)

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..common.new_folder import new_file
 
-SECONDS = 20.0  # between two writings of a stage
+# Between two writings of a stage pass so many seconds.
+SECONDS = 20.0
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +66,7 @@ class Checkpoint:
         """
         if self._unwritten is not None and self._unwritten[0] != stage:
             self.write()
-        self._unwritten = stage, source, arrays
+        self._unwritten = (stage, source, arrays)
         if time.monotonic() - self._written_at > SECONDS:
             self.write()
 

@@ -14,18 +14,24 @@ import numpy as np
 from . import Progress, Task
 from .checkpoint import NOT_KEPT, Arrays, Checkpoint, checksum
 
-LIST_LENGTH = 24  # centroids in a row's shortlist
-BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
-PASSES = 6  # dense passes over all rows
+# A row's shortlist has so many centroids.
+LIST_LENGTH = 24
+# There are at least so many buckets of centroids, if there are so many centroids. A shortlist holds
+# one centroid of each at most.
+BUCKETS = 256
+# The number of dense passes over all rows.
+PASSES = 6
 QUICK_PASSES = 2
-FIRST_PRICE_STEPS = 40  # price updates in the first iteration
-LATER_PRICE_STEPS = 20
+# The number of price updates in the first pass, and in each later one.
+FIRST_PRICE_UPDATES = 40
+LATER_PRICE_UPDATES = 20
 
 # rows and scores at once, which bounds memory
 BLOCK_ROWS = 2048
 BLOCK_SCORES = 1 << 22
 
-STAGE = "Clustering"  # its progress: the rows of all passes
+# The progress of this stage is that of the rows of all passes.
+STAGE = "Clustering"
 
 # Rows are duplicates if their squared distance is at most this share of that to the mean of all
 # rows. They are searched around a sample.
@@ -78,11 +84,14 @@ def cluster_rows(
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
     if n_clusters:
-        for block in _slices(len(others), BLOCK_ROWS):  # to the front, without a second copy
+        # the others move to the front, without a second copy
+        for block in _slices(len(others), BLOCK_ROWS):
             points[block] = points[others[block]]
         capacity = np.full(n_clusters, len(others) // n_clusters)
         capacity[: len(others) % n_clusters] += 1
-        source = 0 if metric is None else checksum(metric)
+        source = 0
+        if metric is not None:
+            source = checksum(metric)
         kept = _KeptPasses(checkpoint, source)
         members = yield from _balanced_kmeans(
             points[: len(others)], capacity, passes, rng, total, kept
@@ -94,8 +103,10 @@ def cluster_rows(
 
 def _points(rows: Array, metric: Array | None, total: int) -> Task[Array]:
     """The only copy of the rows: less their mean, for exact distances, and a column of ones."""
-    hidden_size = (rows if metric is None else metric).shape[1]
-    points = np.ones((len(rows), hidden_size + 1), dtype=np.float32)
+    n_columns = rows.shape[1]
+    if metric is not None:
+        n_columns = metric.shape[1]
+    points = np.ones((len(rows), n_columns + 1), dtype=np.float32)
     mapped = points[:, :-1]
     for block in _slices(len(rows), BLOCK_ROWS):
         if metric is None:
@@ -210,20 +221,24 @@ def _balanced_kmeans(
         centroids = _centroids(points, members)
         ids, scores = yield from _shortlists(points, every, centroids, total, kept, iteration)
         # prices move until demand for each centroid meets its capacity
-        step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
-        for _ in range(LATER_PRICE_STEPS if iteration else FIRST_PRICE_STEPS):
+        n_updates = LATER_PRICE_UPDATES
+        if iteration == 0:
+            n_updates = FIRST_PRICE_UPDATES
+        change = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
+        for _ in range(n_updates):
             best = (scores - prices[ids]).argmax(axis=1)
             wanted = np.bincount(ids[every, best], minlength=n_clusters)
-            prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
-            step *= 0.95
+            prices += (change * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
+            change *= 0.95
             yield Progress(STAGE, 0, total, "row")
         free = capacity.copy()
         assigned = np.full(n_points, -1)
         waiting = every
         while len(waiting):
-            _place(waiting, ids, scores - prices[ids], free, assigned)
+            _assign(waiting, ids, scores - prices[ids], free, assigned)
             waiting = np.flatnonzero(assigned < 0)
-            if len(waiting):  # their lists are full: they get one of the open clusters
+            if len(waiting):
+                # their lists are full: they get one of the open clusters
                 yield Progress(STAGE, 0, total, "row")
                 opened = np.flatnonzero(free)
                 listed, scores = yield from _shortlists(points, waiting, centroids[opened], total)
@@ -253,37 +268,35 @@ def _centroids(points: Array, members: list[Array]) -> Array:
 
 def _shortlists(
     points: Array,
-    rows: Array,
+    chosen: Array,
     centroids: Array,
     total: int,
     kept: _KeptPasses | None = None,
     iteration: int = 0,
 ) -> Task[tuple[Array, Array]]:
-    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
+    """Ids and scores (R, 24 or C) of the best centroids of the ``chosen`` points (R,), unordered.
 
     They are the best ones of buckets, found in rounds of pairs, which take less time than the
     product with all centroids. With ``kept`` those of a pass are kept, and taken up again.
     """
-    library: Any = mx if mx.default_device().type == mx.gpu else np  # a GPU is faster
+    library = _fastest_library()
     n_clusters = len(centroids)
     length = min(LIST_LENGTH, n_clusters)
     n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1
     n_buckets = -(-n_clusters // 2**n_rounds)
     padding = n_buckets * 2**n_rounds - n_clusters
-    columns = (np.pad(centroids, ((0, padding), (0, 0))) if padding else centroids).T
-    if library is not np:  # for numpy it would be another copy
-        columns = library.array(columns)
-    ids = np.empty((len(rows), length), dtype=np.int64)
-    scores = np.empty((len(rows), length), dtype=np.float32)
+    columns = _columns(centroids, padding, library)
+    ids = np.empty((len(chosen), length), dtype=np.int64)
+    scores = np.empty((len(chosen), length), dtype=np.float32)
     size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // n_clusters))
     n_kept = 0
     if kept is not None:
         n_kept = kept.put_back(iteration, ids, scores)
     yield Progress(STAGE, n_kept, total, "row", kept=True)
-    for block in _slices(len(rows), size):
+    for block in _slices(len(chosen), size):
         if block.stop <= n_kept:
             continue
-        best = library.array(points[rows[block]]) @ columns
+        best = library.array(points[chosen[block]]) @ columns
         if padding:
             best[:, n_clusters:] = -np.inf
         rounds = []
@@ -304,22 +317,38 @@ def _shortlists(
     return ids, scores
 
 
-def _place(waiting: Array, ids: Array, utilities: Array, free: Array, assigned: Array) -> None:
-    """Places points in clusters, as long as one of their lists is open.
+def _fastest_library() -> Any:
+    """The library of products: MLX where it has a GPU, else NumPy."""
+    return mx if mx.default_device().type == mx.gpu else np
+
+
+def _columns(centroids: Array, padding: int, library: Any) -> Any:
+    """The centroids (C, D) as columns (D, C + padding) of a library."""
+    if padding:
+        centroids = np.pad(centroids, ((0, padding), (0, 0)))
+    if library is np:
+        # an array of its own would be another copy
+        return centroids.T
+    return library.array(centroids.T)
+
+
+def _assign(waiting: Array, ids: Array, utilities: Array, free: Array, assigned: Array) -> None:
+    """Assigns points to clusters, as long as one of their lists is open.
 
     Each waiting point (R,) proposes to its best open cluster, which accepts those with most to
     lose. ``free`` (C,) and ``assigned`` (V,), -1 for none, change.
     """
     while len(waiting):
         utilities = np.where(free[ids] > 0, utilities, -np.inf)
-        rows = np.arange(len(waiting))
+        every = np.arange(len(waiting))
         best = utilities.argmax(axis=1)
-        most = utilities[rows, best]
-        choice = ids[rows, best]
-        utilities[rows, best] = -np.inf
-        with np.errstate(invalid="ignore"):  # inf - inf, where no cluster is open
+        most = utilities[every, best]
+        choice = ids[every, best]
+        utilities[every, best] = -np.inf
+        # it is inf - inf where no cluster is open
+        with np.errstate(invalid="ignore"):
             regret = most - utilities.max(axis=1)
-        utilities[rows, best] = most
+        utilities[every, best] = most
         can = np.flatnonzero(most > -np.inf)
         order = can[np.lexsort((-regret[can], choice[can]))]
         wanted = np.bincount(choice[order], minlength=len(free))

@@ -7,9 +7,14 @@ from . import Progress
 
 
 class Forecast(NamedTuple):
-    """What is left of a build, at one moment."""
+    """What is left of a build, at one moment.
 
-    share: float  # of its time that is done, 0 to 1
+    Attributes:
+        share: The share of its time that is done, 0 to 1.
+        seconds_left: The time that is left.
+    """
+
+    share: float
     seconds_left: float
 
 
@@ -27,13 +32,17 @@ class Pace:
 
     def __init__(self, expected: Mapping[str, float], limit: float):
         self._seconds = dict(expected)
-        self._shares = dict.fromkeys(expected, 0.0)  # of each stage that is done
+        # the share of each stage that is done
+        self._shares = dict.fromkeys(expected, 0.0)
         self._limit = limit
+        # the greatest share that was said: a bar does not go back
+        self._most = 0.0
+        # The stage at hand, its seconds in this build, and its units. Of these, some may have been
+        # done by an earlier build.
         self._stage = ""
-        self._spent = 0.0  # seconds of the stage at hand, in this build
-        self._n_done = 0  # units of the stage at hand
-        self._most = 0.0  # the share that was said: a bar does not go back
-        self._n_kept = 0  # of these, units of an earlier build
+        self._spent = 0.0
+        self._n_done = 0
+        self._n_kept = 0
 
     def note(self, progress: Progress, seconds: float) -> None:
         """Notes a part of the build, and the seconds that it took."""

@@ -25,29 +25,37 @@ CHUNK_STATES = 32
 CHUNK_LOGITS = 1 << 22
 
 LEAST_LOGIT = np.float32(-1e30)
-GREATEST_TAIL = 100.0  # of an estimate over the best logit: forced clusters have a huge score
+# An estimate is so much over the best logit at most: forced clusters have a huge score.
+GREATEST_TAIL = 100.0
 
-# Places of a position's measures.
+# The indices of a position's measures.
 AGREEMENT, COVERAGE, MASS, KL, NLL, GAP, TAIL = range(7)
 
 Array = np.ndarray
-Product = Callable[[Array], Array]  # a product of states (n, D)
+# A product of states (n, D).
+Product = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class PositionMeasures:
-    """Measures at each of N positions, for each of P numbers of probes."""
+    """Measures at each of N positions, for each of P numbers of probes.
+
+    Attributes:
+        probe_counts: The numbers of probes.
+        values: The measures (P, 7, N) float32, by the indices above.
+        dense_perplexity: That of the true next tokens under the dense head.
+    """
 
     probe_counts: Sequence[int]
-    values: Array  # (P, 7, N) float32, by the places above
-    dense_perplexity: float  # of the true next tokens under the dense head
+    values: Array
+    dense_perplexity: float
 
     def means(self) -> list[dict[str, Any]]:
         """The measures over all positions by their names, for each number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
-        rows = []
+        by_probes = []
         for n_probes, figures in zip(self.probe_counts, means, strict=True):
-            rows.append(
+            by_probes.append(
                 {
                     "n_probes": n_probes,
                     "agreement": figures[AGREEMENT],
@@ -57,7 +65,7 @@ class PositionMeasures:
                     "perplexity": float(np.exp(figures[NLL])),
                 }
             )
-        return rows
+        return by_probes
 
 
 def measure_positions(
@@ -90,7 +98,8 @@ def measure_positions(
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     token_ids = token_ids.astype(np.int64)
-    slots = np.argsort(token_ids.ravel(), kind="stable")  # padded ones come last
+    # padded slots come last
+    slots = np.argsort(token_ids.ravel(), kind="stable")
     cluster_of = slots // token_ids.shape[1]
     probes = np.array(probe_counts)
     values = np.empty((len(probes), 7, len(states)), np.float32)
@@ -118,14 +127,23 @@ def measure_positions(
 
 
 class _DenseClusters(NamedTuple):
-    """What the dense head gives to clusters; exponentials are relative to the best logit."""
+    """What the dense head gives to clusters; exponentials are relative to the best logit.
 
-    top: Array  # (n,) float64, the best logit of all
-    best: Array  # (n, C) float32, the best logit of each cluster
-    sums: Array  # (n, C) float64, of the exponentials of a cluster's logits
-    norm: Array  # (n,) float64, their sum
-    mass: Array  # (n, C) float64, a cluster's probability
-    mean_logit: Array  # (n, C) float64, the sum of P_v (l_v - top) over a cluster
+    Attributes:
+        top: The best logit of all (n,) float64.
+        best: The best logit of each cluster (n, C) float32.
+        sums: The sum of the exponentials of a cluster's logits (n, C) float64.
+        norm: The sum of all exponentials (n,) float64.
+        mass: A cluster's probability (n, C) float64.
+        mean_logit: The sum of P_v (l_v - top) over a cluster (n, C) float64.
+    """
+
+    top: Array
+    best: Array
+    sums: Array
+    norm: Array
+    mass: Array
+    mean_logit: Array
 
 
 def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
@@ -139,10 +157,15 @@ def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
     weights = np.exp(blocks)
     sums = weights.sum(-1, dtype=np.float64)
     norm = sums.sum(-1)
-    weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)  # 0 times -inf would be NaN
-    mean_logit = weights.sum(-1, dtype=np.float64) / norm[:, None]
+    # 0 times -inf would be NaN
+    weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)
     return _DenseClusters(
-        top.astype(np.float64), best, sums, norm, sums / norm[:, None], mean_logit
+        top=top.astype(np.float64),
+        best=best,
+        sums=sums,
+        norm=norm,
+        mass=sums / norm[:, None],
+        mean_logit=weights.sum(-1, dtype=np.float64) / norm[:, None],
     )
 
 
@@ -169,7 +192,7 @@ def _measure_chunk(
     Returns:
         The measures (7, n, P), and the dense head's losses (n,) float64.
     """
-    rows = np.arange(len(logits))
+    positions = np.arange(len(logits))
     n_clusters = len(token_ids)
     sizes = (token_ids < logits.shape[1]).sum(1)
     dense = _dense_clusters(logits, token_ids)
@@ -178,10 +201,11 @@ def _measure_chunk(
     weight = sizes * np.exp(tail)
     moved = dense.mean_logit - dense.mass * tail
 
-    n_listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
+    # the best clusters, the best one first; one more is the best that is not scored
+    n_listed = min(int(probes.max()) + 1, n_clusters)
     order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
     ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
-    order = np.take_along_axis(order, ranks, 1)  # the best clusters, the best one first
+    order = np.take_along_axis(order, ranks, 1)
     # over the scored clusters, (n, P): their mass and its estimate, both relative to the best
     # logit, their part of the divergence, their share of the mass, and their best logit
     parts = np.stack([dense.sums, weight, moved, dense.mass])
@@ -195,7 +219,8 @@ def _measure_chunk(
     unscored = np.maximum(weight.sum(1)[:, None] - estimated, 0.0)
     log_total = np.log(total + unscored)
     divergence = moved.sum(1)[:, None] - scored_part
-    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)  # of an estimate, as in the head
+    # an estimate has this limit in the head, too
+    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
     for i, j in np.argwhere(next_best + tail_offset.max() > cap):
         left = np.ones(n_clusters, bool)
         left[order[i, : probes[j]]] = False
@@ -205,13 +230,14 @@ def _measure_chunk(
 
     def is_scored(tokens: Array) -> Array:
         """Whether the clusters of tokens (n,) are scored: (n, P) bool."""
-        score = scores[rows, cluster_of[tokens]][:, None]
+        score = scores[positions, cluster_of[tokens]][:, None]
         return (scores > score).sum(1)[:, None] < probes
 
     covered = is_scored(truth)
-    true_logit = logits[rows, truth].astype(np.float64) - dense.top
-    estimate = np.minimum(tail[rows, cluster_of[truth]][:, None], cap - dense.top[:, None])
-    with np.errstate(divide="ignore"):  # no cluster is left
+    true_logit = logits[positions, truth].astype(np.float64) - dense.top
+    estimate = np.minimum(tail[positions, cluster_of[truth]][:, None], cap - dense.top[:, None])
+    # it is the logarithm of 0 where no cluster is left
+    with np.errstate(divide="ignore"):
         log_tail = np.log(unscored / (total + unscored))
     log_norm = np.log(dense.norm)
     measures = (

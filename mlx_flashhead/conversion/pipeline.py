@@ -37,21 +37,34 @@ from .options import ConvertOptions, make_recipe
 from .precision import head_bits, precision_label, set_bits, set_dtype
 from .report import report_lines
 
-FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
+# The recipe's entry with the names of the files that a conversion has written.
+FILES_KEY = "folder"
 
 
 class _Preparation(NamedTuple):
-    """A conversion that nothing refuses. Nothing of its model is evaluated yet."""
+    """A conversion that nothing refuses. Nothing of its model is evaluated yet.
 
-    source: Path  # the model's folder
-    base: Provenance  # the model, its card and its licence
-    name: str  # of the result
-    repo_id: str | None  # where it is uploaded to
-    model: nn.Module  # with its new bits
+    Attributes:
+        source: The model's folder.
+        base: The model, its card and its licence.
+        name: The result's name.
+        repo_id: The repository that it is uploaded to, if one is named or it is uploaded.
+        model: The model with its new bits.
+        tokenizer: Its tokenizer.
+        config: Its configuration.
+        location: Its head.
+        original: The head's rows before they were quantized, if weights are written.
+    """
+
+    source: Path
+    base: Provenance
+    name: str
+    repo_id: str | None
+    model: nn.Module
     tokenizer: Any
     config: dict[str, Any]
     location: HeadLocation
-    original: Matrix | None  # the head's rows before they were quantized, if weights are written
+    original: Matrix | None
 
 
 def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHeadConfig:
@@ -71,7 +84,10 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
             upload: nothing is written. If the upload itself fails, the checkpoint is kept.
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
-    return convert_model(ConvertOptions(*arguments, **options), say=print if progress else None)
+    say = None
+    if progress:
+        say = print
+    return convert_model(ConvertOptions(*arguments, **options), say=say)
 
 
 _parameters = [*inspect.signature(ConvertOptions).parameters.values()]
@@ -98,7 +114,8 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
     target = Path(options.mlx_path).expanduser()
     check_target(target, options.overwrite)
     if options.source == "file":
-        read_text(options.calibration)  # before the long work, if it is none
+        # a text that cannot be read is refused before the long work
+        read_text(options.calibration)
     with new_folder(target) as folder:
         prepared = _prepare(options, target, folder, say, progress=progress)
         recipe = make_recipe(options, prepared.base.origin, prepared.name)
@@ -128,10 +145,13 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
                 names = {file.name for file in folder.iterdir()}
             recipe[FILES_KEY] = sorted(names | {files.FILE_NAME})
             index = replace(index, config=replace(index.config, recipe=recipe))
-            write = files.write_companion if options.index_only else files.write_index
-            write(folder, index)
+            if options.index_only:
+                files.write_companion(folder, index)
+            else:
+                files.write_index(folder, index)
             add_documents(folder, prepared.base, index.config, target)
-        except RuntimeError as error:  # MLX raises this for a full disk
+        except RuntimeError as error:
+            # MLX raises it for a full disk
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "`mlx_path`."
@@ -169,11 +189,12 @@ def _prepare(
         ValueError: If an option, the model or the target is not valid, or the Hub would reject an
             upload.
     """
-    user = sign_in() if options.uploads else ""
-    named = options.upload if isinstance(options.upload, str) else options.upload_repo
-    repo_id = full_name(named, user) if named else None
+    user = ""
+    if options.uploads:
+        user = sign_in()
+    repo_id = _named_repository(options, user)
     source = resolve(options.hf_path, options.revision)
-    check_apart(source, target)
+    check_outside(source, target)
     base = find_provenance(options.hf_path, source, options.base_model, options.license)
     if options.uploads:
         check_licence(
@@ -207,14 +228,12 @@ def _prepare(
                 say=say,
                 progress=progress,
             )
-            quantization = location.rows().quantization or False
-            for key in ("quantization", "quantization_config"):  # as mlx-lm's
-                if key in config:
-                    config[key] = config[key] | {location.path: quantization}
+            _declare_head(config, location)
         set_dtype(model, config, source, options)
         location = _located_again(location, model)
         original = location.rows()
-        if location.tied and (bits := head_bits(original, options)) is not None:
+        bits = head_bits(original, options)
+        if location.tied and bits is not None:
             say(f"The head is tied to the embedding: both get {bits} bits.")
         model, config = set_bits(model, config, location, options)
         location = _located_again(location, model)
@@ -222,11 +241,42 @@ def _prepare(
         weights: Any = tree_flatten(model.parameters())
         nbytes += sum(array.nbytes for _, array in weights)
     check_space(target, folder, nbytes)
-    name = base.origin.result_name(label, base.licence.prefix if base.licence else "")
+    prefix = ""
+    if base.licence is not None:
+        prefix = base.licence.prefix
+    name = base.origin.result_name(label, prefix)
     if options.uploads:
         repo_id = repo_id or full_name(name, user)
         reserve(repo_id, user, options.private)
-    return _Preparation(source, base, name, repo_id, model, tokenizer, config, location, original)
+    return _Preparation(
+        source=source,
+        base=base,
+        name=name,
+        repo_id=repo_id,
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        location=location,
+        original=original,
+    )
+
+
+def _named_repository(options: ConvertOptions, user: str) -> str | None:
+    """The repository that the options name, with its owner; None if they name none."""
+    name = options.upload_repo
+    if isinstance(options.upload, str):
+        name = options.upload
+    if not name:
+        return None
+    return full_name(name, user)
+
+
+def _declare_head(config: dict[str, Any], location: HeadLocation) -> None:
+    """Says in a configuration which bits the head has, by both of mlx-lm's keys."""
+    quantization = location.rows().quantization or False
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = config[key] | {location.path: quantization}
 
 
 def _located_again(location: HeadLocation, model: nn.Module) -> HeadLocation:
@@ -260,9 +310,11 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
             "it: choose another `mlx_path`, or delete it yourself."
         )
-    written = {name for name in (recipe or {}).get(FILES_KEY) or [] if isinstance(name, str)}
-    licences = {file.name for file in licence_files(target)}
-    others = sorted(names - written - licences - {CARD_FILE})
+    own = {CARD_FILE}
+    own |= {file.name for file in licence_files(target)}
+    if recipe is not None:
+        own |= {name for name in recipe.get(FILES_KEY) or () if isinstance(name, str)}
+    others = sorted(names - own)
     if others:
         raise ValueError(
             f"{target} holds {', '.join(others[:3])}, which no conversion has written: move that "
@@ -270,7 +322,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def check_apart(source: Path, target: Path) -> None:
+def check_outside(source: Path, target: Path) -> None:
     """Refuses a target that is the model's folder or lies in it.
 
     `check_target` refuses one around it.
@@ -282,12 +334,12 @@ def check_apart(source: Path, target: Path) -> None:
     Raises:
         ValueError: If it is or lies there.
     """
-    folders = [path for path in (target, *target.resolve().parents) if path.exists()]
-    if any(os.path.samefile(folder, source) for folder in folders):
-        raise ValueError(
-            f"`mlx_path` {target} is the folder of the model itself, or lies in it: choose another "
-            "one."
-        )
+    for folder in (target, *target.resolve().parents):
+        if folder.exists() and os.path.samefile(folder, source):
+            raise ValueError(
+                f"`mlx_path` {target} is the folder of the model itself, or lies in it: choose "
+                "another one."
+            )
 
 
 def check_space(target: Path, folder: Path, nbytes: int, named: str = "mlx_path") -> None:

@@ -15,8 +15,10 @@ from ..models.locate import HeadLocation
 from .options import DTYPES, ConvertOptions
 
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
-DEFAULT_HEAD_BITS = 8  # of a quantized model: docs/converting.md has what 4 bits cost
-FLOAT_BITS = 16  # what `head_bits` calls floats
+# The head of a quantized model has so many bits: docs/converting.md has what 4 bits cost.
+DEFAULT_HEAD_BITS = 8
+# `head_bits` calls floats so.
+FLOAT_BITS = 16
 
 # The usual bits and group sizes of mlx-lm's modes.
 DEFAULT_BITS = {AFFINE: 4, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
@@ -37,24 +39,33 @@ def set_dtype(
         source: The model's folder.
         options: The conversion's options.
     """
-    dtype = options.dtype
-    files = source.glob("model*.safetensors")
-    headers = (cast(Any, mx.load(str(file), return_metadata=True))[1] for file in files)
-    if dtype is None and not any(header.get("format") == "mlx" for header in headers):
-        named = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-        dtype = named if named in DTYPES else None
-    if dtype is not None:
+    dtype_name = options.dtype or _declared_dtype(config, source)
+    if dtype_name is not None:
+        dtype = getattr(mx, dtype_name)
         may_cast = getattr(model, "cast_predicate", lambda _: True)
 
         def as_dtype(name: str, array: mx.array) -> mx.array:
-            floating = mx.issubdtype(array.dtype, mx.floating)
-            return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
+            if mx.issubdtype(array.dtype, mx.floating) and may_cast(name):
+                return array.astype(dtype)
+            return array
 
         model.update(tree_map_with_path(as_dtype, model.parameters()))
     if options.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         mlx_lm.dequantize_model(model)
+
+
+def _declared_dtype(config: dict[str, Any], source: Path) -> str | None:
+    """The dtype that a configuration names, if it does, and if MLX has not stored the weights."""
+    for file in source.glob("model*.safetensors"):
+        _, header = cast(Any, mx.load(str(file), return_metadata=True))
+        if header.get("format") == "mlx":
+            return None
+    name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if name not in DTYPES:
+        return None
+    return name
 
 
 def precision_label(options: ConvertOptions, config: dict[str, Any], rows: Matrix) -> str:
@@ -113,43 +124,37 @@ def set_bits(
     stored_bits = rows.bits or FLOAT_BITS
     if not options.quantize and bits in (None, stored_bits):
         return model, config
-    group = options.q_group_size if options.q_mode == AFFINE else None
     head: Any = {
-        "group_size": group or affine_group(rows.hidden_size),
+        "group_size": affine_group(rows.hidden_size),
         "bits": bits,
         "mode": AFFINE,
     }
+    if options.q_mode == AFFINE and options.q_group_size:
+        head["group_size"] = options.q_group_size
     if bits is not None:
-        if bits > stored_bits:
-            raise ValueError(
-                f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head "
-                "has: convert from a checkpoint with a finer head, or leave the option out."
-            )
-        fits_body = not (options.quantize and rows.hidden_size % body["group_size"])
-        group = (head if fits_body else body)["group_size"]
-        if bits < stored_bits and (group is None or rows.hidden_size % group):
-            raise ValueError(
-                f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
-                f"({group or '64 or 32'}): leave `head_bits` out."
-            )
-        if bits < stored_bits and rows.quantized:
-            # floats in the place of the model's quantized head
-            dense = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
-            model.update_modules(tree_unflatten([(location.path, dense)]))
-    recipe: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
-    if isinstance(recipe, str):
-        recipe = mlx_lm.mixed_quant_predicate_builder(recipe, model, body["group_size"])
+        group_size = head["group_size"]
+        if options.quantize and rows.hidden_size % body["group_size"]:
+            group_size = body["group_size"]
+        _check_head_bits(bits, rows, group_size)
+        if bits < stored_bits:
+            _restore_floats(model, location)
+    recipe = _recipe(model, options, body["group_size"])
     # a head that shares the form of the body is not stored by itself
     has_own_form = bits is not None and not (options.quantize and recipe is None and head == body)
 
     def quantization(path: str, module: nn.Module) -> Any:
         """How mlx-lm is to quantize a layer; False keeps its floats."""
         if path == location.path and has_own_form:
-            return bits != FLOAT_BITS and head
+            if bits == FLOAT_BITS:
+                return False
+            return head
         return options.quantize and (recipe is None or recipe(path, module))
 
-    form = body if options.quantize else head
-    with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
+    form = head
+    if options.quantize:
+        form = body
+    # mlx-lm prints a line of its own
+    with redirect_stdout(StringIO()):
         return mlx_lm.quantize_model(
             model,
             config,
@@ -160,6 +165,45 @@ def set_bits(
         )
 
 
+def _recipe(model: nn.Module, options: ConvertOptions, group_size: int) -> Any:
+    """A function of mlx-lm's that says how layers are quantized; None if all are in one way."""
+    recipe: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
+    if isinstance(recipe, str):
+        return mlx_lm.mixed_quant_predicate_builder(recipe, model, group_size)
+    return recipe
+
+
+def _restore_floats(model: nn.Module, location: HeadLocation) -> None:
+    """Gives a model's head floats, if it is quantized."""
+    if location.rows().quantized:
+        dense = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
+        model.update_modules(tree_unflatten([(location.path, dense)]))
+
+
+def _check_head_bits(bits: int, rows: Matrix, group_size: int | None) -> None:
+    """Checks that a head can have the bits that are chosen.
+
+    Args:
+        bits: The bits.
+        rows: The head's rows (V, D).
+        group_size: Columns that share a scale; None if D is a multiple of none of them.
+
+    Raises:
+        ValueError: If it has fewer bits, or its width fits no group.
+    """
+    stored_bits = rows.bits or FLOAT_BITS
+    if bits > stored_bits:
+        raise ValueError(
+            f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head "
+            "has: convert from a checkpoint with a finer head, or leave the option out."
+        )
+    if bits < stored_bits and (group_size is None or rows.hidden_size % group_size):
+        raise ValueError(
+            f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
+            f"({group_size or '64 or 32'}): leave `head_bits` out."
+        )
+
+
 def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
     """The bits that a conversion gives the head; None if it treats the head as any other layer.
 
@@ -167,13 +211,16 @@ def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
         rows: The head's rows (V, D).
         options: The conversion's options.
     """
-    bits = None if options.fine_head else options.head_bits
+    bits = options.head_bits
+    if options.fine_head:
+        bits = None
     body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
     # a function chooses for the head too, and mlx-lm leaves a width that fits no group as it is
     by_function = callable(options.quant_predicate)
-    fits = not rows.hidden_size % body_group
+    fits = rows.hidden_size % body_group == 0
     if options.quantize and not bits and not by_function and not rows.quantized and fits:
         bits = DEFAULT_HEAD_BITS
+    # modes other than affine have one number of bits
     if options.q_mode != AFFINE and bits == DEFAULT_BITS[options.q_mode]:
-        return None  # other modes have one number of bits
+        return None
     return bits

@@ -11,27 +11,42 @@ import numpy as np
 from ..index.settings import Measured, Verification
 from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
-CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
-PROBES_MULTIPLE = 8  # numbers of probes are multiples of it
-GRID_STEP = 1.15  # greatest ratio of two neighbouring numbers of probes
-MAX_BYTES = 0.25  # read per token without verification, relative to the dense head
-MAX_PENDING = 32  # positions of one verification
+# A one-sided confidence of 95 % has so many standard errors.
+CONFIDENCE_Z = 1.645
+# Numbers of probes are multiples of it.
+PROBES_MULTIPLE = 8
+# The greatest ratio of two neighbouring numbers of probes.
+GRID_RATIO = 1.15
+# The bytes that a token reads without verification, relative to the dense head.
+MAX_BYTES = 0.25
+# One verification has so many positions at most.
+MAX_PENDING = 32
 
-NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risks are fitted on
+# The greatest ratio of the chosen number of probes to one that the risks are fitted on.
+NEAR = 1.4
 SLOPES = np.geomspace(0.25, 4.0, 33)
-SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
-UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
+# The standard deviation of the log of the slope before anything is seen.
+SLOPE_SPREAD = 0.3
+# Where no position differs, one in twice as many may still.
+UNSEEN_DIFFERENCE = 0.5
 BISECTIONS = 60
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of weights that a decoding step reads."""
+    """Bytes of weights that a decoding step reads.
+
+    Attributes:
+        centroids: All centroids.
+        probe: The rows of one cluster.
+        dense: All rows.
+        body: All other layers.
+    """
 
     centroids: int
-    probe: float  # the rows of one cluster
-    dense: float  # all rows
-    body: int = 0  # all other layers
+    probe: float
+    dense: float
+    body: int = 0
 
     def head(self, n_probes: int) -> float:
         """The bytes of a FlashHead: of the centroids and the rows of the scored clusters."""
@@ -70,8 +85,8 @@ def measured_probes(n_clusters: int, nbytes: StepBytes, n_probes: int | None = N
     largest = int((MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
     grid = [PROBES_MULTIPLE]
     while grid[-1] < largest:
-        step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
-        grid.append(grid[-1] + max(step, PROBES_MULTIPLE))
+        added = int(grid[-1] * (GRID_RATIO - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
+        grid.append(grid[-1] + max(added, PROBES_MULTIPLE))
     counts = {min(count, n_clusters) for count in grid}
     if n_probes is not None:
         counts.add(n_probes)
@@ -94,11 +109,14 @@ def choose_unverified(measured: PositionMeasures, goal: float, nbytes: StepBytes
     possible = min(goal, lower_bound(1.0, n_positions) - 1e-9)
     means = measured.means()
     most = MAX_BYTES * nbytes.dense
-    allowed = [row for row in means if nbytes.head(row["n_probes"]) <= most] or means[:1]
-    for row in allowed:
-        if lower_bound(row["agreement"], n_positions) >= possible:
-            return row["n_probes"]
-    return allowed[-1]["n_probes"]
+    n_probes = means[0]["n_probes"]
+    for figures in means:
+        if nbytes.head(figures["n_probes"]) > most:
+            break
+        n_probes = figures["n_probes"]
+        if lower_bound(figures["agreement"], n_positions) >= possible:
+            break
+    return n_probes
 
 
 def lower_bound(share: float, n: int) -> float:
@@ -120,9 +138,10 @@ def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes)
         n_probes: One of the measured numbers of probes.
         nbytes: What a step reads.
     """
-    means = next(row for row in measured.means() if row["n_probes"] == n_probes)
-    # of greedy proposals, and at temperature 1
-    return nbytes.verified(n_probes, ((1 - means["agreement"]) + (1 - means["mass"])) / 2)
+    means = next(figures for figures in measured.means() if figures["n_probes"] == n_probes)
+    greedy_rejected = 1 - means["agreement"]
+    sampled_rejected = 1 - means["mass"]
+    return nbytes.verified(n_probes, (greedy_rejected + sampled_rejected) / 2)
 
 
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
@@ -145,20 +164,24 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
     near = measured.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
     gaps = near[:, GAP].ravel()
     differs = near[:, AGREEMENT].ravel() == 0
-    left = np.isfinite(gaps)  # elsewhere all clusters are scored
-    a, b = fit_greedy_risk(gaps[left], differs[left])
+    # elsewhere all clusters are scored
+    has_gap = np.isfinite(gaps)
+    a, b = fit_greedy_risk(gaps[has_gap], differs[has_gap])
     estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
     unscored = (1 - near[:, MASS].astype(np.float64)).sum()
-    scale = float(unscored / estimated) if estimated > 0 else 1.0
-    rows: list[Measured] = [
-        {
-            "n_probes": row["n_probes"],
-            "greedy_differs": max(1 - row["agreement"], 0.0),
-            "sampled_differs": max(1 - row["mass"], 0.0),
-        }
-        for row in measured.means()
-    ]
-    return {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": rows}
+    scale = 1.0
+    if estimated > 0:
+        scale = float(unscored / estimated)
+    by_probes: list[Measured] = []
+    for means in measured.means():
+        by_probes.append(
+            {
+                "n_probes": means["n_probes"],
+                "greedy_differs": max(1 - means["agreement"], 0.0),
+                "sampled_differs": max(1 - means["mass"], 0.0),
+            }
+        )
+    return {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": by_probes}
 
 
 def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
@@ -183,7 +206,8 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
         above = risk.sum(axis=1) > wanted
         low = np.where(above, low, offset)
         high = np.where(above, offset, high)
-    risk = np.clip(risk, 1e-12, 1 - 1e-6)  # for the logarithms
+    # 0 and 1 have no logarithm of themselves or of their rest
+    risk = np.clip(risk, 1e-12, 1 - 1e-6)
     likelihood = np.log(np.where(differs, risk, 1 - risk)).sum(axis=1)
     best = (likelihood - (np.log(SLOPES) / SLOPE_SPREAD) ** 2 / 2).argmax()
     return float(offset[best]), float(SLOPES[best])

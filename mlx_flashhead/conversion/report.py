@@ -15,8 +15,10 @@ from . import Progress, Task
 from .measures import PositionMeasures
 from .probes import StepBytes, expected_bytes
 
-SHOWN_MULTIPLES = tuple(2 ** (step / 2) for step in range(-4, 4))  # of the chosen probes
-COMPARED_BITS = 4  # what other conversions give the head
+# The report shows these multiples of the chosen number of probes.
+SHOWN_MULTIPLES = tuple(2 ** (exponent / 2) for exponent in range(-4, 4))
+# Other conversions give the head so many bits.
+COMPARED_BITS = 4
 COMPARED_POSITIONS = 512
 COMPARED_AT_ONCE = 32
 
@@ -37,10 +39,12 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
     # shown are those nearest to some multiples of the chosen number
     nearest = [int(np.abs(counts - multiple * n_probes).argmin()) for multiple in SHOWN_MULTIPLES]
     shown = {n_probes, *counts[nearest].tolist()}
-    rows = []
+    by_probes = {}
     for means in measured.means():
         n = means["n_probes"]
-        row = {
+        if n not in shown:
+            continue
+        by_probes[n] = {
             "n_probes": n,
             "agreement": _finite(means["agreement"]),
             "coverage": _finite(means["coverage"]),
@@ -49,14 +53,16 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
             "bytes_per_token": round(nbytes.head(n)),
             "bytes_share": nbytes.share(n),
         }
-        rows += [row] if n in shown else []
-    chosen = next(row for row in rows if row["n_probes"] == n_probes)
+    chosen = by_probes[n_probes]
     return {
         "positions": measured.values.shape[-1],
-        **{name: chosen[name] for name in ("agreement", "coverage", "kl", "perplexity_ratio")},
+        "agreement": chosen["agreement"],
+        "coverage": chosen["coverage"],
+        "kl": chosen["kl"],
+        "perplexity_ratio": chosen["perplexity_ratio"],
         "dense_perplexity": _finite(perplexity),
         "dense_bytes": nbytes.dense,
-        "by_probes": rows,
+        "by_probes": list(by_probes.values()),
     }
 
 
@@ -87,10 +93,12 @@ def compare_bits(
     Returns:
         The figures, JSON-ready: a row for each number of bits.
     """
-    group = rows.group_size if rows.mode == AFFINE else affine_group(original.hidden_size)
+    group_size = affine_group(original.hidden_size)
+    if rows.mode == AFFINE:
+        group_size = rows.group_size
     heads = {rows.bits: rows, 8 * original.weight.dtype.size: original}
-    if COMPARED_BITS not in heads and group:
-        heads[COMPARED_BITS] = original.quantize(bits=COMPARED_BITS, group_size=group)
+    if COMPARED_BITS not in heads and group_size:
+        heads[COMPARED_BITS] = original.quantize(bits=COMPARED_BITS, group_size=group_size)
     n_compared = min(len(states), COMPARED_POSITIONS)
     chosen = np.linspace(0, len(states) - 1, n_compared).astype(int)
     totals = {bits: np.zeros(3) for bits in heads}
@@ -182,7 +190,9 @@ def _probes_table(config: FlashHeadConfig) -> list[str]:
     lines = ["  probes   bytes  rejected: greedy  sampled      KL perplexity"]
     for row in config.report["by_probes"]:
         n_probes = row["n_probes"]
-        mark = "✓" if n_probes == config.n_probes else ""
+        mark = ""
+        if n_probes == config.n_probes:
+            mark = "✓"
         differs = differing[n_probes]
         lines.append(
             f"{mark:2}{n_probes:>6,} {percent(row['bytes_share'], 1):>7}  "
@@ -193,4 +203,6 @@ def _probes_table(config: FlashHeadConfig) -> list[str]:
 
 
 def _three_decimals(figure: float | None) -> str:
-    return "–" if figure is None else f"{figure:.3f}"
+    if figure is None:
+        return "–"
+    return f"{figure:.3f}"

@@ -31,7 +31,7 @@ def ended(task_of, folder, n_parts):
 @pytest.fixture
 def crowded(monkeypatch):
     """Rows whose shortlists are full, so that many of them get one of the open clusters."""
-    for name in ("FIRST_PRICE_STEPS", "LATER_PRICE_STEPS"):
+    for name in ("FIRST_PRICE_UPDATES", "LATER_PRICE_UPDATES"):
         monkeypatch.setattr(clusters, name, 1)
     monkeypatch.setattr(clusters, "BLOCK_ROWS", 64)
     rng = np.random.default_rng(0)

@@ -96,8 +96,8 @@ def test_clusters_by_mlx_are_as_good_and_without_prices_they_are_worse(monkeypat
         token_ids = cluster(rows, metric=metric)
     check_balanced(token_ids, 1500, 16)
     assert scatter(rows, token_ids) == pytest.approx(expected, rel=0.01)
-    monkeypatch.setattr(clusters, "FIRST_PRICE_STEPS", 0)
-    monkeypatch.setattr(clusters, "LATER_PRICE_STEPS", 0)
+    monkeypatch.setattr(clusters, "FIRST_PRICE_UPDATES", 0)
+    monkeypatch.setattr(clusters, "LATER_PRICE_UPDATES", 0)
     assert expected < 0.99 * scatter(rows, cluster(rows, metric=metric))
 
 

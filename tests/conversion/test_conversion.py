@@ -15,7 +15,7 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
 from mlx_flashhead.conversion.options import ConvertOptions, make_recipe
-from mlx_flashhead.conversion.pipeline import check_apart, convert
+from mlx_flashhead.conversion.pipeline import check_outside, convert
 from mlx_flashhead.convert import make_parser
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
@@ -172,7 +172,7 @@ def test_the_model_itself_is_not_written_over(sources, tmp_path, monkeypatch):
     # as a bind mount shows one folder at two paths
     monkeypatch.setattr(os.path, "samefile", lambda *paths: True)
     with pytest.raises(ValueError, match="is the folder of the model itself, or lies in it"):
-        check_apart(place, tmp_path)
+        check_outside(place, tmp_path)
 
 
 def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
