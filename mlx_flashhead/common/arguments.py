@@ -17,7 +17,8 @@ from .command import from_extra
 # Takes a value from the command line or from Python, or raises an ArgumentTypeError.
 Type = Callable[[Any], Any]
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
-LONGEST_SHOWN = 60  # characters of a word in an error
+# A word in an error has so many characters at most.
+LONGEST_SHOWN = 60
 _REQUIRED = "the following arguments are required"
 
 
@@ -49,8 +50,9 @@ class Parser(ArgumentParser):
         message = message.removeprefix("argument ").replace(": it ", " ", 1)
         if self.example and message.startswith(_REQUIRED):
             message = f"{message}, as in {self.example}"
-        end = "" if message.endswith("?") else "."
-        self.exit(2, f"error: {message.rstrip('.')}{end}\n")
+        if not message.endswith("?"):
+            message = message.rstrip(".") + "."
+        self.exit(2, f"error: {message}\n")
 
     def _suggestion(self, word: str) -> str | None:
         """A sentence with the flag that an unknown word was probably meant for, or None."""
@@ -58,11 +60,16 @@ class Parser(ArgumentParser):
         if word.startswith("-"):
             given = word.partition("=")[0]
             near = difflib.get_close_matches(given.replace("_", "-"), flags, 1, cutoff=0.63)
-            return f"there is no {given}: did you mean {near[0]}?" if near else None
-        meant = "--model" if "/" in word or "--prompt" not in flags else "--prompt"
+            if not near:
+                return None
+            return f"there is no {given}: did you mean {near[0]}?"
+        meant = "--prompt"
+        if "/" in word or "--prompt" not in flags:
+            meant = "--model"
+        if meant not in flags:
+            return None
         shown = shlex.quote(shorten(word, LONGEST_SHOWN, placeholder=" …"))
-        said = f"{shown} has no flag before it: did you mean {meant} {shown}?"
-        return said if meant in flags else None
+        return f"{shown} has no flag before it: did you mean {meant} {shown}?"
 
 
 def _checked(convert: Type, wanted: str) -> Type:
@@ -79,14 +86,18 @@ def _checked(convert: Type, wanted: str) -> Type:
 
 def whole_number(low: int, high: float = math.inf, *, or_no_limit: bool = False) -> Type:
     """A type: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
-    limited = math.isfinite(high)
-    wanted = f"give {low} to {high}" if limited else f"give a whole number of {low} or more"
+    wanted = f"give a whole number of {low} or more"
+    if math.isfinite(high):
+        wanted = f"give {low} to {high}"
     if or_no_limit:
         wanted += ", or -1 for no limit"
 
     def convert(raw: str | int) -> int:
-        value = int(str(raw))  # neither 2.0 nor True
-        if not low <= value <= high and not (or_no_limit and value == -1):
+        # by way of a text neither 2.0 nor True is one
+        value = int(str(raw))
+        if or_no_limit and value == -1:
+            return value
+        if not low <= value <= high:
             raise ValueError
         return value
 
@@ -95,16 +106,21 @@ def whole_number(low: int, high: float = math.inf, *, or_no_limit: bool = False)
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
     """A type: a finite number of ``low`` to ``high``; ``above`` excludes ``low``."""
-    limited = math.isfinite(high)
-    if above:
-        wanted = f"give a number above {low:g}" + (f", at most {high:g}" if limited else "")
+    is_limited = math.isfinite(high)
+    if above and is_limited:
+        wanted = f"give a number above {low:g}, at most {high:g}"
+    elif above:
+        wanted = f"give a number above {low:g}"
+    elif is_limited:
+        wanted = f"give {low:g} to {high:g}"
     else:
-        wanted = f"give {low:g} to {high:g}" if limited else f"give a number of {low:g} or more"
+        wanted = f"give a number of {low:g} or more"
 
     def convert(raw: str | float) -> float:
         value = float(raw)
-        is_inside = low < value <= high if above else low <= value <= high
-        if not is_inside or not math.isfinite(value):
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ValueError
+        if above and value == low:
             raise ValueError
         return value
 
@@ -115,8 +131,10 @@ def one_of(*choices: Any) -> Type:
     """A type: one of several numbers or words."""
     by_text = {str(choice): choice for choice in choices}
     *others, last = by_text
-    listed = f"{', '.join(others)} or {last}" if others else last
-    return _checked(lambda raw: by_text[str(raw)], f"choose {listed}")
+    wanted = f"choose {last}"
+    if others:
+        wanted = f"choose {', '.join(others)} or {last}"
+    return _checked(lambda raw: by_text[str(raw)], wanted)
 
 
 _WORDS = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
@@ -134,7 +152,10 @@ def whole_numbers(low: int) -> Type:
 def writable(path: str) -> str:
     """A type: a file that can be written, checked before long work."""
     file = Path(path)
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    written = file.parent
+    if file.exists():
+        written = file
+    if file.is_dir() or not os.access(written, os.W_OK):
         raise ArgumentTypeError(f"it is {path}, which cannot be written: choose another place")
     return path
 

@@ -43,9 +43,11 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def sentence(error: BaseException) -> str:
     """The error's message for a user of a command, on one line, with flags for parameters."""
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk")
-        return printable(f"{where}{error.strerror}: {remedy}.")
+        message = f"{error.strerror}: {remedy}."
+        if error.filename:
+            message = f"{error.filename}: {message}"
+        return printable(message)
     message = str(error).strip().split("\n")[0] or type(error).__name__
     return printable(with_flags(message))
 
@@ -55,7 +57,9 @@ def with_flags(text: str) -> str:
 
     def flag(parameter: re.Match[str]) -> str:
         name = parameter[1].removesuffix("_group").replace("_", "-")
-        return f"--no-{name}" if parameter[2] == "=False" else f"--{name}"
+        if parameter[2] == "=False":
+            return f"--no-{name}"
+        return f"--{name}"
 
     return _PARAMETER.sub(flag, text)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from .arguments import Type, json_object, number, one_of, share, true_or_false, whole_number
 
-MAX_WAIT = 0.3  # seconds, as decoding has it; its module would import MLX
+# Seconds, as decoding has it, whose module would import MLX.
+MAX_WAIT = 0.3
 # What stands above the flags of a FlashHead.
 FLASH_HEAD = (
     "FlashHead scores the tokens of a few clusters in place of all tokens, and the normal head "
@@ -79,8 +80,11 @@ def add_answer_flags(parser: Any, *, max_tokens: int, seed: int | None) -> None:
         "Where XTC applies, it removes all tokens above this probability but the least likely one "
         "(default: %(default)s).",
     )
-    chance = "by chance" if seed is None else seed
-    add("--seed", whole_number(0), seed, f"The same seed draws the same text (default: {chance}).")
+    usual_seed = "by chance"
+    if seed is not None:
+        usual_seed = str(seed)
+    text = f"The same seed draws the same text (default: {usual_seed})."
+    add("--seed", whole_number(0), seed, text)
     add("--max-kv-size", whole_number(1), None, "Most tokens that the cache keeps (default: all).")
     add(
         "--prefill-step-size",
@@ -145,11 +149,17 @@ def add_prompt_flags(parser: Any) -> None:
         "--prompt-cache-file", help="A file that mlx_lm.cache_prompt wrote; its prompt comes first."
     )
     add("--quantize-activations", "-qa", action="store_true", help="Quantize activations, too.")
-    add(
-        "--kv-bits",
-        type=one_of(2, 3, 4, 5, 6, 8),
-        help="Bits of a quantized cache (default: the cache is not quantized).",
-    )
+    add_cache_flags(add, "Bits of a quantized cache (default: the cache is not quantized).")
+
+
+def add_cache_flags(add: Callable[..., Any], bits_help: str) -> None:
+    """Adds how a cache is quantized, by a parser's or a group's ``add_argument``.
+
+    Args:
+        add: That.
+        bits_help: The help of ``--kv-bits``.
+    """
+    add("--kv-bits", type=one_of(2, 3, 4, 5, 6, 8), help=bits_help)
     add(
         "--kv-group-size",
         type=one_of(32, 64, 128),
@@ -177,13 +187,10 @@ def add_draft_flags(add: Callable[..., Any], most: float = math.inf) -> None:
         help="Guess the next tokens by this, which leaves the text as it is: a smaller model, an "
         "MTP layer, or an assistant of Gemma 4.",
     )
-    add(
+    _add_source(
+        add,
         "--mtp",
-        nargs="?",
-        const=True,
-        type=lambda text: text or True,
-        metavar="SOURCE",
-        help="Guess the next tokens by the model's own MTP layer, which leaves the text as it is: "
+        "Guess the next tokens by the model's own MTP layer, which leaves the text as it is: "
         "from its folder, else from its original, of which no more is fetched, once. SOURCE is a "
         "repository or a folder (without a value: the original that the model names).",
     )
@@ -192,6 +199,18 @@ def add_draft_flags(add: Callable[..., Any], most: float = math.inf) -> None:
         type=whole_number(1, most),
         default=3,
         help="Most tokens that are guessed at a time (default: %(default)s).",
+    )
+
+
+def _add_source(add: Callable[..., Any], flag: str, text: str) -> None:
+    """Adds a flag with a source, which is True if the flag has no value."""
+    add(
+        flag,
+        nargs="?",
+        const=True,
+        type=lambda source: source or True,
+        metavar="SOURCE",
+        help=text,
     )
 
 
@@ -234,13 +253,10 @@ def add_head_options(group: Any, no_build: str | None = None, *, probes: str = O
     """
     group.add_argument("--n-probes", type=whole_number(1), help=probes)
     add_source_options(group, no_build)
-    group.add_argument(
+    _add_source(
+        group.add_argument,
         "--fine-head",
-        nargs="?",
-        const=True,
-        type=lambda text: text or True,
-        metavar="SOURCE",
-        help="Give a quantized model the finer output head of its original: better text, at about "
+        "Give a quantized model the finer output head of its original: better text, at about "
         "the same speed. Only its rows are fetched, once. SOURCE is a repository, a folder or a "
         "safetensors file (without a value: the original that the model names).",
     )
@@ -285,7 +301,8 @@ def check_before_loading(args: Namespace) -> None:
         text_config = config.get("text_config", {})
         vocab_size = config.get("vocab_size", text_config.get("vocab_size"))
     except (OSError, ValueError, AttributeError, RecursionError):
-        return  # loading says what is wrong
+        # loading says what is wrong
+        return
     if getattr(args, "image", ()) and not config.get("vision_config"):
         raise ValueError(f"{args.model} is a text model: leave --image out.")
     if args.n_probes and isinstance(vocab_size, int) and args.n_probes > vocab_size:

@@ -22,14 +22,18 @@ from pathlib import Path
 from threading import BoundedSemaphore, Event, Thread, stack_size
 from typing import Any, TypeVar
 
-STACK_BYTES = 4 << 20  # of the work; half of the smallest default that the caller's threads have
-START_SECONDS = 30.0  # of a helper, on a busy machine
+# The work's stack has half of the smallest default that the caller's threads have.
+STACK_BYTES = 4 << 20
+# A helper takes so long to start on a busy machine, at most.
+START_SECONDS = 30.0
 # Seconds by the clock for each second of processor time that a call may take: a busy machine is no
 # reason to refuse, and a helper that stands still is.
 PATIENCE = 12
-LOOK_SECONDS = 0.1  # between two looks at the memory of a helper
+# Between two looks at the memory of a helper pass so many seconds.
+LOOK_SECONDS = 0.1
 MAX_HELPERS = 8
-NICENESS = 5  # what decodes tokens goes first
+# What decodes tokens goes before a helper of this niceness.
+NICENESS = 5
 
 
 _left: ContextVar[Event | None] = ContextVar("left", default=None)
@@ -84,7 +88,8 @@ class Guard:
         self.max_bytes = max_bytes
         self._too_large = f"takes more than {max_bytes >> 20:,} MB of memory"
         self._free = BoundedSemaphore(max_helpers)
-        self._idle: list[subprocess.Popen] = []  # pop and append are atomic
+        # its pop and append are atomic
+        self._idle: list[subprocess.Popen] = []
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -104,29 +109,31 @@ class Guard:
             _check_wanted()
             helper = self._next()
             try:
-                kind, value = self._ask(helper, request)
+                outcome, value = self._ask(helper, request)
             except BaseException:
                 _end(helper)
                 raise
             self._idle.append(helper)
-        if kind == "memory":
+        if outcome == "memory":
             raise GuardError(self._too_large)
-        if kind == "error":
+        if outcome == "error":
             raise RuntimeError(value)
         return value
 
     def _next(self) -> subprocess.Popen:
         """A helper that is idle, else a new one."""
-        with suppress(IndexError):  # there is none
-            while True:
+        while True:
+            try:
                 helper = self._idle.pop()
-                if helper.poll() is None:
-                    return helper
-                _end(helper)  # somebody else has ended it
-        return self._start()
+            except IndexError:
+                return self._start()
+            if helper.poll() is None:
+                return helper
+            # somebody else has ended it
+            _end(helper)
 
     def _ask(self, helper: subprocess.Popen, request: Any) -> list[Any]:
-        """A helper's kind of answer, and the result or a message; GuardError if it gives none."""
+        """A helper's outcome, and the result or a message; GuardError if it gives none."""
         stdin: Any = helper.stdin
         stdout: Any = helper.stdout
         too_slow = f"takes more than {self.seconds:g} seconds"
@@ -140,20 +147,22 @@ class Guard:
                 if memory_of(helper.pid) > self.max_bytes:
                     raise GuardError(self._too_large)
             return json.loads(stdout.readline())
-        except (OSError, json.JSONDecodeError):  # it has ended
+        except (OSError, json.JSONDecodeError):
+            # the helper has ended
             if helper.wait() == -signal.SIGPROF:
                 raise GuardError(too_slow) from None
             raise GuardError("is too complex for the library that reads it") from None
 
     def _start(self) -> subprocess.Popen:
         limits = (str(self.seconds), str(self.max_bytes))
+        # Ctrl-C is for the caller, so a helper has a session of its own
         helper = subprocess.Popen(
             [sys.executable, "-P", __file__, str(self.path), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # since Ctrl-C is for the caller
+            start_new_session=True,
         )
         stdout: Any = helper.stdout
         if not (wait([stdout], START_SECONDS) and stdout.readline()):
@@ -172,17 +181,17 @@ def _end(helper: subprocess.Popen) -> None:
     helper.kill()
     helper.wait()
     for pipe in (helper.stdin, helper.stdout):
-        with suppress(OSError):  # what it has not read cannot be sent any more
+        # what it has not read cannot be sent any more
+        with suppress(OSError):
             pipe.close()  # type: ignore[union-attr]
 
 
 def memory_of(pid: int) -> int:
     """Bytes that a process uses; 0 if that is unknown. macOS enforces no such limit."""
-    try:
+    # Linux has this file
+    with suppress(OSError, IndexError):
         n_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return n_pages * resource.getpagesize()
-    except (OSError, IndexError):
-        pass  # no Linux
     try:
         shown = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
     except OSError:
@@ -193,10 +202,12 @@ def memory_of(pid: int) -> int:
 def _serve(path: str, seconds: float, max_bytes: int) -> None:
     """The helper's loop, until the caller ends."""
     answers = sys.stdout
-    sys.stdout = StringIO()  # nobody reads what the work prints
+    # nobody reads what the work prints
+    sys.stdout = StringIO()
     os.nice(NICENESS)
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux enforces it
+    # Linux enforces this limit
+    _limit(resource.RLIMIT_DATA, max_bytes)
     spec: Any = spec_from_file_location("work", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -205,21 +216,25 @@ def _serve(path: str, seconds: float, max_bytes: int) -> None:
         # SIGPROF ends this process after so much processor time, whatever runs in it. So a helper
         # that nobody waits for any more ends too.
         signal.setitimer(signal.ITIMER_PROF, seconds)
+        answer: tuple[str, Any]
         try:
-            answer = "result", module.work(json.loads(request))
+            answer = ("result", module.work(json.loads(request)))
         except MemoryError:
-            answer = "memory", None
-        except BaseException as error:  # a panic in Rust is no Exception
-            answer = "error", str(error) or type(error).__name__
+            answer = ("memory", None)
+        except BaseException as error:
+            # a panic in Rust is no Exception
+            answer = ("error", str(error) or type(error).__name__)
         line = json.dumps(answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(line, file=answers, flush=True)
 
 
-def _limit(kind: int, value: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (soft, hard))
+def _limit(limited: int, value: int) -> None:
+    """Limits one of the resources that are numbers in ``resource``."""
+    _, hard = resource.getrlimit(limited)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(limited, (value, hard))
 
 
 if __name__ == "__main__":

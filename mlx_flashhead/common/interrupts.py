@@ -15,16 +15,20 @@ PROGRAM = "mlx_flashhead"
 
 def is_a_command() -> bool:
     """Whether Python was started for a program of this package, by its name or by ``-m``."""
-    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
+    name = ""
+    if sys.argv[:1] == ["-m"]:
+        # Python is still looking for the module
         words = sys.orig_argv[1:]
-        name = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    else:
-        name = os.path.basename(sys.argv[0]) if sys.argv else ""
+        if "-m" in words[:-1]:
+            name = words[words.index("-m") + 1]
+    elif sys.argv:
+        name = os.path.basename(sys.argv[0])
     return name.partition(".")[0] == PROGRAM
 
 
+# Until a handler can be made, Ctrl-C ends the process at once.
 if is_a_command() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until a handler can be made
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import signal
 import threading
@@ -33,11 +37,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code, as a shell has it
+# The exit code of a command that was interrupted, as a shell has it.
+INTERRUPTED = 128 + signal.SIGINT
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _USUAL = (signal.SIG_DFL, signal.default_int_handler)
 
-_to_do: list[Callable[[], object]] = []  # before the process ends, the last first
+# What must be done before the process ends, the last first.
+_to_do: list[Callable[[], object]] = []
 
 
 @cache
@@ -74,7 +80,8 @@ def end_at_signals() -> None:
 def _wait_for_the_end(number: int, frame: FrameType | None) -> None:
     """Keeps the main thread from going on. Event loops take the wake-up descriptor for theirs."""
     thread, writer = _watcher()
-    with suppress(BlockingIOError):  # it is full: the thread has been told
+    # if the pipe is full, the thread has been told
+    with suppress(BlockingIOError):
         os.write(writer, bytes([number]))
     thread.join()
 
@@ -85,10 +92,13 @@ def end_by_signal(number: int) -> None:
     Python's buffers may be in use: the descriptors are written to, and the line of a terminal ends.
     """
     try:
+        # where something fails, the rest is done all the same
         while _to_do:
-            with suppress(Exception):  # and the rest all the same
+            with suppress(Exception):
                 _to_do.pop()()
-        ending = b"Interrupted.\n" if number == signal.SIGINT else b""
+        ending = b""
+        if number == signal.SIGINT:
+            ending = b"Interrupted.\n"
         if os.isatty(1):
             os.write(1, b"\n")
         elif ending:

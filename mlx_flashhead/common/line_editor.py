@@ -13,7 +13,8 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 from .typed_lines import is_open, modes_kept
 
-REFRESH_SECONDS = 0.5  # of what stands at the bottom
+# What stands at the bottom is drawn again after so many seconds.
+REFRESH_SECONDS = 0.5
 
 
 def line_editor(
@@ -41,11 +42,15 @@ def line_editor(
     names = completion.WordCompleter([f"{name} " for name in commands], sentence=True)
     paths = completion.PathCompleter(expanduser=True)
     files = completion.NestedCompleter({name: paths for name in with_files})
+
+    def names_or_files() -> completion.Completer:
+        if " " in session.default_buffer.text:
+            return files
+        return names
+
     session: PromptSession[str] = PromptSession(
         history=_stored_history(history),
-        completer=completion.DynamicCompleter(
-            lambda: files if " " in session.default_buffer.text else names
-        ),
+        completer=completion.DynamicCompleter(names_or_files),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,
@@ -57,7 +62,9 @@ def line_editor(
     def read_line() -> str:
         with modes_kept():
             # a toolbar that is empty would take a line
-            toolbar = status if status() else None
+            toolbar = None
+            if status():
+                toolbar = status
             return session.prompt(prompt, bottom_toolbar=toolbar, refresh_interval=REFRESH_SECONDS)
 
     return read_line

@@ -35,11 +35,15 @@ class Mask:
     def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
         """Which tokens may come after ``tokens`` (n,), as the function given says."""
         words = self._allowed(tokens, vocab_size)
-        return None if words is None else np.array(words, np.uint32).reshape(-1)
+        if words is None:
+            return None
+        return np.array(words, np.uint32).reshape(-1)
 
     def forced_tokens(self, tokens: Any, most: int) -> list[int]:
         """The next tokens after ``tokens`` (n,) if no others may come, ``most`` of them at most."""
-        return [] if self._forced is None else self._forced(tokens, most)
+        if self._forced is None:
+            return []
+        return self._forced(tokens, most)
 
     def n_allowed(self, tokens: Any, guessed: list[int], vocab_size: int) -> int:
         """How many of ``guessed`` may follow ``tokens`` (n,), up to one that may not.
@@ -49,18 +53,18 @@ class Mask:
             guessed: Token ids that someone expects next.
             vocab_size: V.
         """
-        for place, token in enumerate(guessed):
-            context = mx.concatenate([tokens, mx.array(guessed[:place], tokens.dtype)])
+        for n_before, token in enumerate(guessed):
+            context = mx.concatenate([tokens, mx.array(guessed[:n_before], tokens.dtype)])
             words = self.allowed(context, vocab_size)
             if words is not None and not words[token // 32] >> (token % 32) & 1:
-                return place
+                return n_before
         return len(guessed)
 
     def begin(self) -> None:
         """Is called when a text begins."""
 
     def for_sequence(self) -> "Mask":
-        """A mask of the kind for a text of its own: this one, which keeps no state."""
+        """A mask of the same class for a text of its own: this one, which keeps no state."""
         return self
 
     def __call__(self, tokens: Any, logits: mx.array) -> mx.array:

@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 
 from .interrupts import cleanup
 
-TEMPORARY = "mlx_flashhead-new"  # part of the names of temporary folders, and of no others
+# A part of the names of temporary folders, and of no others.
+TEMPORARY = "mlx_flashhead-new"
 
 
 @contextmanager

@@ -23,7 +23,8 @@ _PATTERNS = (
 
 def redact(text: str) -> str:
     """The text without the user's token and other secrets."""
-    if token := get_token():
+    token = get_token()
+    if token:
         text = text.replace(token, HIDDEN)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
@@ -64,7 +65,9 @@ def full_name(name: str, user: str) -> str:
     Raises:
         ValueError: If the Hub does not allow the name.
     """
-    repo_id = name if "/" in name else f"{user}/{name}"
+    repo_id = name
+    if "/" not in name:
+        repo_id = f"{user}/{name}"
     try:
         validate_repo_id(repo_id)
     except HFValidationError:

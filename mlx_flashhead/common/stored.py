@@ -12,16 +12,16 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 Value = TypeVar("Value")
 
 
-def stored(place: Path, of: type[Value]) -> dict[str, Value]:
+def stored(path: Path, of: type[Value]) -> dict[str, Value]:
     """What a file holds; nothing where it is not there, or holds other values than those."""
     with suppress(OSError, ValueError, RecursionError):
-        return msgspec.json.decode(place.read_bytes(), type=dict[str, of])  # type: ignore[valid-type]
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, of])  # type: ignore[valid-type]
     return {}
 
 
-def store(place: Path, values: dict[str, Value]) -> None:
+def store(path: Path, values: dict[str, Value]) -> None:
     """Writes a file. Where it cannot be written, what it holds is measured again next time."""
     with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(place) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
             file.write_bytes(msgspec.json.format(msgspec.json.encode(values), indent=1))

@@ -10,11 +10,17 @@ from .machine import memory_bytes
 
 
 class Suggestion(NamedTuple):
-    """A model for machines with so much memory or more."""
+    """A model for machines with so much memory or more.
 
-    memory_gb: int  # of the machine
-    model: str  # a repository
-    size_gb: float  # of its files
+    Attributes:
+        memory_gb: The machine's memory.
+        model: A repository.
+        size_gb: The size of its files.
+    """
+
+    memory_gb: int
+    model: str
+    size_gb: float
 
 
 SUGGESTIONS = (
@@ -55,8 +61,7 @@ def asked_for_model() -> str:
         f"No --model is given. For {memory_gb} GB of memory: {found.model} ({found.size_gb:g} GB)."
     )
     try:
-        return (
-            input("Return takes it, or type another folder or repository: ").strip() or found.model
-        )
+        typed = input("Return takes it, or type another folder or repository: ").strip()
     except EOFError:
         return ""
+    return typed or found.model

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from .command import from_extra
 
-if TYPE_CHECKING:  # rich may be absent
+# rich may be absent
+if TYPE_CHECKING:
     from rich.table import Table
 
 
@@ -33,8 +34,10 @@ def new_table(
         box=rich_table.box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if column < left else "right", no_wrap=True)
+    for heading in headings[:left]:
+        table.add_column(heading, justify="left", no_wrap=True)
+    for heading in headings[left:]:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -53,7 +56,8 @@ def show(*parts: "Table | str") -> None:
         if isinstance(part, str):
             print(textwrap.fill(part, screen, break_long_words=False, break_on_hyphens=False))
         else:
-            console.width = 10_000  # its full width is measured
+            # the table's full width is measured
+            console.width = 10_000
             console.width = max(screen, console.measure(part).maximum)
             console.print(part, crop=False)
 
@@ -65,7 +69,9 @@ def percent(share: float, decimals: int = 2) -> str:
 
 def count(number: int, noun: str) -> str:
     """A number of things, such as "1 token" and "2 tokens"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    if number == 1:
+        return f"{number:,} {noun}"
+    return f"{number:,} {noun}s"
 
 
 def megabytes(nbytes: float) -> str:

@@ -16,7 +16,8 @@ from .command import printable
 from .typed_lines import QUOTES, is_open, modes_kept
 
 PROMPT = "> "
-_LOCAL = 3  # the place of a terminal's local modes
+# The index of the local modes among a terminal's.
+_LOCAL = 3
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -47,12 +48,16 @@ class Terminal:
     """
 
     def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
-        shown = sys.stdout.isatty()
-        self.interactive = sys.stdin.isatty() and shown
-        self._own = sys.stdout if shown else sys.stderr
-        self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = WordWrap(_columns) if shown else None
-        self.status: Callable[[], str] = str  # what stands below the line that is typed
+        is_shown = sys.stdout.isatty()
+        self.interactive = sys.stdin.isatty() and is_shown
+        self._own = sys.stderr
+        self._wrap: WordWrap | None = None
+        if is_shown:
+            self._own = sys.stdout
+            self._wrap = WordWrap(_columns)
+        self._dims = is_shown and os.environ.get("TERM", "dumb") != "dumb"
+        # says what stands below the line that is typed
+        self.status: Callable[[], str] = str
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
@@ -84,17 +89,24 @@ class Terminal:
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
         piece = printable(piece)
-        print(self._wrap.feed(piece) if self._wrap else piece, end="", flush=True)
+        if self._wrap is not None:
+            piece = self._wrap.feed(piece)
+        print(piece, end="", flush=True)
 
     def end(self) -> None:
         """Prints the rest of an answer, and ends its line."""
-        print(self._wrap.end() if self._wrap else "", flush=True)
+        rest = ""
+        if self._wrap is not None:
+            rest = self._wrap.end()
+        print(rest, flush=True)
 
     def say(self, text: str) -> None:
         """Prints lines of the program's own, fainter than the answers."""
-        if self._wrap:
+        if self._wrap is not None:
             text = self._wrap.feed(text) + self._wrap.end()
-        print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
+        if self._dims and text:
+            text = f"\x1b[2m{text}\x1b[0m"
+        print(text, file=self._own, flush=True)
 
 
 def _columns() -> int:
@@ -128,7 +140,8 @@ def stop_key() -> Iterator[Callable[[], bool]]:
             if sys.stdin.isatty():
                 tty.setcbreak(sys.stdin, termios.TCSANOW)
                 modes = termios.tcgetattr(sys.stdin)
-                modes[_LOCAL] |= termios.NOFLSH  # Ctrl-C drops nothing that was typed
+                # Ctrl-C drops nothing that was typed
+                modes[_LOCAL] |= termios.NOFLSH
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
             yield lambda: pressed
     finally:
@@ -153,8 +166,9 @@ class WordWrap:
 
     def __init__(self, columns: Callable[[], int]):
         self._columns = columns
-        self._column = 0  # of the cursor
-        self._rest = ""  # may still grow
+        # the cursor's column, and a word that may still grow
+        self._column = 0
+        self._rest = ""
 
     def feed(self, text: str) -> str:
         """Takes a piece of a text, and returns what can be shown now."""
@@ -189,4 +203,6 @@ def _width(char: str) -> int:
     """The columns of a character: none for accents and joiners, two for some."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    if unicodedata.east_asian_width(char) in "WF":
+        return 2
+    return 1

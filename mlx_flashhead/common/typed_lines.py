@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from .interrupts import cleanup
 
-QUOTES = '"""'  # around several lines
+# They stand around several lines.
+QUOTES = '"""'
 
 
 def is_open(text: str) -> bool:

@@ -22,7 +22,8 @@ def yielding() -> Iterator[None]:
     if sys.platform == "darwin":
         _set_class(_UTILITY)
     else:
-        with suppress(OSError):  # another limit of the user's
+        # the user may have set another limit
+        with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     try:
         yield
@@ -32,5 +33,6 @@ def yielding() -> Iterator[None]:
 
 
 def _set_class(number: int) -> None:
-    with suppress(AttributeError, OSError):  # a system without classes
+    # a system may have no classes
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).pthread_set_qos_class_self_np(number, 0)

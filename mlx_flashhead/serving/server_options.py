@@ -9,10 +9,11 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
+from ..common.arguments import Parser, json_object, number, share, whole_number
 from ..common.flags import (
     MAX_WAIT,
     add_answering_options,
+    add_cache_flags,
     add_draft_flags,
     add_draft_probes,
     add_lookup_flag,
@@ -175,23 +176,7 @@ def _add_limits(add: Add) -> None:
         type=size,
         help="Most memory for these caches, such as 4G (default: no limit).",
     )
-    add(
-        "--kv-bits",
-        type=one_of(2, 3, 4, 5, 6, 8),
-        help="Bits of quantized caches; answers take turns (default: not quantized).",
-    )
-    add(
-        "--kv-group-size",
-        type=one_of(32, 64, 128),
-        default=64,
-        help="Group size of quantized caches (default: %(default)s).",
-    )
-    add(
-        "--quantized-kv-start",
-        type=whole_number(0),
-        default=5000,
-        help="First token whose cache is quantized (default: %(default)s).",
-    )
+    add_cache_flags(add, "Bits of quantized caches; answers take turns (default: not quantized).")
 
 
 def _add_network(add: Add) -> None:
