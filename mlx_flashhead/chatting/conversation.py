@@ -20,7 +20,8 @@ from ..models.templates import apply_template
 
 LENGTH = "length"
 STOPPED = "stopped"
-FILES = Path("~/.config/mlx_flashhead/chat")  # what is stored for the user's next start
+# What is stored for the user's next start.
+FILES = Path("~/.config/mlx_flashhead/chat")
 
 # In the form of chat templates: a role, which is "system", "user" or "assistant", and a content.
 Message = dict[str, str]
@@ -28,14 +29,23 @@ Message = dict[str, str]
 
 @dataclass
 class ChatAnswer:
-    """An answer of the model."""
+    """An answer of the model.
+
+    Attributes:
+        text: The text so far.
+        n_prompt: The number of tokens of the conversation with the question.
+        n_cached: Of these, the number of tokens that were in the cache already.
+        n_tokens: The number of the answer's tokens.
+        tokens_per_second: mlx-lm's measure, of two tokens or more.
+        finish: "stopped" by the user, "stop" at an end-of-text token, "length" at the limit.
+    """
 
     text: str = ""
-    n_prompt: int = 0  # tokens of the conversation with the question
-    n_cached: int = 0  # of these, tokens that were in the cache already
+    n_prompt: int = 0
+    n_cached: int = 0
     n_tokens: int = 0
-    tokens_per_second: float | None = None  # mlx-lm's measure, of two tokens or more
-    finish: str = STOPPED  # by the user, "stop" at an end-of-text token, "length" at the limit
+    tokens_per_second: float | None = None
+    finish: str = STOPPED
 
 
 class Conversation:
@@ -64,8 +74,9 @@ class Conversation:
         self.tokenizer = tokenizer
         self._max_kv_size = max_kv_size
         self._draft_model = draft_model
-        system = {"role": "system", "content": system_prompt or ""}
-        self._start: list[Message] = [] if system_prompt is None else [system]
+        self._start: list[Message] = []
+        if system_prompt is not None:
+            self._start.append({"role": "system", "content": system_prompt})
         self.reset()
 
     def reset(self) -> None:
@@ -107,14 +118,16 @@ class Conversation:
                 answer.n_tokens += 1
                 if answer.n_tokens > 1:
                     answer.tokens_per_second = response.generation_tps
-                self.cached_ids.append(response.token)  # mlx-lm is a step ahead
+                # the cache has this token, since mlx-lm is a step ahead
+                self.cached_ids.append(response.token)
                 answer.text += response.text
                 answer.finish = response.finish_reason or STOPPED
                 if response.text:
                     yield response.text
                 if stopping():
                     break
-        except BaseException:  # amid a step, layers may hold different numbers of tokens
+        except BaseException:
+            # amid a step, layers may hold different numbers of tokens
             self._clear_cache()
             raise
         finally:
@@ -131,18 +144,23 @@ class Conversation:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
         if self._draft_model is not None:
             self.cache += make_prompt_cache(self._draft_model, self._max_kv_size)
-        self.cached_ids = []  # that were put in, dropped ones included
+        # all tokens that were put in, also those that the cache has dropped
+        self.cached_ids = []
 
     def _trim_cache(self, prompt: list[int]) -> int:
         """Trims the cache to the beginning that ``prompt`` shares, without its last token."""
         limit = min(len(self.cached_ids), len(prompt) - 1)
-        shared = next((i for i in range(limit) if self.cached_ids[i] != prompt[i]), limit)
-        if too_many := len(self.cached_ids) - shared:
-            if not can_trim_prompt_cache(self.cache):
-                self._clear_cache()
-                return 0
-            trim_prompt_cache(self.cache, too_many)
-        return shared
+        n_shared = 0
+        while n_shared < limit and self.cached_ids[n_shared] == prompt[n_shared]:
+            n_shared += 1
+        n_too_many = len(self.cached_ids) - n_shared
+        if n_too_many == 0:
+            return n_shared
+        if not can_trim_prompt_cache(self.cache):
+            self._clear_cache()
+            return 0
+        trim_prompt_cache(self.cache, n_too_many)
+        return n_shared
 
 
 def read_conversation(
@@ -161,13 +179,17 @@ def read_conversation(
         ValueError: If the file does not hold such a conversation.
     """
     with suppress(ValueError, RecursionError, KeyError, TypeError):
-        content = json.loads(path.read_bytes())
-        listed = content["messages"] if isinstance(content, dict) else content
-        messages = [{name: message[name] for name in ("role", "content")} for message in listed]
+        listed = json.loads(path.read_bytes())
+        if isinstance(listed, dict):
+            listed = listed["messages"]
+        messages = []
+        for message in listed:
+            messages.append({"role": message["role"], "content": message["content"]})
         roles = [message["role"] for message in messages]
-        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if roles[:1] == ["system"]:
+            del roles[0]
         are_texts = all(isinstance(message["content"], str) for message in messages)
-        if are_texts and turns == ["user", "assistant"] * (len(turns) // 2):
+        if are_texts and roles == ["user", "assistant"] * (len(roles) // 2):
             return messages
     form = "JSON of questions and answers in turn"
     raise ValueError(f"{path} does not hold a conversation ({form}): {remedy}.")

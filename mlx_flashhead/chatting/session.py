@@ -15,6 +15,7 @@ from ..common.command import sentence
 from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, bar_of, stop_key
 from ..decoding.policy import decoding_mode, policy_of
+from ..head.flash_head import FlashHead
 from ..loading.background import LEFT, Build, time_left
 from ..loading.tuned import speed_text
 from ..models.install import get_flash_head
@@ -54,20 +55,30 @@ BUILDING = "FlashHead is being built while you type and read: it is used once it
 
 @dataclass
 class ChatSession:
-    """Reads texts from the terminal, answers messages and runs commands."""
+    """Reads texts from the terminal, answers messages and runs commands.
+
+    Attributes:
+        conversation: The conversation.
+        terminal: Where the user types and reads.
+        args: The command's flags.
+        options: Keywords of each answer.
+        build: That of a FlashHead, while the user types and reads.
+        lines: What the build says, before the next text.
+    """
 
     conversation: Conversation
     terminal: Terminal
     args: Namespace
-    options: dict[str, Any]  # keywords of each answer
-    build: Build | None = None  # of a FlashHead, while the user types and reads
-    lines: list[str] = field(default_factory=list)  # which the build says, before the next text
+    options: dict[str, Any]
+    build: Build | None = None
+    lines: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.stores = self.args.resume or self.terminal.interactive
         self.head = get_flash_head(self.conversation.model)
         self.dense = self.args.dense
-        self._works = False  # for a text, which has the machine to itself
+        # a text that is worked on has the machine to itself
+        self._works = False
         if self.build is not None:
             self.build.gate = lambda: not self._works
         self.terminal.status = self._status
@@ -88,7 +99,8 @@ class ChatSession:
             except EOFError:
                 say("")
                 more = False
-            except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
+            except KeyboardInterrupt:
+                # it comes at the prompt, or when an answer has just ended
                 if not interactive:
                     raise
                 say("\n/exit or Ctrl-D leaves.")
@@ -174,15 +186,19 @@ class ChatSession:
             try:
                 store_conversation(conversation.messages, self.args.model)
             except OSError as error:
-                self.stores = False  # and it is said once
+                # it is said once
+                self.stores = False
                 say(f"This conversation is not kept for --resume: {sentence(error)}")
 
     def _welcome_head(self) -> None:
         """Takes a FlashHead that was built meanwhile, and says so."""
         self.head = get_flash_head(self.conversation.model)
-        if self.head is not None and self._is_building:
+        if self.head is None:
+            return
+        if self._is_building:
             self.terminal.say("[FlashHead is ready. Its speed is still being measured.]")
-        elif self.head is not None and not policy_of(self.head).dense:  # else it has been told
+        elif not policy_of(self.head).dense:
+            # the build says itself that a head stays unused
             self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
 
     def _run(self, command: str, argument: str) -> str:
@@ -201,9 +217,11 @@ class ChatSession:
         if command in WITH_FILES and not argument:
             raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
         if command == "/probes" and argument:
-            _check_probes(argument, None if self.head is None else self.head.n_clusters)
+            _check_probes(argument, self.head)
         if command in WITH_HEAD and self.head is None:
-            raise ValueError(BUILDING if self._is_building else NO_FLASH_HEAD)
+            if self._is_building:
+                raise ValueError(BUILDING)
+            raise ValueError(NO_FLASH_HEAD)
         return actions[command]()
 
     def _reset(self) -> str:
@@ -212,7 +230,8 @@ class ChatSession:
 
     def _save(self, path: Path) -> str:
         if path.exists():
-            read_conversation(path, remedy="choose another name")  # it replaces no other file
+            # it replaces conversations alone
+            read_conversation(path, remedy="choose another name")
         write_conversation(path, self.conversation.messages, self.args.model)
         return f"Wrote {self._messages()} to {path}."
 
@@ -225,10 +244,12 @@ class ChatSession:
         return f"Now {self._settings()}."
 
     def _set_probes(self, argument: str) -> str:
-        assert self.head is not None  # which `_run` has checked
+        # `_run` has checked it
+        assert self.head is not None
         if argument:
             self.head.n_probes = int(argument)
-            policy_of(self.head).dense = False  # it comes before what was measured
+            # a number that the user names comes before what was measured
+            policy_of(self.head).dense = False
         return f"Now {self._settings()}."
 
     def _stats(self) -> str:
@@ -246,23 +267,29 @@ class ChatSession:
         return count(len(self.conversation.messages), "message")
 
     def _settings(self) -> str:
+        if self.head is None and self._is_building:
+            return "dense, FlashHead is being built"
         if self.head is None:
-            return (
-                f"dense, {'FlashHead is being built' if self._is_building else 'without FlashHead'}"
-            )
+            return "dense, without FlashHead"
         verify = self.options.get("verify", True)
         mode = decoding_mode(self.conversation.model, verify=verify, dense=self.dense)
         if mode.is_dense:
             return mode
-        n_probes = self.head.n_probes if verify else self.head.unverified_probes
+        n_probes = self.head.unverified_probes
+        if verify:
+            n_probes = self.head.n_probes
         return f"{mode}, {n_probes:,} of {self.head.n_clusters:,} clusters scored per token"
 
 
-def _check_probes(argument: str, n_clusters: int | None) -> None:
-    """ValueError if it is no number of clusters, of which there are ``n_clusters``, if known."""
-    wanted = "of 1 or more" if n_clusters is None else f"from 1 to {n_clusters:,}"
+def _check_probes(argument: str, head: FlashHead | None) -> None:
+    """Raises a ValueError if a text is no number of clusters, as far as that is known."""
+    most = math.inf
+    wanted = "of 1 or more"
+    if head is not None:
+        most = head.n_clusters
+        wanted = f"from 1 to {most:,}"
     try:
-        whole_number(1, n_clusters or math.inf)(argument)
+        whole_number(1, most)(argument)
     except ArgumentTypeError:
         raise ValueError(f"/probes needs a number {wanted}.") from None
 
@@ -270,10 +297,12 @@ def _check_probes(argument: str, n_clusters: int | None) -> None:
 def _command(text: str) -> tuple[str, str]:
     """A command and its argument; or no command, and a message."""
     message = text.strip()
-    is_command = text.startswith("/") or message in ALIASES  # not a slash after a space
+    # a slash after a space begins no command
+    is_command = text.startswith("/") or message in ALIASES
     if is_command and "\n" not in text.strip("\n"):
-        name, *argument = text.split(maxsplit=1)
-        return ALIASES.get(name.removeprefix("/"), name), "".join(argument).strip()
+        name = message.split(maxsplit=1)[0]
+        argument = message.removeprefix(name).strip()
+        return ALIASES.get(name.removeprefix("/"), name), argument
     if message.startswith(QUOTES):
         message = message.removeprefix(QUOTES).removesuffix(QUOTES).strip()
     return "", message

@@ -10,23 +10,25 @@ from typing import Any
 from .replace import put_in_place
 
 
-@cache  # once per process
-def keep_from_weights(kind: type) -> None:
-    """Keeps mlx-vlm from reading weights of this ``kind``, which a FlashHead would gather anew."""
+# The hooks are put in place once per process.
+@cache
+def keep_from_weights(head_type: type) -> None:
+    """Keeps mlx-vlm from reading a ``head_type``'s weights, which a FlashHead would gather anew."""
 
-    def instead(place: str, function: Callable[..., Any]) -> None:
+    def instead(name: str, function: Callable[..., Any]) -> None:
         """For such a layer, or a model that embeds by one, ``function`` is called."""
 
         def wrap(original: Any) -> Any:
             @wraps(original)
             def call(first: Any, *arguments: Any, **options: Any) -> Any:
                 embedding = getattr(getattr(first, "model", None), "embed_tokens", None)
-                applies = isinstance(first, kind) or isinstance(embedding, kind)
-                return (function if applies else original)(first, *arguments, **options)
+                if isinstance(first, head_type) or isinstance(embedding, head_type):
+                    return function(first, *arguments, **options)
+                return original(first, *arguments, **options)
 
             return call
 
-        put_in_place(f"mlx_vlm.{place}", wrap)
+        put_in_place(f"mlx_vlm.{name}", wrap)
 
     # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
     verifier = "models.quantized_verifier"
@@ -36,5 +38,5 @@ def keep_from_weights(kind: type) -> None:
     linear = "speculative.ops.linear._target_verify"
     instead(f"{linear}_linear", lambda layer, x: layer(x))
     instead(f"{linear}_embedding_as_linear", lambda layer, x: layer.as_linear(x))
-    # rows of the draft's tokens only, which lie apart under a FlashHead
+    # it would read the rows of the draft's tokens alone, which a FlashHead has in other clusters
     instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None)

@@ -6,17 +6,18 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-Wrap = Callable[[Any], Any]  # from what has a name to what gets it
+# From what has a name to what gets it.
+Wrap = Callable[[Any], Any]
 
 
-def put_in_place(place: str, wrap: Wrap) -> None:
+def put_in_place(full_name: str, wrap: Wrap) -> None:
     """Replaces an object, also in all imported modules of its package.
 
     Args:
-        place: Its name, such as "mlx_lm.utils.load".
+        full_name: Its name, such as "mlx_lm.utils.load".
         wrap: Makes the replacement of the original.
     """
-    module, _, name = place.rpartition(".")
+    module, _, name = full_name.rpartition(".")
     original = getattr(import_module(module), name)
     package = module.split(".")[0]
     replacement = wrap(original)
@@ -28,7 +29,8 @@ def put_in_place(place: str, wrap: Wrap) -> None:
 
 
 def put_all_in_place(wraps: Mapping[str, Wrap]) -> None:
-    """Replaces names by their places; one of a module that is not installed is left out."""
-    for place, wrap in wraps.items():
-        with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
-            put_in_place(place, wrap)
+    """Replaces objects by their full names; one of a module that is not installed is left out."""
+    for full_name, wrap in wraps.items():
+        # mlx-vlm before 0.7 has its loop elsewhere
+        with suppress(ImportError):
+            put_in_place(full_name, wrap)

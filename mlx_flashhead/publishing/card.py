@@ -24,18 +24,25 @@ from .licence import (
 
 CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
-RELATION = "base_model_relation"  # an entry of a card's header
+# The entry of a card's header that says how a model was made from its base.
+RELATION = "base_model_relation"
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """A base model with its card's header and its licence."""
+    """A base model with its card's header and its licence.
+
+    Attributes:
+        origin: Where the model is from.
+        metadata: The header of its card.
+        files: The files of its licence.
+    """
 
     origin: Origin
     metadata: dict[str, Any]
-    files: tuple[Path, ...]  # of its licence
+    files: tuple[Path, ...]
 
     @property
     def licence(self) -> Licence | None:
@@ -87,7 +94,8 @@ def _base_models(metadata: dict[str, Any]) -> list[str]:
 
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
     """A folder with a repository's card and its licence; None if they cannot be downloaded."""
-    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
+    # the Hub's client raises many unrelated types
+    with suppress(Exception), redacted_logs():
         return Path(
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=[CARD_FILE, *LICENCE_FILES]
@@ -103,16 +111,23 @@ def card_metadata(base: Provenance, alone: bool = False) -> dict[str, Any]:
         base: The model that it was made from.
         alone: It is a FlashHead without the model.
     """
-    metadata: dict[str, Any] = {"license": base.licence.identifier if base.licence else None}
+    metadata: dict[str, Any] = {}
+    if base.licence is not None:
+        metadata["license"] = base.licence.identifier
     metadata |= {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
-    relation = "adapter" if alone else None
     if base.origin.repo_id:
-        metadata |= {"base_model": base.origin.repo_id, RELATION: relation or "quantized"}
-    else:  # a folder of unknown origin may still name its own base model
+        metadata["base_model"] = base.origin.repo_id
+        metadata[RELATION] = "quantized"
+    else:
+        # a folder of unknown origin may still name its own base model
         bases = _base_models(base.metadata)
-        relation = relation or base.metadata.get(RELATION)
-        metadata |= {"base_model": bases[0] if len(bases) == 1 else bases, RELATION: relation}
+        metadata["base_model"] = bases
+        if len(bases) == 1:
+            metadata["base_model"] = bases[0]
+        metadata[RELATION] = base.metadata.get(RELATION)
+    if alone:
+        metadata[RELATION] = "adapter"
     tags = [tag for tag in as_list(base.metadata.get("tags")) if isinstance(tag, str)]
     metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
     return {key: value for key, value in metadata.items() if value}
@@ -120,7 +135,8 @@ def card_metadata(base: Provenance, alone: bool = False) -> dict[str, Any]:
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The header of a card; empty if there is no readable one."""
-    with suppress(Exception):  # a bad card must not stop a conversion
+    # a bad card must not stop a conversion
+    with suppress(Exception):
         text = card.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("---"):
             return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
@@ -153,8 +169,12 @@ def write_card(
     if not isinstance(base, str) or metadata.get(RELATION) not in ("quantized", "adapter"):
         base = None
     link = str(metadata.get("license_link"))
-    if not link.startswith("http"):  # the copy beside the card
+    if not link.startswith("http"):
+        # the copy beside the card
         link = next((file.name for file in licence_files(folder)), "")
+    index_size = None
+    if is_companion(folder):
+        index_size = (folder / FILE_NAME).stat().st_size
     try:
         card = ModelCard.from_template(
             ModelCardData(**metadata, ignore_metadata_errors=True),
@@ -162,7 +182,7 @@ def write_card(
             title=title,
             model=model,
             base=base,
-            index_size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
+            index_size=index_size,
             config=config,
             report=config.report,
             licence=recognise(metadata, ()),
@@ -171,7 +191,8 @@ def write_card(
             changes=changes_in(folder),
             percent=percent,
         )
-    except Exception as error:  # whatever foreign settings make of the template
+    except Exception as error:
+        # foreign settings may make anything of the template
         raise ValueError(
             f"The settings in {folder} hold figures that a card cannot show ({error}): {AGAIN}."
         ) from error
@@ -182,7 +203,9 @@ def write_card(
 
 def text_below_marker(card: Path) -> str:
     """A person's text on a card: all below the marker, or all of a card without it."""
-    text = card.read_text(encoding="utf-8-sig") if card.exists() else ""
+    if not card.exists():
+        return ""
+    text = card.read_text(encoding="utf-8-sig")
     _, marker, below = text.partition(f"{MARKER}\n")
     if marker or not text:
         return below

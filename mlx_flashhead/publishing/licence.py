@@ -17,7 +17,8 @@ from ..models.origin import begins_with
 
 LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
 NOTICE_FILE = "NOTICE.txt"
-_REST = r"meta|community|license|licence|agreement|[-_ ]"  # of a licence's name
+# What may stand in a licence's name beside its identifier.
+_REST = r"meta|community|license|licence|agreement|[-_ ]"
 MODIFIED = (
     "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
     "and which adds flash_head.index and an entry in config.json."
@@ -30,28 +31,40 @@ DERIVED = (
 
 @dataclass(frozen=True)
 class Licence:
-    """The conditions that a licence puts on a derived model."""
+    """The conditions that a licence puts on a derived model.
 
-    identifier: str  # the card's `license`
+    Attributes:
+        identifier: The card's ``license``.
+        name: The name for people.
+        link: The address of its text.
+        text: A pattern that a copy of the text matches.
+        notice: A sentence that a file beside the model must hold.
+        attribution: A text that the card must show.
+        prefix: The model's name must begin with it.
+    """
+
+    identifier: str
     name: str
     link: str
-    text: str  # a pattern that a copy of the text matches
-    notice: str  # a sentence that a file beside the model must hold
-    attribution: str = ""  # a text that the card must show
-    prefix: str = ""  # of the model's name
+    text: str
+    notice: str
+    attribution: str = ""
+    prefix: str = ""
 
 
 def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "Llama") -> Licence:
-    model = "Meta Llama 3" if version == "3" else f"Llama {version}"
+    model = f"Llama {version}"
+    if version == "3":
+        model = "Meta Llama 3"
     return Licence(
-        f"llama{version}",
-        f"{model} Community License",
-        f"https://www.llama.com/llama{version.replace('.', '_')}/license",
-        rf"llama {re.escape(version)} community license agreement",
-        f"{model} is licensed under the {model} Community License, Copyright © Meta Platforms, "
-        "Inc. All Rights Reserved.",
-        attribution,
-        prefix,
+        identifier=f"llama{version}",
+        name=f"{model} Community License",
+        link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
+        text=rf"llama {re.escape(version)} community license agreement",
+        notice=f"{model} is licensed under the {model} Community License, Copyright © Meta "
+        "Platforms, Inc. All Rights Reserved.",
+        attribution=attribution,
+        prefix=prefix,
     )
 
 
@@ -63,11 +76,11 @@ LICENCES = (
     _llama("3.3"),
     _llama("4"),
     Licence(
-        "gemma",
-        "Gemma Terms of Use",
-        "https://ai.google.dev/gemma/terms",
-        r"gemma terms of use(?! found at)",
-        "Gemma is provided under and subject to the Gemma Terms of Use found at "
+        identifier="gemma",
+        name="Gemma Terms of Use",
+        link="https://ai.google.dev/gemma/terms",
+        text=r"gemma terms of use(?! found at)",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms",
     ),
 )
@@ -147,7 +160,9 @@ def with_licence(metadata: dict[str, Any], license: str | None) -> dict[str, Any
             f"`license` {license} contradicts the model's card, which says {declared}: leave it "
             "out."
         )
-    return metadata | {"license": license} if license else metadata
+    if not license:
+        return metadata
+    return metadata | {"license": license}
 
 
 def write_notice(licence: Licence | None, folder: Path) -> None:
@@ -161,8 +176,10 @@ def write_notice(licence: Licence | None, folder: Path) -> None:
     if licence is None or any(licence.notice.lower() in _beginning(file) for file in notices):
         return
     file = folder / NOTICE_FILE
-    already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
-    file.write_text(f"{already}{licence.notice}\n\n{changes_in(folder)}\n", encoding="utf-8")
+    paragraphs = [licence.notice, changes_in(folder)]
+    if file.exists():
+        paragraphs.insert(0, file.read_text(encoding="utf-8").rstrip())
+    file.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
 def changes_in(folder: Path) -> str:
@@ -180,7 +197,9 @@ def as_list(entry: Any) -> list[Any]:
     """An entry of a card's header as a list, which may stand alone there."""
     if isinstance(entry, list | tuple):
         return list(entry)
-    return [] if entry is None else [entry]
+    if entry is None:
+        return []
+    return [entry]
 
 
 def _beginning(file: Path) -> str:

@@ -85,10 +85,12 @@ def publish(
     card = folder / CARD_FILE
     metadata = with_licence(read_metadata(card), license)
     texts: list[Path] = []
-    if not card.exists():  # made at the first use of a model, which reads no card
+    if not card.exists():
+        # a FlashHead that was made at the first use of a model has no card
         model = config.recipe.get("model")
-        named = model if is_repository(model) else None
-        base = find_provenance(str(folder), folder, named, license)
+        if not is_repository(model):
+            model = None
+        base = find_provenance(str(folder), folder, model, license)
         metadata = card_metadata(base, is_companion(folder))
         texts = [file for file in base.files if file.parent != folder]
     files = [*licence_files(folder), *texts]
@@ -123,14 +125,18 @@ def publish(
         f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
         "files again."
     )
+    # mlx-lm reads every file of weights, so those that the folder lacks leave the repository
+    deleted: str | None = "model*.safetensors"
+    if is_companion(folder):
+        deleted = None
     with _client(failed, failed, failed) as api:
+        # the client changes the list of patterns
         api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,
             commit_message="Upload FlashHead",
-            ignore_patterns=[*NOT_UPLOADED],  # which the client changes
-            # in the repository, if the folder lacks them: mlx-lm reads every file of weights
-            delete_patterns=None if is_companion(folder) else "model*.safetensors",
+            ignore_patterns=list(NOT_UPLOADED),
+            delete_patterns=deleted,
         )
     return address
 
@@ -172,7 +178,8 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(denial, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
+        # create_repo accepts any visible repository
+        api.auth_check(repo_id, write=True)
         is_public = private and not api.repo_info(repo_id).private
     if is_public:
         raise ValueError(
@@ -196,15 +203,22 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
     try:
         with redacted_logs():
             yield HfApi()
-    except Exception as error:  # the Hub's client raises many unrelated types
-        offline = isinstance(error, OfflineModeIsEnabled)
-        remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
+    except Exception as error:
+        # the Hub's client raises many unrelated types
+        remedy = "check the network and try again"
+        if isinstance(error, OfflineModeIsEnabled):
+            remedy = "unset HF_HUB_OFFLINE"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
-        causes = [error, error.__cause__] if error.__cause__ else [error]
+        causes = [error]
+        if isinstance(error.__cause__, Exception):
+            causes.append(error.__cause__)
         for cause in causes:
             if isinstance(cause, HfHubHTTPError):
-                denied = cause.response.status_code in (401, 403)
-                sentence = (denial if denied else failed) or sentence
+                is_denied = cause.response.status_code in (401, 403)
+                if is_denied and denial:
+                    sentence = denial
+                elif not is_denied and failed:
+                    sentence = failed
         reasons = dict.fromkeys(reason(cause) for cause in causes)
         # `from None`: the client's own message may hold the token
         raise ValueError(sentence.replace("%s", printable(": ".join(reasons)))) from None

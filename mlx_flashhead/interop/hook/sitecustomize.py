@@ -21,7 +21,8 @@ class Watch:
         """Finds one of the libraries; None for other modules."""
         if name not in LIBRARIES or self.looks:
             return None
-        self.looks = True  # the other finders do
+        # the other finders look for it meanwhile
+        self.looks = True
         spec = find_spec(name)
         self.looks = False
         if spec is not None and spec.loader is not None:
@@ -48,7 +49,8 @@ def patch(library):
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)
-    except Exception as error:  # a library of another version, or options of one
+    except Exception as error:
+        # a library may have another version, or options of one
         reason = f"{type(error).__name__}: {error}"
         print(f"Without FlashHead: it does not fit these libraries ({reason}).", file=sys.stderr)
 
@@ -56,7 +58,7 @@ def patch(library):
 def pass_on():
     """Runs the sitecustomize that Python would have found without this one."""
     here = os.path.dirname(os.path.abspath(__file__))
-    others = [place for place in sys.path if os.path.abspath(place) != here]
+    others = [folder for folder in sys.path if os.path.abspath(folder) != here]
     spec = PathFinder.find_spec("sitecustomize", others)
     if spec is not None and spec.loader is not None:
         module = module_from_spec(spec)
