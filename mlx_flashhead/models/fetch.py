@@ -33,6 +33,29 @@ def home() -> Path:
     return folder
 
 
+@contextmanager
+def kept_in(folder: Path, what: str) -> Iterator[None]:
+    """A block that keeps something in a folder of the cache, which is made.
+
+    Args:
+        folder: The folder.
+        what: What is kept, as the subject of a sentence.
+
+    Raises:
+        ValueError: If the folder cannot be read or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    # MLX raises the latter where a disk is full.
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{what} cannot be kept in {folder} ({said}): free some space, or set "
+            f"{HOME_VARIABLE} to another folder."
+        ) from None
+
+
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model, which is downloaded from the Hugging Face Hub if need be.
 

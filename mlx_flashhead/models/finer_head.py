@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import FINE_HEADS, HOME_VARIABLE, home
+from .fetch import FINE_HEADS, home, kept_in
 from .locate import HeadLocation
 from .origin import local_origin
 from .original import base_model, name_of_source, shown_name
@@ -68,18 +68,10 @@ def give_fine_head(
     bits = bits or DEFAULT_BITS
     check_is_coarse(location, bits)
     cached = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+    with kept_in(cached.parent, "The finer head"):
         rows, original = _cached_rows(cached, coarse)
         if rows is None or (source is not True and name_of_source(source) != original):
             rows, original = _fetch(location, folder, source, bits, cached, say, progress)
-    # MLX raises the latter where a disk is full.
-    except (OSError, RuntimeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"The finer head cannot be kept in {cached.parent} ({said}): free some space, or set "
-            f"{HOME_VARIABLE} to another folder."
-        ) from None
     replace_rows(location.module, rows)
     say(f"With the finer head of {original}, in {rows.bits or 16} bits.")
 

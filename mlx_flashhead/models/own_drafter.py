@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from .compat import mlx_vlm as compat
-from .fetch import DRAFTERS, HOME_VARIABLE, home, reason
+from .fetch import DRAFTERS, home, kept_in, reason
 from .finer_head import Say, find_original_head
 from .locate import find_head
 from .origin import local_origin
@@ -111,19 +111,11 @@ def _cached_or_fetched(
     """The drafter's configuration, its weights, and the source that they are from."""
     rows = find_head(model).rows()
     cached = home() / DRAFTERS / f"{rows.fingerprint[:24]}-{BITS}{ENDING}"
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+    with kept_in(cached.parent, "The MTP layer"):
         known = _read(cached)
         if known is None or (source is not True and name_of_source(source) != known[2]):
             _fetch(model, folder, source, cached, say, progress)
             known = _read(cached)
-    # MLX raises the latter where a disk is full.
-    except (OSError, RuntimeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"The MTP layer cannot be kept in {cached.parent} ({said}): free some space, or set "
-            f"{HOME_VARIABLE} to another folder."
-        ) from None
     assert known is not None
     return known
 

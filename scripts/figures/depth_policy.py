@@ -13,7 +13,7 @@ time what the first texts have shown.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,8 +25,9 @@ from draft_times import by_depth, draft_costs, drafters
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
-from mlx_flashhead.decoding.guessing.depth import MAX_GUESSES, Budget, Costs, Known, Shares
+from mlx_flashhead.decoding.guessing.depth import MAX_GUESSES, Costs, Known
 from pages import CHECKOUT, line, with_block
+from simulated_texts import drawn, time_of_policy, time_of_width
 from step_times import models
 
 HEAD = 4  # bits
@@ -39,12 +40,6 @@ RECORDED = CHECKOUT / "docs" / "benchmarks" / "trained-drafter.json"
 PAGE = CHECKOUT / "docs" / "speed.md"
 
 Runs = list[np.ndarray]  # of each text: right drafts in a row behind each token
-
-
-def drawn(shares: Sequence[float], n_tokens: int, seed: Sequence[int]) -> np.ndarray:
-    """The runs of a text whose drafts are right at random, with a share for each depth."""
-    right = np.random.default_rng(seed).random((n_tokens, MAX_GUESSES)) < np.array(shares)
-    return np.cumprod(right, axis=1).sum(axis=1)
 
 
 def changing(n_tokens: int, seed: int) -> np.ndarray:
@@ -83,35 +78,6 @@ def recorded() -> dict[str, Runs]:
             runs = [np.array(list(map(int, run))) for run in figures["runs"]]
             kinds[f"trained drafter, {text}, {way.split(',')[0]}"] = runs
     return kinds
-
-
-def time_of_width(runs: np.ndarray, costs: Costs, width: int) -> float:
-    """The time of a text in single steps, with steps of one width."""
-    place = 0
-    time = 0.0
-    while place < len(runs):
-        n_right = min(int(runs[place]), width - 1)
-        time += costs.time(width, float(n_right < width - 1))
-        place += n_right + 1
-    return time
-
-
-def time_of_policy(runs: np.ndarray, costs: Costs, known: Known) -> float:
-    """The time of a text in single steps, as the policy chooses them."""
-    shares = Shares(known)
-    budget = Budget(known)
-    place = 0
-    time = 0.0
-    while place < len(runs):
-        width = budget.width(shares.chances, costs)
-        n_right = min(int(runs[place]), width - 1)
-        time += costs.time(width, float(n_right < width - 1))
-        budget.note(width, costs, n_right)
-        if width > 1:
-            shares.note(width - 1, n_right)
-        place += n_right + 1
-    shares.leave()
-    return time
 
 
 def compared(runs: Runs, costs: Costs) -> dict[str, Any]:

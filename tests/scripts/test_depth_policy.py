@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import depth_policy
-from depth_policy import changing, compared, costs_of, drawn, texts_of, time_of_width
+from depth_policy import changing, compared, costs_of, texts_of
 from mlx_flashhead.decoding.guessing.depth import Costs
 from pages import CHECKOUT, with_block
+from simulated_texts import drawn, time_of_width
 
 
 def figures(name):

@@ -10,7 +10,6 @@ from mlx_flashhead.common.stored import store, stored
 from mlx_flashhead.decoding.guessing import depth, known_pairs
 from mlx_flashhead.decoding.guessing.depth import (
     BOUND,
-    MAX_GUESSES,
     START,
     Budget,
     Costs,
@@ -21,45 +20,11 @@ from mlx_flashhead.decoding.guessing.depth import (
 )
 from mlx_flashhead.decoding.guessing.guesser import Guess, Guesser, LatestToken, Offer
 from mlx_flashhead.decoding.guessing.guesses import Guesses
+from simulated_texts import drawn, time_of_policy, time_of_width
 
 CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)  # a large model on a small chip
 DEAR = Costs({2: 1.8, 3: 1.95, 4: 2.1, 8: 3.1}, draft=0.05, wrong=0.1)
 HOPELESS = Costs({2: 2.2, 3: 3.2, 4: 4.2, 8: 8.2})
-
-
-def runs_of(shares, n_tokens: int, seed: int) -> np.ndarray:
-    """How many guesses in a row are right behind each token of a text."""
-    right = np.random.default_rng(seed).random((n_tokens, MAX_GUESSES)) < np.array(shares)
-    return np.cumprod(right, axis=1).sum(axis=1)
-
-
-def time_of_width(runs: np.ndarray, costs: Costs, width: int) -> float:
-    """The time of a text in single steps, with steps of one width."""
-    place = 0
-    time = 0.0
-    while place < len(runs):
-        n_right = min(int(runs[place]), width - 1)
-        time += costs.time(width, float(n_right < width - 1))
-        place += n_right + 1
-    return time
-
-
-def time_of(runs: np.ndarray, costs: Costs, known: Known) -> float:
-    """The time of a text in single steps, by the policy."""
-    shares = Shares(known)
-    budget = Budget(known)
-    place = 0
-    time = 0.0
-    while place < len(runs):
-        width = budget.width(shares.chances, costs)
-        n_right = min(int(runs[place]), width - 1)
-        time += costs.time(width, float(n_right < width - 1))
-        budget.note(width, costs, n_right)
-        if width > 1:
-            shares.note(width - 1, n_right)
-        place += n_right + 1
-    shares.leave()
-    return time
 
 
 def test_the_gain_is_expected_tokens_for_expected_time():
@@ -124,32 +89,32 @@ def test_guesses_that_are_all_wrong_lose_little(costs):
     """Whatever is believed before: the slack bounds it."""
     known = Known(right=[400.0] * 7, tried=[400.0] * 7)
     runs = np.zeros(1000, int)
-    lost = time_of(runs, costs, known) - len(runs)
+    lost = time_of_policy(runs, costs, known) - len(runs)
     assert 0 < lost <= START + BOUND * len(runs) + 1e-6
-    lost += time_of(runs, costs, known) - len(runs)
+    lost += time_of_policy(runs, costs, known) - len(runs)
     assert lost <= START + 2 * BOUND * len(runs) + 1e-6
 
 
 def test_what_cannot_pay_is_never_tried():
     known = Known(right=[400.0] * 7, tried=[400.0] * 7)
-    runs = runs_of([1.0] * 7, 500, 0)
-    assert time_of(runs, HOPELESS, known) == 500
+    runs = drawn([1.0] * 7, 500, 0)
+    assert time_of_policy(runs, HOPELESS, known) == 500
 
 
 def test_a_drafter_that_becomes_good_is_found_again():
     known = Known()
-    runs = np.concatenate([np.zeros(400, int), runs_of([0.9] * 7, 600, 1)])
+    runs = np.concatenate([np.zeros(400, int), drawn([0.9] * 7, 600, 1)])
     single = float(len(runs))
-    assert time_of(runs, CHEAP, known) < 0.75 * single
+    assert time_of_policy(runs, CHEAP, known) < 0.75 * single
 
 
 @pytest.mark.parametrize("share", [0.93, 0.8, 0.65, 0.5, 0.35, 0.2, 0.0])
 @pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
 def test_the_policy_is_about_as_fast_as_the_best_width(costs, share):
     """And as single steps, over texts of a pair of which nothing is known at first."""
-    texts = [runs_of([share] * 7, 250, seed) for seed in range(12)]
+    texts = [drawn([share] * 7, 250, seed) for seed in range(12)]
     known = Known()
-    time = sum(time_of(runs, costs, known) for runs in texts)
+    time = sum(time_of_policy(runs, costs, known) for runs in texts)
     of_width = {w: sum(time_of_width(runs, costs, w) for runs in texts) for w in (1, *costs.steps)}
     assert time <= 1.02 * of_width[1]
     assert time <= 1.03 * min(of_width.values())
