@@ -19,7 +19,7 @@ from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
 from ..models.install import dense_copy
-from ..wide.step import WIDTHS, WideSteps, kind_of
+from ..wide.step import WIDTHS, WideSteps, layout_of
 from ..wide.trial import established_costs, have_same_bits
 from . import SAMPLERS
 from .variants import Variant
@@ -43,7 +43,7 @@ def wide_figures(model: nn.Module, prompt: list[int]) -> dict[str, Any]:
     steps = WideSteps.of(model)
     caches = make_prompt_cache(model)
     costs = established_costs(steps, caches)
-    apart = steps.established[kind_of(caches)].apart
+    apart = steps.established[layout_of(caches)].apart
     texts = {} if not costs else dict(_texts(model, prompt))
     return {
         "established": list(costs),

@@ -52,8 +52,8 @@ class Changes:
                     return None
                 mask = processor
             else:
-                kinds.append(penalty.kind)
-                penalties[penalty.kind] = penalty
+                kinds.append(penalty.effect)
+                penalties[penalty.effect] = penalty
         if kinds != [kind for kind in ORDER if kind in kinds]:
             return None
         known = cls(penalties, mask)

@@ -26,7 +26,7 @@ class Positions:
             raise AttributeError(name)
         found = [getattr(part, name) for part in self.parts]
         if callable(found[0]):
-            return apart(
+            return per_position(
                 lambda function, *args, **named: function(*args, **named), Positions(found)
             )
         return _gathered(found)
@@ -40,8 +40,8 @@ class Positions:
 def _operator(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
     def operate(self: Positions, *others: Any) -> Any:
         if reflected:
-            return apart(function)(*others, self)
-        return apart(function)(self, *others)
+            return per_position(function)(*others, self)
+        return per_position(function)(self, *others)
 
     return operate
 
@@ -54,7 +54,7 @@ for _name in COMPARISONS:
     setattr(Positions, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
 
 
-def apart(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+def per_position(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     """A function that is called once per position where an argument is a :class:`Positions`."""
 
     def call(*args: Any, **named: Any) -> Any:
@@ -118,13 +118,13 @@ class Namespace:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        return apart_value(getattr(self._module, name))
+        return per_position_value(getattr(self._module, name))
 
 
-def apart_value(value: Any) -> Any:
+def per_position_value(value: Any) -> Any:
     """A name's value for code that has :class:`Positions` in the place of arrays."""
     if isinstance(value, ModuleType):
         return Namespace(value)
     if callable(value) and not isinstance(value, type):
-        return apart(value)
+        return per_position(value)
     return value

@@ -333,7 +333,7 @@ class ListStandIn(_StandIn):
         return ListStandIn(self.cache, [part.as_before() for part in self.parts])
 
 
-class ApartStandIn(_StandIn):
+class PerPositionStandIn(_StandIn):
     """A stand-in for code that has :class:`Positions` in the place of arrays."""
 
     def __init__(self, stand_in: KeyValueStandIn):
@@ -353,12 +353,12 @@ class ApartStandIn(_StandIn):
         return self._stand_in.update_and_fetch(all_keys, all_values)
 
 
-def apart_stand_in(value: Any) -> Any:
+def per_position_stand_in(value: Any) -> Any:
     """An argument with stand-ins as those for code that works position by position."""
     if isinstance(value, KeyValueStandIn):
-        return ApartStandIn(value)
+        return PerPositionStandIn(value)
     if isinstance(value, ListStandIn):
-        return ListStandIn(value.cache, [apart_stand_in(part) for part in value.parts])
+        return ListStandIn(value.cache, [per_position_stand_in(part) for part in value.parts])
     return value
 
 

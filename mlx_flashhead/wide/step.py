@@ -41,7 +41,7 @@ Costs = dict[Width, Positive]
 
 
 class Established(NamedTuple):
-    """What holds for the caches of a kind. It can be stored as JSON.
+    """What holds for caches of a layout. It can be stored as JSON.
 
     Attributes:
         costs: Of each step that leaves the bits of single ones.
@@ -67,7 +67,7 @@ class WideSteps:
     Attributes:
         known: Those of the models that are in use, by the ids of these.
         parts: All parts of the model, so that a change shows.
-        established: What holds, by the kind of the caches.
+        established: What holds, by the layout of the caches.
         model_changes_itself: Whether the model's own steps replace parts by others, so that nothing
             shows who else does; None: no step was taken yet to find out.
     """
@@ -120,7 +120,7 @@ class WideSteps:
 
         They are relative to a single step, by their numbers of tokens. Nothing is tried.
         """
-        held = self.established.get(kind_of(caches), NOTHING)
+        held = self.established.get(layout_of(caches), NOTHING)
         ending = [cache for cache in parts_of(caches) if type(cache) in ENDING]
         costs = {}
         for n in held.costs:
@@ -142,12 +142,12 @@ class WideSteps:
             NoWideStepError: If the model does at these positions what it did not in the trial. The
                 caches are unchanged, and there are no more wide steps with caches like these.
         """
-        kind = kind_of(caches)
+        layout = layout_of(caches)
         try:
-            return self.feed_by(self.twin(apart=self.established[kind].apart), tokens, caches)
+            return self.feed_by(self.twin(apart=self.established[layout].apart), tokens, caches)
         except NoWideStepError as error:
             log.info("Steps of several tokens are off: %s", error)
-            self.established[kind] = NOTHING
+            self.established[layout] = NOTHING
             raise
 
     def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
@@ -211,14 +211,14 @@ def _logits_and_states(
     return logits
 
 
-def kind_of(caches: list[Any]) -> str:
+def layout_of(caches: list[Any]) -> str:
     """What matters of caches to the kernels that read them, in words."""
-    kinds = [_kind(cache) for cache in caches]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    layouts = [_layout(cache) for cache in caches]
+    return ", ".join(f"{layouts.count(layout)} {layout}" for layout in dict.fromkeys(layouts))
 
 
-def _kind(cache: Any) -> str:
-    parts = [_kind(part) for part in getattr(cache, "caches", ())]
+def _layout(cache: Any) -> str:
+    parts = [_layout(part) for part in getattr(cache, "caches", ())]
     if not parts and not is_known(cache):
         return "unknown"
     held = vars(cache)

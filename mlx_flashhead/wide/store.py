@@ -39,15 +39,15 @@ def path_of(model: nn.Module) -> Path | None:
     return home() / SPEEDS / f"{_fingerprint(model)[:24]}.json"
 
 
-def key_of(kind: str) -> str:
+def key_of(layout: str) -> str:
     """What the bits and the times depend on besides the model, in words: its key in the file.
 
     Args:
-        kind: That of the caches.
+        layout: That of the caches, of :func:`layout_of`.
     """
     versions = f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx-flashhead {__version__}"
     device = f"{device_name()}, {mx.default_device().type.name}, {system()}"
-    return f"{device}, {versions}: {kind}"
+    return f"{device}, {versions}: {layout}"
 
 
 def _fingerprint(model: nn.Module) -> str:

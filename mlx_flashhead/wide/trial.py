@@ -34,7 +34,7 @@ from ..models.install import get_flash_head
 from . import store as trial_store
 from .parts import ModelParts
 from .stand_ins import is_known, is_past_end, n_held, parts_of, there_is_memory
-from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, kind_of
+from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, layout_of
 from .twin import NoWideStepError
 
 # Tokens of the prompt.
@@ -57,7 +57,7 @@ log = logging.getLogger("mlx_flashhead")
 def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
     """The times of the steps of several tokens that leave the bits of single steps.
 
-    They are tried when caches of a kind are seen for the first time, on this machine. That takes
+    They are tried when caches of a layout are seen for the first time, on this machine. That takes
     some seconds and evaluates, so it is for the time before a text's first token. Within a text
     :meth:`WideSteps.costs` says what is known. A message of the log, of the level INFO, announces
     each trial.
@@ -69,13 +69,13 @@ def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
     Returns:
         The time of a step from these caches on, relative to a single one, by its number of tokens.
     """
-    kind = kind_of(caches)
-    if kind not in steps.established:
-        steps.established[kind] = _established(steps, caches, kind)
+    layout = layout_of(caches)
+    if layout not in steps.established:
+        steps.established[layout] = _established(steps, caches, layout)
     return steps.costs(caches)
 
 
-def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
+def _established(steps: WideSteps, caches: list[Any], layout: str) -> Established:
     if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
     if steps.model_changes_itself is None:
@@ -84,13 +84,13 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
         log.info("Steps of several tokens are off: this model's own steps change it.")
         return NOTHING
     path = trial_store.path_of(steps.model)
-    key = trial_store.key_of(kind)
+    key = trial_store.key_of(layout)
     known: dict[str, Established] = {}
     if path is not None:
         known = stored(path, Established)
     if key in known and (is_busy() or not known[key].busy):
         return known[key]
-    log.info(ANNOUNCEMENT, kind)
+    log.info(ANNOUNCEMENT, layout)
     # A device may raise anything.
     try:
         found = _tried(steps, caches)

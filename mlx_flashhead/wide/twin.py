@@ -31,8 +31,8 @@ from ..models.compat.model_code import (
 )
 from ..models.install import get_flash_head
 from .parts import containers, settings_in
-from .positions import Positions, apart, apart_value, at
-from .stand_ins import KeyValueStandIn, PastStandIn, apart_stand_in
+from .positions import Positions, at, per_position, per_position_value
+from .stand_ins import KeyValueStandIn, PastStandIn, per_position_stand_in
 from .states import call_layer, call_part, made_of
 
 
@@ -100,7 +100,7 @@ class _Matrix(nn.Module):
         alone = len(args) == 1 and not named and isinstance(x, mx.array)
         if alone and x.ndim <= 3 and x.shape[-1] == self.weight.shape[-1]:
             return in_rows(super().__call__, x)
-        return apart(super().__call__)(*args, **named)
+        return per_position(super().__call__)(*args, **named)
 
 
 class _Rotation(nn.Module):
@@ -109,7 +109,7 @@ class _Rotation(nn.Module):
     def __call__(self, x: Any, offset: Any = 0) -> Any:
         rotate = super().__call__
         if isinstance(x, Positions) or x.shape[-2] == 1:
-            return apart(rotate)(x, offset)
+            return per_position(rotate)(x, offset)
         rotated = [rotate(x[..., j : j + 1, :], offset + j) for j in range(x.shape[-2])]
         return mx.concatenate(rotated, axis=-2)
 
@@ -131,18 +131,18 @@ class _Part(nn.Module):
         return call(*args, **named)
 
 
-class _Apart(nn.Module):
+class _PerPosition(nn.Module):
     """A part whose operations run once per position within an attention."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         call = super().__call__
         # The first argument of a layer is none, but its mask may be.
         if args and isinstance(args[0], Positions):
-            call = apart(call)
+            call = per_position(call)
         return call(*args, **named)
 
 
-class _ApartAttention(nn.Module):
+class _PerPositionAttention(nn.Module):
     """An attention whose operations run once per position."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -162,7 +162,7 @@ def _as_positions(value: Any, n_positions: int) -> Any:
         axis = value.ndim - 2
         if axis >= 0 and value.shape[axis] == n_positions:
             return Positions(mx.split(value, n_positions, axis=axis))
-    return apart_stand_in(value)
+    return per_position_stand_in(value)
 
 
 def _whole(value: Any) -> Any:
@@ -314,10 +314,10 @@ def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
     mixin = _mixin_of(module)
     exchange = exchanged_globals
     if apart and is_attention(cls):
-        exchange = apart_globals
-        mixin = mixin or _ApartAttention
+        exchange = per_position_globals
+        mixin = mixin or _PerPositionAttention
     elif apart:
-        mixin = mixin or _Apart
+        mixin = mixin or _PerPosition
     functions = _functions(cls, exchange)
     if functions:
         cls = type(cls.__name__, (cls,), functions)
@@ -359,10 +359,10 @@ def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: make(names[name]) for name, make in EXCHANGED.items() if name in names}
 
 
-def apart_globals(names: Mapping[str, Any]) -> dict[str, Any]:
+def per_position_globals(names: Mapping[str, Any]) -> dict[str, Any]:
     """Globals for code that has :class:`Positions` in the place of arrays."""
     own = {name: value for name, value in names.items() if not name.startswith("__")}
-    return {name: apart_value(value) for name, value in own.items()}
+    return {name: per_position_value(value) for name, value in own.items()}
 
 
 def _functions(

@@ -7,7 +7,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 
-from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 
 VOCAB_SIZE = 100  # of the tokens fed; a model may have more
 FORMS = (False, True)  # whether an attention takes positions apart
@@ -78,7 +78,7 @@ def wide_steps(model, caches, *, apart) -> WideSteps:
     """Wide steps of a model, without a trial."""
     steps = WideSteps.of(model)
     costs = dict.fromkeys(range(2, 9), 1.0)
-    steps.established[kind_of(caches)] = Established(costs, apart, costs_past_end=costs)
+    steps.established[layout_of(caches)] = Established(costs, apart, costs_past_end=costs)
     return steps
 
 

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_flashhead
 from mlx_flashhead import grammar_processor, make_sampler
 from mlx_flashhead.wide import trial
-from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs
 from pretended_gpu import CHIPS, pretended_gpu
 from tiny_models import install_index, tiny_index
@@ -131,11 +131,15 @@ def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch
     found, widths = guessed({"lookup": "on"}, pair, prompt, monkeypatch)
     assert found == expected and widths
     # what is said to cost as much as a single step is taken without being asked for
-    kind = kind_of(caches)
-    steps.established[kind] = Established(dict.fromkeys(costs, 1.0), steps.established[kind].apart)
+    layout = layout_of(caches)
+    steps.established[layout] = Established(
+        dict.fromkeys(costs, 1.0), steps.established[layout].apart
+    )
     found, widths = guessed({}, pair, prompt, monkeypatch)
     assert found == expected and widths
-    steps.established[kind] = Established(dict.fromkeys(costs, 9.0), steps.established[kind].apart)
+    steps.established[layout] = Established(
+        dict.fromkeys(costs, 9.0), steps.established[layout].apart
+    )
     found, widths = guessed({}, pair, prompt, monkeypatch)
     assert found == expected and not widths
 

@@ -20,7 +20,7 @@ from mlx_flashhead.common.stored import stored as read_file
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.wide import stand_ins, store, trial, twin
 from mlx_flashhead.wide.positions import Positions
-from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
@@ -325,7 +325,7 @@ def test_the_trial_finds_every_width(architecture):
     WideSteps.of(model).established.clear()
     assert widths_of(model) == ALL
     caches = lm_caches.make_prompt_cache(model)
-    known = WideSteps.of(model).established[kind_of(caches)]
+    known = WideSteps.of(model).established[layout_of(caches)]
     assert known.apart == apart and list(known.costs) == ALL and min(known.costs.values()) > 0
 
 
@@ -346,7 +346,7 @@ def test_steps_are_timed_before_and_past_the_end_of_a_window(model):
     steps = WideSteps.of(model)
     caches = windows(model)
     established_costs(steps, caches)
-    found = steps.established.pop(kind_of(caches))
+    found = steps.established.pop(layout_of(caches))
     assert list(found.costs) == list(found.costs_past_end) == ALL
     assert found.costs != found.costs_past_end
     assert found.lengths == (1022, 5, 4094, 62)
@@ -373,7 +373,7 @@ def test_the_heads_choices_are_timed(monkeypatch):
 def test_costs_are_those_of_the_caches_state(model, monkeypatch):
     steps = WideSteps.of(model)
     caches = windows(model)
-    kind = kind_of(caches)
+    kind = layout_of(caches)
     steps.established[kind] = Established({2: 1.1, 4: 1.3}, costs_past_end={2: 1.5, 4: 2.5})
     read(model, 61, caches)
     assert steps.costs(caches) == {2: 1.1, 4: 2.5}
@@ -387,7 +387,9 @@ def test_what_memory_does_not_hold_is_not_offered(model, monkeypatch):
     """Past a window's end each position of a step has an array of its own for some time."""
     steps = WideSteps.of(model)
     caches = windows(model, 5000)
-    steps.established[kind_of(caches)] = Established({2: 1.1, 4: 1.3}, costs_past_end={2: 1, 4: 1})
+    steps.established[layout_of(caches)] = Established(
+        {2: 1.1, 4: 1.3}, costs_past_end={2: 1, 4: 1}
+    )
     read(model, 5005, caches)
     n_bytes = sum(cache.nbytes for cache in caches)
     for n_more, widths in [(1, []), (3, [2]), (5, [2, 4])]:

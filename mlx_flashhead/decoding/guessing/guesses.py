@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ...head.backend import gpu_is_default
 from ...models.trust import is_librarys_model
-from ...wide.step import MAX_WIDTH, WideSteps, kind_of
+from ...wide.step import MAX_WIDTH, WideSteps, layout_of
 from ...wide.trial import established_costs
 from .depth import WORTH, Budget, Costs, gain
 from .grammar import Grammar
@@ -203,7 +203,7 @@ def has_wide_steps(model: nn.Module, layers: list[Any]) -> bool:
         return False
     wide = WideSteps.of(model)
     established_costs(wide, layers)
-    return bool(wide.established[kind_of(layers)].costs)
+    return bool(wide.established[layout_of(layers)].costs)
 
 
 def _takes_guesses(proposer: "Proposer") -> bool:

@@ -61,17 +61,17 @@ def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, li
     return ar.generation_stream, prompt_cache
 
 
-# Kinds of drafters that want the states with which a head is called, of models that mlx-lm has.
-DRAFTER_KINDS = (
+# Types of drafters that want the states with which a head is called, of models that mlx-lm has.
+DRAFTER_TYPES = (
     "gemma4_assistant", "gemma4_unified_assistant", "glm4_moe_lite_mtp", "glm_moe_dsa_mtp",
     "nemotron_h_mtp", "qwen3_5_mtp",
 )  # fmt: skip
 
 
 def available_drafters() -> list[str]:
-    """Those of `DRAFTER_KINDS` of which the installed mlx-vlm has the class."""
-    packages = {kind: f"mlx_vlm.speculative.drafters.{kind}" for kind in DRAFTER_KINDS}
-    return [kind for kind, name in packages.items() if hasattr(import_module(name), "Model")]
+    """Those of `DRAFTER_TYPES` of which the installed mlx-vlm has the class."""
+    packages = {name: f"mlx_vlm.speculative.drafters.{name}" for name in DRAFTER_TYPES}
+    return [name for name, package in packages.items() if hasattr(import_module(package), "Model")]
 
 
 def load_drafter(folder: Path) -> nn.Module:

@@ -22,13 +22,13 @@ class Penalty:
     """What a processor of mlx-lm was made with.
 
     Attributes:
-        kind: BIAS, REPETITION, PRESENCE or FREQUENCY.
+        effect: BIAS, REPETITION, PRESENCE or FREQUENCY.
         penalty: Of the last three.
         window: Tokens before a place that the penalty looks at.
         biases: By token.
     """
 
-    kind: str
+    effect: str
     penalty: float = 0.0
     window: int = 0
     biases: dict[int, float] = field(default_factory=dict)
@@ -47,10 +47,10 @@ def penalty_of(processor: Any) -> Penalty | None:
     """What a processor of mlx-lm's makers changes; None for any other function."""
     if not isinstance(processor, FunctionType):
         return None
-    for kind, codes in _CODES.items():
+    for effect, codes in _CODES.items():
         if processor.__code__ in codes:
             values = getclosurevars(processor).nonlocals
-            return _bias(values) if kind == BIAS else _penalty(kind, values)
+            return _bias(values) if effect == BIAS else _penalty(effect, values)
     return None
 
 
@@ -63,9 +63,9 @@ def _bias(values: Mapping[str, Any]) -> Penalty | None:
     return Penalty(BIAS, biases=dict(zip(indices, biases, strict=True)))
 
 
-def _penalty(kind: str, values: Mapping[str, Any]) -> Penalty | None:
+def _penalty(effect: str, values: Mapping[str, Any]) -> Penalty | None:
     """A penalty with these values; None for a window that mlx-lm reads from the other end."""
     window = values.get("context_size")
     if not isinstance(window, int) or window < 1:
         return None
-    return Penalty(kind, float(values["penalty"]), window)
+    return Penalty(effect, float(values["penalty"]), window)

@@ -28,7 +28,7 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.wide import trial
-from mlx_flashhead.wide.step import Established, WideSteps, kind_of
+from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
 from tiny_models import tiny_model
@@ -608,7 +608,7 @@ def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
     forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
     n_steps = {}
     for cost in (1.01, 100.0):
-        kind = kind_of(make_prompt_cache(model))
+        kind = layout_of(make_prompt_cache(model))
         WideSteps.of(model).established[kind] = Established({2: cost, 4: cost, 8: cost})
         proposer = Proposer(model)
         steps = verified_tokens(
