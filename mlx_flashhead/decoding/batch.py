@@ -26,32 +26,53 @@ from .proposer import Proposer
 from .text import Text, mode_of, own_processors
 
 BatchGenerator: Any = inner_batch.ClosableBatchGenerator
-NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
+# It is evaluated: a lazy one would belong to the importing thread.
+NO_LOGPROBS = mx.array([0.0])
 
 
 @dataclass
 class Response:
-    """A token of a text, with the fields that mlx-lm's responses have in 0.31 and in 0.32."""
+    """A token of a text, with the fields that mlx-lm's responses have in 0.31 and in 0.32.
+
+    Attributes:
+        uid: The number of the text.
+        token: The token.
+        logprobs: (V,); (1,) where they are not wanted.
+        finish_reason: "stop", "length", or None while the text goes on.
+        from_draft: Whether the token was guessed.
+        match_sequence: Of a state machine of mlx-lm 0.31.
+        current_state: The same one's.
+        prompt_cache: At the text's end: the caches, with the tokens handed out.
+        all_tokens: At the text's end: the tokens in these.
+    """
 
     uid: int
     token: int
-    logprobs: mx.array  # (V,); (1,) where they are not wanted
-    finish_reason: str | None  # "stop", "length", or None while the text goes on
-    prompt_cache: list[Any] | None  # at the text's end: with the tokens handed out
-    all_tokens: list[int] | None  # at the text's end: the tokens in the cache
-    from_draft: bool = False  # whether the token was guessed
-    match_sequence: Any = None  # of a state machine of mlx-lm 0.31
+    logprobs: mx.array
+    finish_reason: str | None
+    from_draft: bool = False
+    match_sequence: Any = None
     current_state: Any = None
+    prompt_cache: list[Any] | None = None
+    all_tokens: list[int] | None = None
 
 
 @dataclass
 class _Entry:
-    """A text of the batch, from its insertion to its end."""
+    """A text of the batch, from its insertion to its end.
+
+    Attributes:
+        text: The text.
+        prompt: The tokens before it.
+        matcher: Finds what ends it.
+        drafts: What guesses its tokens. It has heard the prompt but for the last token.
+        decoded_alone: Whether there was a time when no other text was decoded.
+    """
 
     text: Text
     prompt: list[int]
-    matcher: Any  # finds what ends it
-    drafts: TrainedDrafts | None = None  # which have heard its prompt but for the last token
+    matcher: Any
+    drafts: TrainedDrafts | None = None
     decoded_alone: bool = False
 
     @property
@@ -104,7 +125,9 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         super().__init__(model, **options)
         self.sampler = sampler
         self.logprobs = logprobs
-        self._proposer = Proposer(model) if proposer is None else proposer
+        if proposer is None:
+            proposer = Proposer(model)
+        self._proposer = proposer
         self._entries: dict[int, _Entry] = {}
         self._drafter = drafter
         self._n_drafts = num_draft_tokens
@@ -177,20 +200,25 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         return cast(list[int], uids)
 
     def _new_entry(self, waiting: inner_batch.Waiting) -> _Entry:
+        shared = waiting.sampler is None
         sampler = waiting.sampler
+        if shared:
+            sampler = self.sampler
+        why_dense = None
+        if not are_known(waiting.cache):
+            why_dense = UNKNOWN_CACHE
         prompt = [*waiting.held, *(token for part in waiting.segments for token in part)]
         text = Text(
-            self.sampler if sampler is None else sampler,
+            sampler,
             own_processors(waiting.processors or ()),
             mx.array(prompt, mx.int32),
             logprobs=self.logprobs,
             limit=waiting.max_tokens,
             uid=waiting.uid,
             ids_dtype=mx.int32,
+            why_dense=why_dense,
         )
-        text.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
-        if not are_known(waiting.cache):
-            text.enter(Phase.DENSE, why=UNKNOWN_CACHE)
+        text.shares_sampler = shared or compat.CALLS_SHARED_SAMPLERS_ONCE
         entry = _Entry(text, prompt, compat.as_stop_sequences(waiting.stops).matcher())
         if self._drafter is not None:
             entry.drafts = TrainedDrafts(self._drafter, self.model, self._n_drafts, list)
@@ -212,7 +240,9 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         states: list[mx.array] = []
         with self._proposer.reading(states):
             yield
-        whole = mx.concatenate(states, axis=1)[0] if len(uids) == 1 and states else None
+        whole = None
+        if len(uids) == 1 and states:
+            whole = mx.concatenate(states, axis=1)[0]
         for uid, own in zip(uids, tokens, strict=True):
             drafts = self._entries[uid].drafts
             if drafts is not None and own:
@@ -264,12 +294,15 @@ def _check_lengths(n: int, **options: list[Any] | None) -> None:
 class _Prompts(compat.PromptProcessingBatch):
     """Prompts that are being read, and those of which only the last token is left."""
 
-    # a block in which parts of the prompts with these numbers are read
+    # A block in which tokens of the prompts with these numbers are read.
     reading: Callable[[list[int], list[list[int]]], AbstractContextManager[None]] | None = None
 
     def prompt(self, tokens: list[list[int]]) -> None:
         """Reads the next tokens of each prompt."""
-        with nullcontext() if self.reading is None else self.reading(self.uids, tokens):
+        block: AbstractContextManager[None] = nullcontext()
+        if self.reading is not None:
+            block = self.reading(self.uids, tokens)
+        with block:
             super().prompt(tokens)
 
     def split(self, indices: list[int]) -> "_Prompts":
@@ -279,13 +312,19 @@ class _Prompts(compat.PromptProcessingBatch):
         return taken
 
     def generate(self, tokens: list[list[int]]) -> "_Prompts":
-        """Has texts begin with the last tokens of their prompts."""
-        self.last = mx.array(tokens)  # (R, 1)
+        """Has texts begin with the last tokens (R, 1) of their prompts."""
+        self.last = mx.array(tokens)
         return self
 
 
 class _Generation:
-    """The texts that are being decoded, in the place of mlx-lm's ``GenerationBatch``."""
+    """The texts that are being decoded, in the place of mlx-lm's ``GenerationBatch``.
+
+    Args:
+        proposer: Proposes their tokens.
+        entries: By number, those whose prompts are being read, too.
+        announce: Called for each token with how it was decoded.
+    """
 
     def __init__(
         self,
@@ -294,7 +333,7 @@ class _Generation:
         announce: Callable[[Mode], Any] | None,
     ):
         self._proposer = proposer
-        self._entries = entries  # those whose prompts are being read, too
+        self._entries = entries
         self._announce = announce
         self._decoder = Decoder(proposer, BatchCaches(self._feed))
 
@@ -322,7 +361,7 @@ class _Generation:
 
     def filter(self, keep: list[int]) -> None:
         texts = self._decoder.texts
-        self._decoder.drop([s for row, s in enumerate(texts) if row not in keep])
+        self._decoder.drop([text for row, text in enumerate(texts) if row not in keep])
 
     def extend(self, prompts: _Prompts) -> None:
         """Adds texts whose prompts have been read."""
@@ -331,10 +370,15 @@ class _Generation:
         states: list[mx.array] = []
         with self._proposer.reading(states):
             logits = self._feed(prompts.last, prompts.prompt_cache)[:, -1, :]
-        alone = prompts.prompt_cache if len(entries) == 1 and not len(self) else None
+        alone = None
+        if len(entries) == 1 and not len(self):
+            alone = prompts.prompt_cache
         for row, entry in enumerate(entries):
+            state = None
+            if states:
+                state = states[-1][row]
             if entry.drafts is not None:
-                self._begin_drafts(entry, states[-1][row] if states else None, alone)
+                self._begin_drafts(entry, state, alone)
         self._decoder.start(texts, prompts.prompt_cache, logits)
 
     def next(self) -> list[Response]:
@@ -344,8 +388,9 @@ class _Generation:
         if not responses:
             self._guess_for_one_alone()
             self._decoder.round()
+            # A text that has no token yet leaves MLX's random state, too.
             for text in self._decoder.texts:
-                text.leave_state()  # also where it has no token yet
+                text.leave_state()
             responses = self._hand_out()
         return responses
 
@@ -358,8 +403,11 @@ class _Generation:
         decoder = self._decoder
         ahead = [text for text in decoder.texts if text.ahead]
         changed = [text for text in ahead if not text.undisturbed]
-        decoder.several_draw = sum(t.text.draws_from_mlx for t in self._entries.values()) > 1
-        settled = ahead if decoder.several_draw else changed
+        n_drawing = sum(entry.text.draws_from_mlx for entry in self._entries.values())
+        decoder.several_draw = n_drawing > 1
+        settled = changed
+        if decoder.several_draw:
+            settled = ahead
         if settled:
             decoder.settle(settled)
         for text in changed:
@@ -382,7 +430,8 @@ class _Generation:
         entry.text.guesses = guesses
         if guesses is not None:
             guesses.hear([last], state)
-            if layers is not None:  # which are of another kind once a text was taken back
+            # The layers are of another kind once a text was taken back.
+            if layers is not None:
                 taken_back = [layer.extract(0) for layer in layers]
                 established_costs(guesses.wide, self._decoder.caches.merged([taken_back]))
 
@@ -392,7 +441,9 @@ class _Generation:
         entry = self._entries[text.uid]
         if len(self) == 1 and not entry.decoded_alone and text.guesses is None:
             entry.decoded_alone = True
-            layers = self._decoder.caches.layers if text.n_yielded == 0 else None
+            layers = None
+            if text.n_yielded == 0:
+                layers = self._decoder.caches.layers
             read = [*entry.prompt, *text.fed]
             text.guesses = guesses_of(self._proposer, read, layers=layers)
 
@@ -401,7 +452,7 @@ class _Generation:
 
         Ended texts leave together, since mlx-lm's caches are copied each time.
         """
-        responses = [self._response(s) for s in self._decoder.texts if s.ready]
+        responses = [self._response(text) for text in self._decoder.texts if text.ready]
         ended = [response for response in responses if response.finish_reason is not None]
         entries = [self._entries.pop(response.uid) for response in ended]
         for response, entry in zip(ended, entries, strict=True):
@@ -416,17 +467,20 @@ class _Generation:
         token = cast(int, pending.token)
         if self._announce is not None:
             self._announce(mode_of(text, text.n_yielded))
-        reason = "length" if text.n_yielded >= text.limit else None
+        reason = None
         if entry.matcher.advance(token):
             reason = "stop"
+        elif text.n_yielded >= text.limit:
+            reason = "length"
+        logprobs = pending.logprobs
+        if logprobs is None:
+            logprobs = NO_LOGPROBS
         return Response(
-            text.uid,
-            token,
-            NO_LOGPROBS if pending.logprobs is None else pending.logprobs,
-            reason,
-            None,
-            None,
-            bool(pending.guessed),
-            getattr(entry.matcher, "match_sequence", None),
-            getattr(entry.matcher, "current_state", None),
+            uid=text.uid,
+            token=token,
+            logprobs=logprobs,
+            finish_reason=reason,
+            from_draft=bool(pending.guessed),
+            match_sequence=getattr(entry.matcher, "match_sequence", None),
+            current_state=getattr(entry.matcher, "current_state", None),
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -20,9 +20,8 @@ from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .text import PendingToken, Text, mode_of
 
-CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
-
-
+# Tokens after which unused memory is freed, as in mlx-lm's loop.
+CLEAR_EVERY = 256
 # Tokens, log-probabilities (V,), and whether each token was guessed.
 GuessedTokens = Generator[tuple[int, Any, bool], None, None]
 
@@ -101,38 +100,31 @@ def verified_tokens(
         )
         return
     shared = prompt_cache is not None
-    cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    cache = prompt_cache
+    if cache is None:
+        cache = compat.make_prompt_cache(model, max_kv_size)
     _take_from_earlier(cache)
-    quantization = (quantized_kv_start, kv_group_size, kv_bits)
-
-    def feed(tokens: mx.array, layers: list[Any], embeddings: mx.array | None = None) -> mx.array:
-        named = {} if embeddings is None else {"input_embeddings": embeddings}
-        logits = model(tokens, cache=layers, **named)
-        compat.maybe_quantize_kv_cache(layers, *quantization)
-        return cast(mx.array, logits)
+    quantization = _Quantization(quantized_kv_start, kv_group_size, kv_bits)
+    feed = quantization.feeding(model)
 
     # 1) The prompt is read. Its last logits choose the first token.
     known = [*context, *cast(list[int], prompt.tolist())]
     before = known[: len(known) - n_begun]
-    seen = mx.array(before, prompt.dtype) if context else _seen(prompt)
     text = Text(
         sampler,
         logits_processors,
-        seen if len(seen) else None,
+        _seen(before, prompt, bool(context)),
         logprobs=logprobs,
         limit=max_tokens,
         tokens=known[len(before) :],
+        why_dense=_why_dense(cache, why_own),
     )
-    why_dense = why_own if are_known(cache) else UNKNOWN_CACHE
-    if why_dense is not None:
-        text.enter(Phase.DENSE, why=why_dense)
     check_lookup(proposer, cache)
-    quantized_from = None if kv_bits is None else quantized_kv_start
-    layers = _at_first_token(cache, len(known), quantization)
-    text.guesses = guesses_of(proposer, context, guesser, quantized_from, layers=layers)
-    caches = OwnCaches(cache, feed, quantized_from)
+    layers = quantization.at_first_token(cache, len(known))
+    text.guesses = guesses_of(proposer, context, guesser, quantization.first, layers=layers)
+    caches = OwnCaches(cache, feed, quantization.first)
     decoder = Decoder(proposer, caches)
-    progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
+    progress = prompt_progress_callback or _no_progress
     with mx.stream(stream):
         logits = _read_prompt(
             model,
@@ -147,7 +139,7 @@ def verified_tokens(
             loop=prefill,
         )
         decoder.start([text], cache, logits)
-    n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
+    n_prompt = _length(prompt, input_embeddings)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
     handover = _Handover(decoder, text, caches, stream, shared)
@@ -170,20 +162,80 @@ def verified_tokens(
         handover.end()
 
 
-def _at_first_token(
-    cache: list[Any], n_known: int, quantization: tuple[int, int, int | None]
-) -> list[Any]:
-    """Caches of the kind that a text has at its first token, which may have been quantized."""
-    start, group_size, bits = quantization
-    layers = list(cache)
-    if bits is not None and n_known > start:
-        compat.maybe_quantize_kv_cache(layers, 0, group_size, bits)
-    return layers
+class _Quantization(NamedTuple):
+    """How mlx-lm quantizes the caches of a text.
+
+    Attributes:
+        start: The length from which it does so.
+        group_size: Values that share a scale.
+        bits: Of a value; None if it does not.
+    """
+
+    start: int
+    group_size: int
+    bits: int | None
+
+    @property
+    def first(self) -> int | None:
+        """The first length with quantized caches; None if there is none."""
+        return None if self.bits is None else self.start
+
+    def feeding(self, model: nn.Module) -> Callable[..., mx.array]:
+        """A function that feeds a model.
+
+        It gets tokens (1, n), the caches of the layers, and embeddings (1, n, D) that are in the
+        place of the tokens' own, and returns logits (1, n, V).
+        """
+
+        def feed(
+            tokens: mx.array, layers: list[Any], embeddings: mx.array | None = None
+        ) -> mx.array:
+            embedded = {}
+            if embeddings is not None:
+                embedded["input_embeddings"] = embeddings
+            logits: mx.array = model(tokens, cache=layers, **embedded)
+            compat.maybe_quantize_kv_cache(layers, *self)
+            return logits
+
+        return feed
+
+    def at_first_token(self, cache: list[Any], n_known: int) -> list[Any]:
+        """Caches of the kind that a text has at its first token, after the tokens known before."""
+        layers = list(cache)
+        if self.bits is not None and n_known > self.start:
+            compat.maybe_quantize_kv_cache(layers, 0, self.group_size, self.bits)
+        return layers
 
 
-def _seen(prompt: mx.array) -> mx.array:
-    """The tokens of a prompt that mlx-lm's loop hands to processors."""
-    return prompt if compat.PROCESSORS_SEE_PROMPT else prompt[-1:]
+def _why_dense(cache: Any, why_own: Mode | None) -> Mode | None:
+    """Why no token of a text can be verified, as far as its caches and mlx-lm show."""
+    return why_own if are_known(cache) else UNKNOWN_CACHE
+
+
+def _no_progress(n_read: int, n_prompt: int) -> None:
+    """Takes note of nothing."""
+
+
+def _length(prompt: mx.array, embeddings: mx.array | None) -> int:
+    """The positions of a prompt, by its embeddings if there are any."""
+    return len(prompt) if embeddings is None else len(embeddings)
+
+
+def _seen(before: list[int], prompt: mx.array, has_context: bool) -> mx.array | None:
+    """The tokens before a text that processors get; None if there are none.
+
+    Args:
+        before: All tokens before it.
+        prompt: (n,), those that are read for it.
+        has_context: Whether its caches hold others.
+    """
+    if has_context:
+        seen = mx.array(before, prompt.dtype)
+    elif compat.PROCESSORS_SEE_PROMPT:
+        seen = prompt
+    else:
+        seen = prompt[-1:]
+    return seen if len(seen) else None
 
 
 def why_mlx_lms_own(model: Any) -> Mode | None:
@@ -208,7 +260,7 @@ def _mlx_lms_tokens(
     **options: Any,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """The text of mlx-lm's own loop, announced as ``mode``."""
-    progress = options.pop("prompt_progress_callback") or (lambda n_read, n_prompt: None)
+    progress = options.pop("prompt_progress_callback") or _no_progress
     tokens: Any = compat.generate_step(
         prompt, model, stream=stream, prompt_progress_callback=progress, **options
     )
@@ -258,11 +310,16 @@ def _read_prompt(
         states = []
 
     def read(start: int, end: int) -> mx.array:
-        some = None if embeddings is None else embeddings[start:end][None]
+        own = None
+        if embeddings is not None:
+            own = embeddings[start:end][None]
         tokens = prompt[start:end]
-        logits = feed(tokens[None], some)
+        logits = feed(tokens[None], own)
+        heard = None
+        if states:
+            heard = states.pop()[0]
         if guesses is not None:
-            guesses.hear(cast(list[int], tokens.tolist()), states.pop()[0] if states else None)
+            guesses.hear(cast(list[int], tokens.tolist()), heard)
         return logits
 
     if loop is not None:
@@ -272,7 +329,7 @@ def _read_prompt(
             guesses.hear(cast(list[int], prompt.tolist()))
         return logits
     _check(model, prompt, embeddings)
-    total = len(prompt) if embeddings is None else len(embeddings)
+    total = _length(prompt, embeddings)
     done = 0
     progress(done, total)
     with proposer.reading(states):
@@ -310,7 +367,7 @@ def _read_by(loop: Callable[..., Iterable[Any]], cache: list[Any]) -> mx.array:
     def any_token(logprobs: mx.array) -> mx.array:
         return mx.zeros(logprobs.shape[:-1], mx.uint32)
 
-    # with a limit of 0 it reads the prompt and calls these once
+    # With a limit of 0 it reads the prompt and calls these once
     for _ in loop(prompt_cache=cache, logits_processors=[take], sampler=any_token, max_tokens=0):
         pass
     return taken[-1]
@@ -340,7 +397,15 @@ def _take_from_earlier(cache: Any) -> None:
 
 
 class _Handover:
-    """A text between its decoder and its caller."""
+    """A text between its decoder and its caller.
+
+    Args:
+        decoder: Makes its tokens.
+        text: The text.
+        caches: Its caches.
+        stream: On which it is decoded.
+        shared: Whether the caller has the caches, too.
+    """
 
     def __init__(
         self,
@@ -354,9 +419,11 @@ class _Handover:
         self._text = text
         self._caches = caches
         self._stream = stream
-        self._shared = shared  # whether the caller has the caches, too
-        self._shown = False  # whether the caller has the latest token, and may do what it wants
-        self._ahead_in: list[Any] = []  # layers that stay ahead meanwhile
+        self._shared = shared
+        # Whether the caller has the latest token, and may do what it wants.
+        self._shown = False
+        # Layers that stay ahead meanwhile.
+        self._ahead_in: list[Any] = []
 
     def next_token(self) -> PendingToken:
         with mx.stream(self._stream):

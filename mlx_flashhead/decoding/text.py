@@ -27,18 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class PendingToken:
-    """A token that was chosen for a text and is not accepted yet."""
+    """A token that was chosen for a text and is not accepted yet.
 
-    proposal: Proposal | None = None  # None where the dense logits chose the token
-    row: int = 0  # its row in the proposal
-    logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
-    token: int | None = None  # once it is known; in a wide step what is guessed
-    is_read: bool = False  # whether its round has come: only then it can be accepted
-    # (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could
+    Attributes:
+        proposal: Which has it; None where the dense logits chose the token.
+        row: Its row in the proposal.
+        logprobs: (V,) of the dense logits, where wanted and known.
+        token: Once it is known; in a wide step what is guessed.
+        is_read: Whether its round has come: only then it can be accepted.
+        allowed: (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could.
+        guessed: What has guessed it, so that it was computed in a wide step.
+        noted: Whether the schedule has taken note of it.
+        risk: The estimated chance that the dense logits choose another token, once it is read.
+    """
+
+    proposal: Proposal | None = None
+    row: int = 0
+    logprobs: mx.array | None = None
+    token: int | None = None
+    is_read: bool = False
     allowed: np.ndarray | None = None
-    guessed: str = ""  # what has guessed it, so that it was computed in a wide step
-    noted: bool = False  # whether the schedule has taken note of it
-    # estimated chance that the dense logits choose another token, once it is read
+    guessed: str = ""
+    noted: bool = False
     risk: float = 0.0
 
     def read(self, token: int) -> None:
@@ -63,6 +73,30 @@ class Text:
         uid: Its number in a batch.
         ids_dtype: The dtype of the tokens that processors get; None for the one that mlx-lm's loop
             of one text makes of the prompt's and the sampler's.
+        why_dense: Why it is dense to its end, where that is known.
+
+    Attributes:
+        pending: Chosen tokens that are not accepted yet.
+        ready: Accepted ones that are not handed out.
+        n_yielded: Tokens that the caller has.
+        n_cached: Tokens of the text in the caches.
+        rejected: Whether the caches hold another token in the last one's place.
+        marks: While it is ahead. The first one is at the last token handed out, or before.
+        mode: How its next tokens are decoded, since the latest round.
+        why_dense: Why it is dense to its end, once that is known.
+        settings: How it is drawn; None where only the sampler itself knows.
+        greedy: Whether its sampler takes the likeliest token.
+        draws_from_mlx: Whether it draws from MLX's random state: any sampler but the greedy ones
+            and ours.
+        changes: What its processors change; None where that is not known.
+        unchanged: Whether they change nothing.
+        phase: How far it is ahead, which :meth:`enter` changes with the next two.
+        ahead: Whether its tokens may be ahead of those handed out.
+        proposing: Whether the FlashHead proposes its next tokens.
+        guesses: Of its tokens, for the time that it decodes alone.
+        shares_sampler: Whether mlx-lm may call its sampler for several texts at once.
+        vocab_size: V of its logits; 0 before any.
+        joined: Its place among the texts of a batch, in the order in which they began.
     """
 
     def __init__(
@@ -76,56 +110,67 @@ class Text:
         tokens: Iterable[int] = (),
         uid: int = 0,
         ids_dtype: mx.Dtype | None = None,
+        why_dense: Mode | None = None,
     ):
         self.sampler = sampler
-        given: Any = () if processors is None else processors
-        self.processors: Any = given if isinstance(given, list | tuple) else tuple(given)
+        self.processors: Any = _as_given(processors)
         self._processors_at_start = tuple(self.processors)
         self.tokens = list(tokens)
         self.logprobs = logprobs
         self.limit = limit
         self.uid = uid
-        self._ids_dtype = ids_dtype
         self.pending: list[PendingToken] = []
-        self.ready: deque[PendingToken] = deque()  # accepted, and not handed out
-        self.n_yielded = len(self.tokens)  # tokens that the caller has
-        self.n_cached = len(self.tokens)  # tokens of the text in the caches
-        self.rejected = False  # whether the caches hold another token in the last one's place
-        # while it is ahead: the first one is at the last token handed out, or before
+        self.ready: deque[PendingToken] = deque()
+        self.n_yielded = len(self.tokens)
+        self.n_cached = len(self.tokens)
+        self.rejected = False
         self.marks: deque[RowMark] = deque()
-        self.mode: Mode = VERIFIED  # how its next tokens are decoded, since the latest round
-        self.why_dense: Mode | None = None  # once it is known that it stays dense to its end
-        self.settings = draw_of(sampler)  # None where only the sampler itself knows
-        # whether its sampler takes the likeliest token
+        self.mode: Mode = VERIFIED
+        self.why_dense = why_dense
+        self.settings = draw_of(sampler)
         self.greedy = self.settings is not None and self.settings.greedy
-        # whether it draws from MLX's random state: any but the greedy ones and ours
         self.draws_from_mlx = not self.greedy and type(sampler) is not Sampler
-        self.changes = Changes.of(self._processors_at_start)  # None where that is not known
-        known = self.settings is not None and self.changes is not None
-        self.unchanged = self.changes == Changes()  # whether its processors change nothing
-        self.phase = Phase.LEVEL if known else Phase.DENSE  # `enter` changes these three
-        self.ahead = False  # whether its tokens may be ahead of those handed out
-        self.proposing = False  # whether the FlashHead proposes its next tokens
-        draws_by_seed = type(sampler) is Sampler and not self.greedy
-        self.seed = cast(Sampler, sampler).new_seed() if draws_by_seed else 0
-        self.guesses: Guesses | None = None  # of its tokens, for the time that it decodes alone
-        self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
-        self.vocab_size = 0  # of its logits; 0 before any
-        self.joined = 0  # its place among the texts of a batch, in the order in which they began
-        self._chain: DrawChain | None = None  # while it is ahead and draws from MLX's random state
-        self._n_before = 0 if prompt_ids is None else len(prompt_ids)
-        self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
-        self._fed: list[mx.array] = []  # joined to them once a processor is called
-        if self._processors_at_start and prompt_ids is not None:
-            begun = mx.array(self.tokens, prompt_ids.dtype)
-            self._ids = mx.concatenate([prompt_ids, begun]) if self.tokens else prompt_ids
-        self._prompt_tail: list[int] = []  # as many of the prompt's last tokens as penalties need
-        if self.changes is not None and self.changes.window and prompt_ids is not None:
-            self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
+        self.changes = Changes.of(self._processors_at_start)
+        self.unchanged = self.changes == Changes()
+        self.phase = Phase.LEVEL
+        if why_dense is not None or self.settings is None or self.changes is None:
+            self.phase = Phase.DENSE
+        self.ahead = False
+        self.proposing = False
+        self.seed = 0
+        if type(sampler) is Sampler and not self.greedy:
+            self.seed = sampler.new_seed()
+        self.guesses: Guesses | None = None
+        self.shares_sampler = True
+        self.vocab_size = 0
+        self.joined = 0
+        # While it is ahead and draws from MLX's random state.
+        self._chain: DrawChain | None = None
+        self._ids_dtype = ids_dtype
+        self._n_before = 0
+        # Tokens before the next one as processors get them, but for those fed since.
+        self._ids: mx.array | None = None
+        # They are joined to the others once a processor is called.
+        self._fed: list[mx.array] = []
+        # As many of the prompt's last tokens as penalties need.
+        self._prompt_tail: list[int] = []
+        if prompt_ids is not None:
+            self._begin_behind(prompt_ids)
         if not self.tokens:
             for processor in self._processors_at_start:
                 if isinstance(processor, Mask):
                     processor.begin()
+
+    def _begin_behind(self, prompt_ids: mx.array) -> None:
+        """Notes the tokens (n,) before the text."""
+        self._n_before = len(prompt_ids)
+        if self._processors_at_start:
+            self._ids = prompt_ids
+        if self._processors_at_start and self.tokens:
+            begun = mx.array(self.tokens, prompt_ids.dtype)
+            self._ids = mx.concatenate([prompt_ids, begun])
+        if self.changes is not None and self.changes.window:
+            self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
 
     # What the text depends on.
 
@@ -152,8 +197,12 @@ class Text:
     @property
     def forces_tokens(self) -> bool:
         """Whether a grammar may allow one token alone at a place."""
-        mask = None if self.changes is None else self.changes.mask
-        return mask is not None and mask.forces
+        return self._mask is not None and self._mask.forces
+
+    @property
+    def _mask(self) -> Mask | None:
+        """What rules tokens out, if something does."""
+        return None if self.changes is None else self.changes.mask
 
     def forced_tokens(self, latest: int, most: int) -> list[int]:
         """The tokens after its latest one if its grammar allows no others, ``most`` at most.
@@ -162,7 +211,7 @@ class Text:
             latest: The latest token, which the model has not taken.
             most: How many to return at most.
         """
-        mask = None if self.changes is None else self.changes.mask
+        mask = self._mask
         context = self.context(self.n_chosen - 1)
         if mask is None or context is None:
             return []
@@ -178,7 +227,7 @@ class Text:
         Args:
             guessed: The tokens after its latest one, which were fed with it.
         """
-        mask = None if self.changes is None else self.changes.mask
+        mask = self._mask
         context = self.context(self.n_chosen)
         if mask is None or context is None:
             return 1 + len(guessed)
@@ -223,7 +272,8 @@ class Text:
         if self.ahead:
             if not was_ahead:
                 self.marks.append(cast(RowMark, mark))
-                self._chain = DrawChain(self.n_chosen) if self.draws_from_mlx else None
+                if self.draws_from_mlx:
+                    self._chain = DrawChain(self.n_chosen)
             return
         if phase is Phase.LEVEL and self._chain is not None:
             set_key(self._chain.state(self.n_chosen))
@@ -269,8 +319,10 @@ class Text:
     def _join_fed(self) -> None:
         """Joins the tokens that were fed to those before them."""
         if self._fed:
-            before = [] if self._ids is None else [self._ids]
-            self._ids = mx.concatenate([*before, *self._fed])
+            joined = self._fed
+            if self._ids is not None:
+                joined = [self._ids, *joined]
+            self._ids = mx.concatenate(joined)
             self._fed = []
 
     def accept(self) -> PendingToken:
@@ -291,7 +343,8 @@ class Text:
 
     def leave_state(self) -> None:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
-        if self._chain is not None:  # that loop is a token ahead
+        # That loop is a token ahead.
+        if self._chain is not None:
             self._chain.place(self.n_yielded + 1)
 
     def mark_before(self, n_tokens: int) -> RowMark | None:
@@ -357,9 +410,10 @@ class Text:
 
     def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
         """The logits (1, V) after the processors, which may write into them."""
-        processors = () if context is None else self.current_processors
-        if processors:
-            logits = mx.array(logits)
+        processors = self.current_processors
+        if context is None or not processors:
+            return logits
+        logits = mx.array(logits)
         for processor in processors:
             logits = processor(context, logits)
         return logits
@@ -373,7 +427,8 @@ class Text:
             return mx.argmax(logprobs, axis=-1)
         if type(self.sampler) is Sampler:
             return self.sampler.choose(logits, self.seed, index)
-        if self._chain is not None:  # `hand_out` makes the state right for the caller
+        # `hand_out` makes the state right for the caller.
+        if self._chain is not None:
             set_key(self._chain.state(index))
         return cast(SamplerFunction, self.sampler)(logprobs)
 
@@ -394,13 +449,29 @@ class Text:
     def extend(self, logits: mx.array) -> mx.array:
         """Chooses the next token (1,) by the model's logits (1, V). It is pending then."""
         token, logprobs = self.choose(logits, self.n_chosen)
-        self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
+        self.add_dense(logprobs)
         return token
+
+    def add_dense(self, logprobs: mx.array) -> None:
+        """Notes that the dense logits have chosen the next token: log-probabilities (V,)."""
+        pending = PendingToken()
+        if self.logprobs:
+            pending.logprobs = logprobs
+        self.pending.append(pending)
+
+
+def _as_given(processors: Iterable[Processor] | None) -> Any:
+    """A text's processors. A list stays the caller's, so that a change of it shows."""
+    if processors is None:
+        return ()
+    return processors if isinstance(processors, list | tuple) else tuple(processors)
 
 
 def mode_of(text: Text, n_handed_out: int) -> Mode:
     """How the latest of the tokens that were handed out since a text's prompt was decoded."""
-    return FIRST if n_handed_out == 1 and text.mode.is_verified else text.mode
+    if n_handed_out == 1 and text.mode.is_verified:
+        return FIRST
+    return text.mode
 
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:
