@@ -5,7 +5,7 @@ padding, and with them the rounding, are mlx-lm's. What stands in the place of i
 ``GenerationBatch`` has the names that 0.31 and 0.32 call there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +23,7 @@ from .guessing.guesses import check_lookup, guesses_of
 from .guessing.trained import TrainedDrafts
 from .phase import DISTURBED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
+from .sampler import Processor, Sampler, SamplerFunction
 from .text import Text, mode_of, own_processors
 
 BatchGenerator: Any = inner_batch.ClosableBatchGenerator
@@ -51,8 +52,8 @@ class Response:
     logprobs: mx.array
     finish_reason: str | None
     from_draft: bool = False
-    match_sequence: Any = None
-    current_state: Any = None
+    match_sequence: Sequence[int] | None = None
+    current_state: str | None = None
     prompt_cache: list[Any] | None = None
     all_tokens: list[int] | None = None
 
@@ -115,7 +116,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         model: nn.Module,
         *,
         proposer: Proposer | None = None,
-        sampler: Any = None,
+        sampler: Sampler | SamplerFunction | None = None,
         logprobs: bool = True,
         announce: Callable[[Mode], Any] | None = None,
         drafter: TrainedDrafter | None = None,
@@ -131,7 +132,9 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self._entries: dict[int, _Entry] = {}
         self._drafter = drafter
         self._n_drafts = num_draft_tokens
-        prompts = _Prompts.empty(model, sampler, self.prefill_step_size)
+        # No token is drawn from it.
+        any_sampler = cast(SamplerFunction, sampler)
+        prompts = _Prompts.empty(model, any_sampler, self.prefill_step_size)
         if drafter is not None:
             self._proposer.hear_states()
             prompts.reading = self._hearing
@@ -147,10 +150,10 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         self,
         segments: list[list[list[int]]],
         max_tokens: list[int] | None = None,
-        caches: list[Any] | None = None,
+        caches: list[list[Any] | None] | None = None,
         all_tokens: list[list[int]] | None = None,
-        samplers: list[Any] | None = None,
-        logits_processors: list[Any] | None = None,
+        samplers: list[Sampler | SamplerFunction | None] | None = None,
+        logits_processors: list[Sequence[Processor] | None] | None = None,
         stop_sequences: list[Any] | None = None,
         state_machines: list[Any] | None = None,
     ) -> list[int]:

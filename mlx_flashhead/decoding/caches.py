@@ -114,7 +114,9 @@ class RowMark:
         n_fed = row.n_cached - self.n_tokens
         if n == n_fed:
             return layers
-        n_kept = n if self.trims_all else 0
+        n_kept = 0
+        if self.trims_all:
+            n_kept = n
         for i, copied in enumerate(self._copies):
             if copied is None:
                 self._trim(i, layers[i], n_fed, n_kept)
@@ -174,10 +176,12 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
         return False
     if type(layer).__name__ in KEEPS_TRIMMED:
         return False
-    if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
+    # It forgets what is before its chunk.
+    if hasattr(layer, "chunk_size"):
         return False
     end = end_of(layer)
-    limits = [getattr(layer, "max_size", None)]  # a rotating cache is trimmed within its window
+    # A rotating cache is trimmed within its window.
+    limits = [getattr(layer, "max_size", None)]
     if hasattr(layer, "to_quantized"):
         limits.append(quantized_from)
     return all(limit is None or end + ahead < limit for limit in limits)
@@ -211,7 +215,7 @@ class Caches(Protocol):
         """Caches of single texts as those that :meth:`join` takes."""
 
 
-def are_known(cache: Any) -> bool:
+def are_known(cache: object) -> bool:
     """Whether caches that a caller has given are a list of mlx-lm's own, which can be followed."""
     return type(cache) is list and are_librarys_caches(cache)
 

@@ -20,8 +20,10 @@ from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Pen
 
 # mlx-lm's makers apply their processors in this order, each at most once.
 ORDER = [BIAS, REPETITION, PRESENCE, FREQUENCY]
-MOST_CHANGED = 512  # tokens that may change: their clusters are scored, too
-FEW_ALLOWED = 8  # tokens of a mask whose clusters are scored, whatever their centroids say
+# Tokens that may change: their clusters are scored, too.
+MOST_CHANGED = 512
+# Tokens of a mask whose clusters are scored, whatever their centroids say.
+FEW_ALLOWED = 8
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,21 @@ class Changes:
         few = len(known.biases) + known.window <= MOST_CHANGED
         # larger logits of a token stay larger, and finite ones are not plus infinity
         finite = all(bias < math.inf for bias in known.biases.values())
-        return known if few and finite and known._penalty(REPETITION, 1.0) > 0 else None
+        if few and finite and known._penalty(REPETITION, 1.0) > 0:
+            return known
+        return None
 
     def _penalty(self, kind: str, otherwise: float) -> float:
-        return self.penalties[kind].penalty if kind in self.penalties else otherwise
+        if kind not in self.penalties:
+            return otherwise
+        return self.penalties[kind].penalty
 
     @property
     def biases(self) -> dict[int, float]:
         """The bias of each token that has one; empty if there are none."""
-        return self.penalties[BIAS].biases if BIAS in self.penalties else {}
+        if BIAS not in self.penalties:
+            return {}
+        return self.penalties[BIAS].biases
 
     @property
     def window(self) -> int:
@@ -95,8 +103,9 @@ class Changes:
             return None
 
         def window(kind: str) -> Sequence[int]:
-            n = self.penalties[kind].window - n_unread if kind in self.penalties else 0
-            return tokens[-n:] if n > 0 else []
+            if kind not in self.penalties or self.penalties[kind].window <= n_unread:
+                return []
+            return tokens[n_unread - self.penalties[kind].window :]
 
         return ChangedTokens(
             repetition=self._penalty(REPETITION, 1.0),

@@ -48,7 +48,8 @@ class Decoder:
         self.texts: list[Text] = []
         self.caches = caches
         self._proposer = proposer
-        self._latest: mx.array | None = None  # (R,), launched and not read
+        # The latest tokens (R,), launched and not read.
+        self._latest: mx.array | None = None
         self._schedule = VerifySchedule(proposer, caches.marks)
         self._n_started = 0
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
@@ -90,8 +91,9 @@ class Decoder:
         began = time.perf_counter()
         single = self._advance()
         seconds = time.perf_counter() - began
+        # Such a round is no measure of single steps: MLX has compiled in it, or it took a wide one.
         if self._proposer.n_traced > n_traced or not single:
-            return  # MLX has compiled, or the round is no measure of single steps
+            return
         if all_propose:
             n_tokens = sum(text.n_chosen for text in self.texts) - n_before
             verified = self._schedule.n_verified > n_verified
@@ -116,7 +118,10 @@ class Decoder:
         if text.mode.is_verified:
             self._go_ahead(text, Phase.AHEAD)
         elif text.ahead:
-            text.enter(Phase.LEVEL if text.level else Phase.DRAINING)
+            phase = Phase.DRAINING
+            if text.level:
+                phase = Phase.LEVEL
+            text.enter(phase)
 
     def _go_ahead(self, text: Text, phase: Phase) -> None:
         if not text.ahead:
@@ -160,7 +165,8 @@ class Decoder:
         taken = guesses.best(text, known, self.caches.layers)
         if taken is None:
             return None
-        if not text.ahead:  # drafts are drawn as its tokens are
+        # Drafts are drawn as its tokens are.
+        if not text.ahead:
             self._go_ahead(text, Phase.DRAINING)
         offer, n = taken
         return Guess(offer.guesser, offer.make(n))
@@ -187,14 +193,14 @@ class Decoder:
             return False
         n_cached = text.n_cached
         n_before = len(text.pending)
-        pending = text.pending[-1]  # the latest token
+        of_latest = text.pending[-1]
         seen: list[int] = []
-        if text.current_processors:  # which see the tokens
-            seen = _read_fed(pending, latest, guess)
+        if text.current_processors:
+            seen = _read_fed(of_latest, latest, guess)
         text.feed(fed)
         chosen = self._choose_in_places(text, seen, step.logits, states)
         mx.async_eval(step_arrays(chosen, text.pending[n_before:]))
-        kept = _read_fed(pending, latest, guess)
+        kept = _read_fed(of_latest, latest, guess)
         tokens = cast(list[int], chosen.tolist())
         n_right = guess.n_right(tokens)
         text.keep_guessed(n_before, tokens, n_right, guess.guesser.name)
@@ -203,8 +209,10 @@ class Decoder:
         self._latest = chosen[n_right : n_right + 1]
         guesses.judge(guess, n_right)
         proposer.guesses[guess.guesser.name].append((len(guess.tokens), n_right))
-        own = states[-1][0, : n_right + 1] if states else None
-        guesses.hear(kept[: n_right + 1], own)
+        heard = None
+        if states:
+            heard = states[-1][0, : n_right + 1]
+        guesses.hear(kept[: n_right + 1], heard)
         return True
 
     def _choose_in_places(
@@ -221,7 +229,9 @@ class Decoder:
         Returns:
             The tokens, (T,) or fewer: none behind one that a grammar rules out.
         """
-        n = text.n_judged(fed[1:]) if fed else logits.shape[1]
+        n = logits.shape[1]
+        if fed:
+            n = text.n_judged(fed[1:])
         if text.proposing:
             return self._proposer.propose([text] * n, states[-1][0, :n], None, fed[1:])
         places = mx.split(logits[0], logits.shape[1])[:n]
@@ -250,7 +260,8 @@ class Decoder:
         state = current_key()
         latest = cast(mx.array, self._latest)
         for text in texts:
-            if len(text.tokens) == text.n_yielded:  # its next one is decided now
+            # Its next token is decided now.
+            if len(text.tokens) == text.n_yielded:
                 if not text.n_read:
                     row = self.texts.index(text)
                     text.pending[0].read(cast(int, latest[row].item()))
@@ -298,7 +309,10 @@ class Decoder:
         proposer = self._proposer
         n = len(texts)
         for i, text in enumerate(texts):
-            text.feed(latest if n == 1 else latest[i : i + 1])
+            own = latest
+            if n > 1:
+                own = latest[i : i + 1]
+            text.feed(own)
         n_proposed = [text.proposing for text in texts].count(True)
         states: list[mx.array] = []
         with proposer.noting(states, logits=n_proposed < n):
@@ -306,18 +320,19 @@ class Decoder:
         if n_proposed == n:
             tokens = proposer.propose(texts, _last(states[-1]), latest)
         else:
-            of_last = _last(states[-1]) if states else None
-            tokens = self._choose(texts, latest, logits[:, -1, :], of_last)
+            tokens = self._choose(texts, latest, logits[:, -1, :], states)
         pending = [text.pending[-1] for text in texts]
         mx.async_eval(step_arrays(tokens, pending), self._schedule.joined)
-        return tokens, states[-1] if states else None
+        if not states:
+            return tokens, None
+        return tokens, states[-1]
 
     def _choose(
         self,
         texts: list[Text],
         latest: mx.array,
         logits: mx.array,
-        states: mx.array | None,
+        states: list[mx.array],
     ) -> mx.array:
         """Chooses the next tokens (R,) of texts of which one at least is dense.
 
@@ -325,17 +340,17 @@ class Decoder:
             texts: R of them.
             latest: (R,), the tokens that were fed.
             logits: (R, V).
-            states: (R, D), if there is a head.
+            states: The states (R, L, D) of these, last, if there is a head.
         """
         proposed = [row for row, each in enumerate(texts) if each.proposing]
         dense = [row for row, each in enumerate(texts) if not each.proposing]
         among_others = None
-        if states is not None and len(texts) > 1:
-            among_others = _rows(states, dense)
+        if states and len(texts) > 1:
+            among_others = _rows(_last(states[-1]), dense)
         chosen = []
         if proposed:
             some = [texts[row] for row in proposed]
-            own = _rows(cast(mx.array, states), proposed)
+            own = _rows(_last(states[-1]), proposed)
             chosen.append(self._proposer.propose(some, own, _rows(latest, proposed)))
         some = [texts[row] for row in dense]
         others = [*self.texts, *texts]
@@ -376,8 +391,9 @@ class Decoder:
 
     def _join(self, texts: list[Text], layers: list[Any], tokens: mx.array) -> None:
         self.caches.join(texts, layers)
-        latest = self._latest
-        self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
+        if self._latest is not None:
+            tokens = mx.concatenate([self._latest, tokens])
+        self._latest = tokens
         self.texts += texts
 
     def _drop(self, texts: list[Text]) -> None:
@@ -417,14 +433,20 @@ def _read_fed(pending: PendingToken, latest: mx.array, guess: Guess) -> list[int
 def _last(states: mx.array) -> mx.array:
     """The states of the last positions: (R, L, D) → (R, D)."""
     n_rows, n_positions, width = states.shape
-    return states.reshape(n_rows, width) if n_positions == 1 else states[:, -1]
+    if n_positions == 1:
+        return states.reshape(n_rows, width)
+    return states[:, -1]
 
 
 def _row(states: mx.array | None, row: int) -> mx.array | None:
     """The state (1, D) of a row's last position: of (R, L, D)."""
-    return None if states is None else states[row, -1:]
+    if states is None:
+        return None
+    return states[row, -1:]
 
 
 def _rows(array: mx.array, rows: list[int]) -> mx.array:
     """Some rows of an array, in order."""
-    return array if len(rows) == len(array) else array[mx.array(rows)]
+    if len(rows) == len(array):
+        return array
+    return array[mx.array(rows)]

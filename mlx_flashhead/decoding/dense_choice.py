@@ -8,7 +8,7 @@ from ..head.draws.draw import Draws
 from ..head.draws.noise import Noise
 from .proposer import Proposer
 from .sampler import SamplerFunction, normalized
-from .text import PendingToken, Text
+from .text import Text
 
 
 def choose_densely(
@@ -31,17 +31,21 @@ def choose_densely(
         The tokens (R,), lazy.
     """
     n = len(texts)
-    each = [logits[i : i + 1] if n > 1 else logits for i in range(n)]
+    each = [logits]
+    if n > 1:
+        each = [logits[i : i + 1] for i in range(n)]
     head = proposer.head
     if states is not None and head is not None and head.differs_in_batches(states.dtype):
         # A text that can be verified reads as it does alone.
         for i, text in enumerate(texts):
             if proposer.can_verify(text):
                 each[i] = proposer.dense_row(states[i : i + 1])
-    # a text that was rolled back comes last in the batch, and draws in its turn
+    # A text that was rolled back comes last in the batch, and draws in its turn
     order = sorted(range(n), key=lambda i: texts[i].joined)
     tokens = _choose([texts[i] for i in order], [each[i] for i in order], others)
-    return tokens if order == list(range(n)) else tokens[mx.argsort(mx.array(order))]
+    if order == list(range(n)):
+        return tokens
+    return tokens[mx.argsort(mx.array(order))]
 
 
 def _choose(texts: list[Text], each: list[mx.array], others: list[Text]) -> mx.array:
@@ -56,14 +60,16 @@ def _choose(texts: list[Text], each: list[mx.array], others: list[Text]) -> mx.a
             for text, row in zip(texts, each, strict=True)
         ]
         logprobs = normalized(mx.concatenate(processed))
-        tokens = cast(SamplerFunction, first.sampler)(logprobs)  # called once, as mlx-lm does
+        # The sampler is called once, as mlx-lm does.
+        tokens = cast(SamplerFunction, first.sampler)(logprobs)
     elif all(isinstance(s.settings, Noise) and not s.current_processors for s in texts):
-        together = mx.concatenate(each)  # one draw, in a fraction of the operations
+        # One draw takes a fraction of the operations.
+        together = mx.concatenate(each)
         logprobs = normalized(together)
         tokens = Draws.of([s.draw_at(s.n_chosen) for s in texts]).choose(together)
     else:
         chosen = [s.extend(row) for s, row in zip(texts, each, strict=True)]
         return mx.concatenate(chosen)
     for text, row in zip(texts, logprobs, strict=True):
-        text.pending.append(PendingToken(logprobs=row if text.logprobs else None))
+        text.add_dense(row)
     return tokens

@@ -12,6 +12,7 @@ from functools import cache as once
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
@@ -32,8 +33,8 @@ log = logging.getLogger("mlx_flashhead")
 
 def drafted_tokens(
     prompt: mx.array,
-    model: Any,
-    draft_model: Any,
+    model: nn.Module,
+    draft_model: nn.Module | TrainedDrafter,
     stream: Any = compat.generation_stream,
     *,
     proposer: Proposer,
@@ -67,15 +68,14 @@ def drafted_tokens(
     """
     caches = prompt_cache
     if not caches:
-        caches = compat.make_prompt_cache(model) + compat.make_prompt_cache(draft_model)
-    # some layers may have none, so that there are fewer than layers
+        caches = compat.make_prompt_cache(model) + _new_cache(draft_model)
+    # Some layers may have none, so that there are fewer than layers.
     layers = caches[: len(compat.make_prompt_cache(model))]
     functions = list(logits_processors or ())
     verifiable = draw_of(sampler) is not None and Changes.of(functions) is not None
     known = verifiable and are_known(layers) and not may_drop_out(model)
     drafts = known and has_wide_steps(model, layers)
-    trained = isinstance(draft_model, TrainedDrafter)
-    if known and not drafts and not trained:
+    if known and not drafts and not isinstance(draft_model, TrainedDrafter):
         _log_once_that_text_may_differ()
         for name in ("logprobs", "n_begun"):
             options.pop(name, None)
@@ -121,12 +121,20 @@ def drafted_tokens(
     try:
         yield from with_guesses(tokens, proposer)
     finally:
-        caches[: len(layers)] = layers  # which may have been quantized on the way
+        # They may have been quantized on the way.
+        caches[: len(layers)] = layers
+
+
+def _new_cache(draft_model: nn.Module | TrainedDrafter) -> list[Any]:
+    """The caches of the layers of what drafts."""
+    if isinstance(draft_model, TrainedDrafter):
+        return draft_model.make_cache()
+    return compat.make_prompt_cache(draft_model)
 
 
 def _guesser(
     proposer: Proposer,
-    draft_model: Any,
+    draft_model: nn.Module | TrainedDrafter,
     n_drafts: int,
     layers: list[Any],
     draft_layers: list[Any],

@@ -8,31 +8,50 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.trained_drafter import TrainedDrafter
 
 # (token ids so far, logits (1, V)) → logits (1, V)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 class CacheOptions(TypedDict, total=False):
-    """Keywords of mlx-lm's loops that say how a prompt is read and a cache is stored."""
+    """Keywords of mlx-lm's loops that say how a prompt is read and a cache is stored.
 
-    prefill_step_size: int  # tokens of the prompt that are read at a time
-    kv_bits: int | None  # of a quantized cache; None: it is not quantized
+    Attributes:
+        prefill_step_size: Tokens of the prompt that are read at a time.
+        kv_bits: Bits of a quantized cache; None: it is not quantized.
+        kv_group_size: Values of such a cache that share a scale.
+        quantized_kv_start: The first token whose cache is quantized.
+    """
+
+    prefill_step_size: int
+    kv_bits: int | None
     kv_group_size: int
-    quantized_kv_start: int  # first token whose cache is quantized
+    quantized_kv_start: int
 
 
 class DecodeOptions(CacheOptions, total=False):
-    """Keywords of ``mlx_lm.generate.generate_step`` and ``speculative_generate_step``."""
+    """Keywords of ``mlx_lm.generate.generate_step`` and ``speculative_generate_step``.
 
-    sampler: Callable[[mx.array], mx.array] | None  # log-probabilities (R, V) → token ids (R,)
+    Attributes:
+        sampler: Log-probabilities (R, V) → token ids (R,).
+        logits_processors: They are applied in order.
+        max_kv_size: The most tokens that the cache keeps; None: all.
+        prompt_cache: Of the model's layers, then of the draft model's.
+        prompt_progress_callback: Gets the number of tokens read so far, and of all.
+        input_embeddings: (tokens, hidden size), of the prompt.
+        num_draft_tokens: Tokens that the draft model proposes at a time.
+    """
+
+    sampler: Callable[[mx.array], mx.array] | None
     logits_processors: list[LogitsProcessor] | None
-    max_kv_size: int | None  # the most tokens that the cache keeps; None: all
-    prompt_cache: list[Any] | None  # of the model's layers, then of the draft model's
-    # gets the number of tokens read so far, and of all
+    max_kv_size: int | None
+    prompt_cache: list[Any] | None
     prompt_progress_callback: Callable[[int, int], None] | None
-    input_embeddings: mx.array | None  # (tokens, hidden size), of the prompt
-    num_draft_tokens: int  # that the draft model proposes at a time
+    input_embeddings: mx.array | None
+    num_draft_tokens: int
 
 
 class SettingsOptions(TypedDict, total=False):
@@ -51,12 +70,19 @@ class StreamOptions(DecodeOptions, SettingsOptions, total=False):
 
 
 class GenerateOptions(StreamOptions, total=False):
-    """Keywords of ``mlx_lm.generate``, beside its positional ones."""
+    """Keywords of ``mlx_lm.generate``, beside its positional ones.
 
-    max_tokens: int  # the most tokens of the text; -1 is no limit
-    draft_model: Any  # a smaller model that proposes tokens
-    stream: Any  # MLX's stream that computes
-    logprobs: bool  # whether the log-probabilities of the responses are used
+    Attributes:
+        max_tokens: The most tokens of the text; -1 is no limit.
+        draft_model: A smaller model that proposes tokens, or a trained drafter.
+        stream: MLX's stream that computes.
+        logprobs: Whether the log-probabilities of the responses are used.
+    """
+
+    max_tokens: int
+    draft_model: nn.Module | TrainedDrafter | None
+    stream: mx.Stream | mx.Device
+    logprobs: bool
 
 
 SAMPLER_ARGUMENTS = (
@@ -94,9 +120,12 @@ def _refusal(name: str, value: Any, known: set[str]) -> str:
     if usual in PROCESSOR_ARGUMENTS:
         call = f"logits_processors=mlx_lm.sample_utils.make_logits_processors({shown})"
         return f"There is no keyword `{name}`: give `{call}`."
-    close = [usual] if usual in known else difflib.get_close_matches(usual, sorted(known), n=1)
-    meant = f": did you mean `{close[0]}`?" if close else "."
-    return f"There is no keyword `{name}`{meant}"
+    close = [usual]
+    if usual not in known:
+        close = difflib.get_close_matches(usual, sorted(known), n=1)
+    if not close:
+        return f"There is no keyword `{name}`."
+    return f"There is no keyword `{name}`: did you mean `{close[0]}`?"
 
 
 def check_prompt(prompt: Any) -> None:
@@ -105,7 +134,9 @@ def check_prompt(prompt: Any) -> None:
     Raises:
         TypeError: If the prompt is a list of messages; it says so in one sentence.
     """
-    messages = [prompt] if isinstance(prompt, dict) else prompt
+    messages = prompt
+    if isinstance(prompt, dict):
+        messages = [prompt]
     if isinstance(messages, list | tuple) and messages and isinstance(messages[0], dict):
         raise TypeError(
             "The prompt is a list of messages: apply the chat template, "

@@ -238,7 +238,7 @@ def _seen(before: list[int], prompt: mx.array, has_context: bool) -> mx.array | 
     return seen if len(seen) else None
 
 
-def why_mlx_lms_own(model: Any) -> Mode | None:
+def why_mlx_lms_own(model: nn.Module) -> Mode | None:
     """Why mlx-lm's own loop must decode a text of a model; None if it need not.
 
     A model that is being trained draws numbers in each of its calls. And what has replaced

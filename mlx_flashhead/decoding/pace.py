@@ -7,11 +7,16 @@ rejections than the proposals save.
 from dataclasses import dataclass, field
 from statistics import median
 
-MOST_LOST = 6  # tokens' time of dense decoding that proposals may lose
-MOST_GAINED = 16  # tokens' time that proposals have gained and may lose later, at the most
-UNKNOWN = 24  # rounds of proposals after which dense ones are timed, if no time of theirs is known
-WARM = 2  # dense rounds after a change, which are not timed
-TIMED = 12  # dense rounds after these, whose median is the time of a dense token
+# Tokens' time of dense decoding that proposals may lose, and the most of what they have gained that
+# they may lose later.
+MOST_LOST = 6
+MOST_GAINED = 16
+# Rounds of proposals after which dense ones are timed, if no time of theirs is known.
+UNKNOWN = 24
+# The first dense rounds after a change are not timed. The median of the next ones is the time of a
+# dense token.
+WARM = 2
+TIMED = 12
 # Tokens that are decoded densely once proposals have lost too much; each next time four times as
 # many.
 DENSE_TOKENS = 32
@@ -29,13 +34,15 @@ class Pace:
 
     Args:
         dense_seconds: Seconds of a round of dense decoding, where it was measured for one text.
+        dense_left: Tokens that are still decoded densely.
     """
 
     dense_seconds: float | None = None
-    dense_left: int = 0  # tokens that are still decoded densely
+    dense_left: int = 0
     _next_dense: int = DENSE_TOKENS
-    _gained: float = 0.0  # tokens, by the latest rounds of proposals
-    _n_rounds: int = 0  # of proposals since dense ones
+    # The tokens that the latest rounds of proposals have gained, and how many rounds these are.
+    _gained: float = 0.0
+    _n_rounds: int = 0
     _dense_times: list[float] = field(default_factory=list)
 
     @property

@@ -23,10 +23,13 @@ from .phase import (
     Mode,
 )
 
-DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences
-MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
+# It leaves out a quarter to a half of the clusters at equal shares of differences.
+DEPTH = 9.0
+# States of a verification: a GPU multiplies tiles of 32.
+MAX_PENDING = 32
 MAX_RISK = 0.1
-MAX_WAIT = 0.3  # seconds
+# In seconds.
+MAX_WAIT = 0.3
 FIRST_PENDING = 4
 
 
@@ -37,12 +40,19 @@ def least_gain() -> float:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a FlashHead gains on a machine: tokens per second relative to dense decoding."""
+    """What a FlashHead gains on a machine: tokens per second relative to dense decoding.
 
-    gain: Positive  # of greedy text
-    sampled_gain: Positive  # of text at temperature .7 with top-p .95
-    dense_seconds: Positive  # of a token when it is decoded densely
-    busy: bool = False  # whether the machine was: then it decides nothing, and is measured again
+    Attributes:
+        gain: Of greedy text.
+        sampled_gain: Of text at temperature 0.7 with top-p 0.95.
+        dense_seconds: Seconds of a token that is decoded densely.
+        busy: Whether the machine was: then this decides nothing, and is measured again.
+    """
+
+    gain: Positive
+    sampled_gain: Positive
+    dense_seconds: Positive
+    busy: bool = False
 
     @property
     def dense(self) -> bool:
@@ -52,21 +62,35 @@ class Tuning:
 
 @dataclass
 class DecodingPolicy:
-    """Settings of the verified loops for one head on this machine."""
+    """Settings of the verified loops for one head on this machine.
 
-    depth: float = NO_DEPTH  # nats below the mass of all scores from which kernels leave probes out
-    max_pending: int = MAX_PENDING  # proposals that wait for a verification, at most
-    first_pending: int = FIRST_PENDING  # for the first one; each later one takes twice as many
-    max_risk: float = MAX_RISK  # sum of the risks of a text's proposals at which all are verified
-    max_wait: float = MAX_WAIT  # seconds that a token may wait
-    tuning: Tuning | None = None  # what the machine gains, once it is known
-    dense: bool = False  # whether proposals gain nothing on this machine
-    sampled_dense: bool = False  # whether one sampled text alone stays dense
-    adapts: bool = False  # whether a text whose proposals do not pay goes on densely
-    # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
+    Attributes:
+        depth: Nats below the mass of all scores from which kernels leave probes out.
+        max_pending: Proposals that wait for a verification, at most.
+        first_pending: The same for the first one; each later one takes twice as many.
+        max_risk: The sum of the risks of a text's proposals at which all are verified.
+        max_wait: Seconds that a token may wait.
+        tuning: What the machine gains, once it is known.
+        dense: Whether proposals gain nothing on this machine.
+        sampled_dense: Whether one sampled text alone stays dense.
+        adapts: Whether a text whose proposals do not pay goes on densely.
+        paces: By whether texts are sampled, whether mlx-lm draws, and how many there are at once.
+        lockstep: Whether processes compute the same steps: no time decides anything.
+        draft_probes: Clusters that are scored for a draft; None: the head's number.
+    """
+
+    depth: float = NO_DEPTH
+    max_pending: int = MAX_PENDING
+    first_pending: int = FIRST_PENDING
+    max_risk: float = MAX_RISK
+    max_wait: float = MAX_WAIT
+    tuning: Tuning | None = None
+    dense: bool = False
+    sampled_dense: bool = False
+    adapts: bool = False
     paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)
-    lockstep: bool = False  # whether processes compute the same steps: no time decides anything
-    draft_probes: int | None = None  # clusters scored for a draft; None: the head's number
+    lockstep: bool = False
+    draft_probes: int | None = None
 
     def take(self, tuning: Tuning, *, always: bool = False) -> None:
         """Goes by what was measured; with ``always`` text is verified whatever it gains."""
@@ -86,7 +110,8 @@ def policy_of(head: FlashHead) -> DecodingPolicy:
         policy = DecodingPolicy()
         if head.backend != PORTABLE:
             policy.depth = DEPTH
-            policy.first_pending = 2 * FIRST_PENDING  # an M1 or M2 multiplies up to 5 one by one
+            # An M1 or M2 multiplies up to 5 states one by one.
+            policy.first_pending = 2 * FIRST_PENDING
         _policies[head] = policy
     return _policies[head]
 

@@ -33,7 +33,8 @@ from .policy import DecodingPolicy, decoding_mode, policy_of
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 
-CPU_BATCH = 32  # texts at once up to which proposals pay on a CPU
+# Texts at once up to which proposals pay on a CPU.
+CPU_BATCH = 32
 
 
 class Proposer:
@@ -42,28 +43,42 @@ class Proposer:
     Args:
         model: Of mlx-lm, with a FlashHead or without.
         settings: What the caller asks for.
+
+    Attributes:
+        n_verifications: Those that were launched.
+        n_rejected: Proposals that were rejected.
+        n_steps: Of the model, after a prompt.
+        n_guessed: Tokens handed out that were guessed, by what has guessed them.
+        guesses: By what has guessed: tokens of each guess, and how many of them were right.
+        head: The model's FlashHead, if it has one.
+        policy: The head's.
+        logit_map: From the head's logits to the model's; None where no map describes it.
+        verifies: Whether texts can be verified.
+        unverified: Whether the FlashHead alone chooses.
     """
 
     def __init__(self, model: nn.Module, settings: DecodingSettings | None = None):
         self.model = model
         self.settings = settings or DecodingSettings()
-        self.n_verifications = self.n_rejected = 0
-        self.n_steps = 0  # of the model, after a prompt
-        self.n_guessed: Counter[str] = Counter()  # tokens handed out that were guessed, by what
-        # by what has guessed: tokens of each guess, and how many of them were right
+        self.n_verifications = 0
+        self.n_rejected = 0
+        self.n_steps = 0
+        self.n_guessed: Counter[str] = Counter()
         self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.head: FlashHead | None = get_flash_head(model)
         self._dense_states: DenseStates | None = None
-        self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
+        self.policy = DecodingPolicy()
+        if self.head is not None:
+            self.policy = policy_of(self.head)
         self._mode = decoding_mode(
             model,
             verify=self.settings.verifies,
             dense=self.settings.decodes_densely,
             n_probes=self.settings.n_probes,
         )
-        # from the head's logits to the model's; None where no map describes it
         self.logit_map: LogitMap | None = IDENTITY
-        if self._mode.is_verified:  # else nobody asks the model, which might draw
+        # Otherwise nobody asks the model, which might draw.
+        if self._mode.is_verified:
             self.logit_map = logit_map_of(model)
         self.verifies = self._mode.is_verified and self.logit_map is not None
         self.unverified = self._mode.is_unverified
@@ -112,9 +127,10 @@ class Proposer:
         head = self.flash_head
         if text.settings is None or text.changes is None or not self.verifies:
             return UNKNOWN_FUNCTION
-        if text.settings.top_k >= head.vocab_size:  # mlx-lm raises an error of its own
+        # For so many tokens mlx-lm raises an error of its own.
+        if text.settings.top_k >= head.vocab_size or not text.changes.fit(head.vocab_size):
             return UNKNOWN_FUNCTION
-        return None if text.changes.fit(head.vocab_size) else UNKNOWN_FUNCTION
+        return None
 
     def mode_for(self, text: Text, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
         """How a text's next tokens are decoded: verified if they may be proposed now, or why not.
@@ -134,7 +150,9 @@ class Proposer:
         if several_draw:
             return SEVERAL_DRAW
         fits = n_texts == 1 or n_texts <= self.max_batch
-        return VERIFIED if pays and fits else PAUSED
+        if pays and fits:
+            return VERIFIED
+        return PAUSED
 
     def pace_of(self, texts: list[Text]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
@@ -146,8 +164,10 @@ class Proposer:
         by_mlx_lm = any(text.draws_from_mlx for text in texts)
         key = sampled, by_mlx_lm, len(texts)
         if key not in policy.paces:
-            tuning = policy.tuning if len(texts) == 1 else None
-            policy.paces[key] = Pace(None if tuning is None else tuning.dense_seconds)
+            dense_seconds = None
+            if policy.tuning is not None and len(texts) == 1:
+                dense_seconds = policy.tuning.dense_seconds
+            policy.paces[key] = Pace(dense_seconds)
         return policy.paces[key]
 
     def pays(self, text: Text, n_texts: int = 1) -> bool:
@@ -179,8 +199,9 @@ class Proposer:
         """
         if self.head is None:
             return self._noting_dense(states)
-        project = self._project if states is None else self._noting_project(states)
-        return self.head.intercepted(project)
+        if states is None:
+            return self.head.intercepted(self._project)
+        return self.head.intercepted(self._noting_project(states))
 
     def _noting_dense(self, states: list[mx.array] | None) -> AbstractContextManager[None]:
         """As :meth:`noting`, where :meth:`hear_states` was called."""
@@ -225,7 +246,8 @@ class Proposer:
             states.append(hidden)
             if not logits:
                 return mx.zeros((*hidden.shape[:-1], head.vocab_size), hidden.dtype)
-            if hidden.shape[1] > 1:  # each position as in a step of its own
+            # Each position is computed as in a step of its own.
+            if hidden.shape[1] > 1:
                 return head.dense_logits_of_each(hidden)
             return self._project(hidden)
 
@@ -257,7 +279,8 @@ class Proposer:
         draws: list[tuple[Draw, Key]] = []
         masks: list[np.ndarray | None] = []
         changes: list[ChangedTokens | None] = []
-        counted: list[bool] = []  # whether a text knows the token of its state
+        # Whether each text knows the token of its state.
+        counted: list[bool] = []
         made = []
         for row, text in enumerate(texts):
             pending = PendingToken(row=row)
@@ -276,9 +299,12 @@ class Proposer:
         adjustment = None
         if changed:
             adjustment = _adjustment(changes, counted, latest, vocab_size)
+        drawn = None
+        if sampled:
+            drawn = Draws.of(draws)
         proposal = head.propose(
             hidden,
-            Draws.of(draws) if sampled else None,
+            drawn,
             n_probes=self.settings.n_probes,
             depth=self.policy.depth,
             logit_map=cast(LogitMap, self.logit_map),
@@ -299,10 +325,9 @@ class Proposer:
         pending = text.pending
         if changes is None or changes.mask is None:
             return None
-        last = pending[-1] if pending else None
-        if last is not None and last.proposal is not None and last.allowed is not None:
-            risks = cast(list[float], last.proposal.risk.tolist())
-            if risks[last.row] == NOTHING_ALLOWED:
+        if pending and pending[-1].proposal is not None and pending[-1].allowed is not None:
+            risks = cast(list[float], pending[-1].proposal.risk.tolist())
+            if risks[pending[-1].row] == NOTHING_ALLOWED:
                 return None
         return changes.mask.allowed(text.context(text.n_chosen), self.flash_head.vocab_size)
 
@@ -319,7 +344,9 @@ class Proposer:
 
     def report_guesses(self, n_tokens: int) -> str:
         """How many of a text's ``n_tokens`` were guessed, for a line under it."""
-        by = f" ({', '.join(map(self._depth_and_share, self.n_guessed))})" if self.n_guessed else ""
+        by = ""
+        if self.n_guessed:
+            by = f" ({', '.join(map(self._depth_and_share, self.n_guessed))})"
         n_guessed = self.n_guessed.total()
         return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens{by}, {self.n_steps:,} steps"
 
@@ -335,7 +362,9 @@ class Proposer:
         head = self.head
         if head is None or (not self.unverified and not self.n_verifications):
             return "FlashHead: not used, the normal (dense) head chose every token"
-        n_probes = head.unverified_probes if self.unverified else head.n_probes
+        n_probes = head.n_probes
+        if self.unverified:
+            n_probes = head.unverified_probes
         clusters = f"{self.settings.n_probes or n_probes:,} of {head.n_clusters:,} clusters a token"
         if self.unverified:
             return f"FlashHead: unverified, {clusters}"

@@ -10,7 +10,8 @@ from ..head.draws.draw import Key
 from ..head.draws.noise import BELOW_ONE
 
 WORD = 0xFFFFFFFF
-AT_ONCE = 16  # numbers that are computed ahead
+# Numbers that are computed ahead.
+AT_ONCE = 16
 PARITY = 0x1BD11BDA
 # by how many bits the right words are turned, and what is left of 32
 ROTATIONS = (
@@ -54,9 +55,10 @@ class DrawChain:
 
     def __init__(self, first: int = 0):
         self._first = first
-        self._states = [current_key()]  # before each draw
-        self._keys: list[Key] = []  # of each draw
-        self._numbers: list[int] = []  # of each draw, the bits
+        # MLX's random state before each draw, the key of each draw, and the bits of its number.
+        self._states = [current_key()]
+        self._keys: list[Key] = []
+        self._numbers: list[int] = []
         self._placed: mx.array | None = None
 
     def state(self, draw: int) -> Key:
@@ -70,7 +72,8 @@ class DrawChain:
     def number_bits(self, draw: int) -> int:
         """The bits of the uniform number by which that draw is made from one row."""
         n = len(self._numbers)
-        if n <= draw - self._first:  # some at once take little longer than one
+        # Some at once take little longer than one.
+        if n <= draw - self._first:
             self.state(draw + AT_ONCE)
             self._numbers += uniform_bits(self._keys[n:])
         return self._numbers[draw - self._first]

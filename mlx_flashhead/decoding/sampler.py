@@ -14,10 +14,13 @@ from ..head.draws.summed_top_p import SummedTopP
 from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils, sums_from_least
 from .random_state import random_key
 
-MOST_TOKENS = 2**31 - 1  # more than any vocabulary has
+# More than any vocabulary has.
+MOST_TOKENS = 2**31 - 1
 
-Processor = Callable[[Any, mx.array], mx.array]  # tokens (n,), logits (1, V) → logits (1, V)
-SamplerFunction = Callable[[mx.array], mx.array]  # log-probabilities (1, V) → token (1,)
+# Tokens (n,) and logits (1, V) → logits (1, V).
+Processor = Callable[[Any, mx.array], mx.array]
+# Log-probabilities (1, V) → token (1,).
+SamplerFunction = Callable[[mx.array], mx.array]
 
 
 def normalized(logits: mx.array) -> mx.array:
@@ -25,7 +28,7 @@ def normalized(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def draw_of(sampler: Any) -> Draw | None:
+def draw_of(sampler: object) -> Draw | None:
     """How a sampler draws: its kind and settings; None if no kind does the same."""
     if sampler is None:
         return Greedy()
@@ -43,14 +46,23 @@ def draw_of(sampler: Any) -> Draw | None:
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws tokens from logits; :func:`make_sampler` says what its values mean."""
+    """Draws tokens from logits; :func:`make_sampler` says what its values mean.
+
+    Attributes:
+        settings: How it draws.
+        min_tokens_to_keep: Tokens that min-p keeps at least.
+        xtc: The probability and the threshold of XTC, and the special tokens that it keeps.
+        seed: Of every text; None for a new one each time.
+        position: Of the next call, where another program's loop calls it.
+    """
 
     settings: Draw
     min_tokens_to_keep: int = 1
-    xtc: tuple[float, float, list[int]] = (0.0, 0.1, [])  # probability, threshold, special tokens
+    xtc: tuple[float, float, list[int]] = (0.0, 0.1, [])
     seed: int | None = None
-    position: int = field(default=0, init=False)  # of the next call
-    _text_seed: int | None = field(default=None, init=False, repr=False)  # of these calls
+    position: int = field(default=0, init=False)
+    # The seed of these calls.
+    _text_seed: int | None = field(default=None, init=False, repr=False)
 
     @property
     def plain(self) -> bool:
@@ -71,13 +83,15 @@ class Sampler:
         key = position_key(seed, position)
         if self.plain:
             return Draws.of([(draw, key)]).choose(logits)
+        # mlx-lm has 0 where these leave nothing out.
+        top_p = draw.top_p
+        if top_p >= 1:
+            top_p = 0.0
+        top_k = draw.top_k
+        if top_k >= logits.shape[-1]:
+            top_k = 0
         sampler = sample_utils.make_sampler(
-            draw.temperature,
-            draw.top_p if draw.top_p < 1 else 0.0,
-            draw.min_p,
-            self.min_tokens_to_keep,
-            draw.top_k if draw.top_k < logits.shape[-1] else 0,
-            *self.xtc,
+            draw.temperature, top_p, draw.min_p, self.min_tokens_to_keep, top_k, *self.xtc
         )
         with random_key(key):
             return sampler(normalized(logits.astype(mx.float32)))

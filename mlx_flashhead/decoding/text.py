@@ -1,10 +1,10 @@
 """One text in progress: its accepted tokens, the pending ones after them, and how it is drawn."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import numpy as np
@@ -113,7 +113,7 @@ class Text:
         why_dense: Mode | None = None,
     ):
         self.sampler = sampler
-        self.processors: Any = _as_given(processors)
+        self.processors = _as_given(processors)
         self._processors_at_start = tuple(self.processors)
         self.tokens = list(tokens)
         self.logprobs = logprobs
@@ -175,7 +175,7 @@ class Text:
     # What the text depends on.
 
     @property
-    def current_processors(self) -> Any:
+    def current_processors(self) -> Sequence[Processor]:
         """The processors that choose its next token, too.
 
         While the text is ahead, a change of the list counts from a later token on.
@@ -460,7 +460,7 @@ class Text:
         self.pending.append(pending)
 
 
-def _as_given(processors: Iterable[Processor] | None) -> Any:
+def _as_given(processors: Iterable[Processor] | None) -> Sequence[Processor]:
     """A text's processors. A list stays the caller's, so that a change of it shows."""
     if processors is None:
         return ()

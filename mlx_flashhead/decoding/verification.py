@@ -1,6 +1,6 @@
 """Pending tokens are verified by the head: which rows are due, and what a rejected one means."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -8,15 +8,26 @@ from ..head.draws.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal
-from ..head.rounding import Stretch
 from ..head.verdict import Verdict
 from .caches import RowMark
-from .changes import mask_array
+from .changes import Changes, mask_array
 from .proposer import Proposer
 from .sampler import normalized
 from .text import PendingToken, Text
 
-Row = tuple[Text, PendingToken, int]  # a text, its pending token, its place in the text
+
+class _Case(NamedTuple):
+    """A pending token that is verified.
+
+    Attributes:
+        text: Whose it is.
+        pending: The token.
+        place: In the text.
+    """
+
+    text: Text
+    pending: PendingToken
+    place: int
 
 
 class Verification:
@@ -30,18 +41,20 @@ class Verification:
         self._proposer = proposer
         self.marks = dict(zip(texts, marks, strict=True))
         self.counts = {text: text.n_read for text in texts}
-        self._rows: list[Row] = [
-            (text, text.pending[i], len(text.tokens) + i)
+        self._cases = [
+            _Case(text, text.pending[i], len(text.tokens) + i)
             for text, n in self.counts.items()
             for i in range(n)
             if text.pending[i].proposal is not None
         ]
-        self._verdict: Verdict | None = None  # until it is read
+        # Until it is read.
+        self._verdict: Verdict | None = None
         self._has_logprobs = False
-        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
-        if self._rows:
+        # The dense choices of tokens in doubt, with their log-probabilities (V,).
+        self._choices: dict[PendingToken, tuple[int, mx.array]] = {}
+        if self._cases:
             proposer.n_verifications += 1
-            self._verdict = _verdict(proposer, self._rows)
+            self._verdict = _verdict(proposer, self._cases)
             if self._verdict.ready:
                 self._note_logprobs(self._verdict)
 
@@ -51,11 +64,11 @@ class Verification:
         return self._verdict is None or self._verdict.ready or self._proposer.policy.lockstep
 
     def _note_logprobs(self, verdict: Verdict) -> None:
-        """Notes the log-probabilities of the rows. They are lazy, since few are read."""
+        """Notes the log-probabilities of the tokens. They are lazy, since few are read."""
         self._has_logprobs = True
-        for row, (text, pending, index) in enumerate(self._rows):
+        for row, (text, pending, place) in enumerate(self._cases):
             if text.logprobs:
-                logits = text.process(verdict.logits(row), text.context(index))
+                logits = text.process(verdict.logits(row), text.context(place))
                 pending.logprobs = normalized(logits)[0]
 
     def forget(self, texts: list[Text]) -> None:
@@ -75,7 +88,8 @@ class Verification:
             pending = text.pending[0]
             if pending in self._choices:
                 token, logprobs = self._choices[pending]
-                pending.logprobs = logprobs if text.logprobs else None
+                if text.logprobs:
+                    pending.logprobs = logprobs
                 text.rejected = token != pending.token
                 pending.token = token
             text.accept()
@@ -85,38 +99,39 @@ class Verification:
                 return
 
     def _decide(self, verdict: Verdict) -> None:
-        """Decides all rows that are in doubt by the dense logits of their own states."""
+        """Decides all tokens that are in doubt by the dense logits of their own states."""
         in_doubt = verdict.in_doubt()
         if not self._has_logprobs:
             self._note_logprobs(verdict)
         chosen = {}
-        for (text, pending, index), doubt in zip(self._rows, in_doubt, strict=True):
+        for (text, pending, place), doubt in zip(self._cases, in_doubt, strict=True):
             if doubt and text in self.marks:
                 proposal = cast(Proposal, pending.proposal)
                 hidden = proposal.hidden[pending.row : pending.row + 1]
                 logits = self._proposer.dense_row(hidden)
-                chosen[pending] = text.choose(logits, index)
+                chosen[pending] = text.choose(logits, place)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
             self._choices[pending] = (cast(int, token.item()), logprobs)
 
 
-def _verdict(proposer: Proposer, rows: list[Row]) -> Verdict:
-    """Asks the head about the pending tokens of some rows."""
+def _verdict(proposer: Proposer, cases: list[_Case]) -> Verdict:
+    """Asks the head about pending tokens."""
     head = proposer.flash_head
-    pending = [each for _, each, _ in rows]
-    # before they are joined: with them a thread need not wait for the step that is running
+    pending = [case.pending for case in cases]
+    # Before they are joined: with these a thread need not wait for the step that is running.
     sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]
-    changes = [text.changes for text, _, _ in rows]
+    # The text's processors are known, since it is verified.
+    stretches = [cast(Changes, case.text.changes).stretch for case in cases]
     draws = None
-    if not all([text.greedy for text, _, _ in rows]):
-        draws = Draws.of([text.draw_at(index) for text, _, index in rows])
+    if not all([case.text.greedy for case in cases]):
+        draws = Draws.of([case.text.draw_at(case.place) for case in cases])
     return head.verify(
         join(head, pending),
         draws,
         logit_map=cast(LogitMap, proposer.logit_map),
         allowed=mask_array([each.allowed for each in pending]),
-        stretches=[Stretch() if each is None else each.stretch for each in changes],
+        stretches=stretches,
         sources=sources,
     )
 

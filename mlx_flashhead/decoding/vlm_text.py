@@ -17,8 +17,8 @@ def vlm_tokens(
     original: Callable[..., Iterator[Any]],
     input_ids: mx.array,
     model: nn.Module,
-    pixel_values: Any,
-    mask: Any,
+    pixel_values: mx.array | None,
+    mask: mx.array | None,
     options: dict[str, Any],
     announce: Callable[[Mode], Any] | None = None,
 ) -> Iterator[Any] | None:

@@ -82,7 +82,7 @@ def recorded() -> dict[str, Runs]:
 
 def compared(runs: Runs, costs: Costs) -> dict[str, Any]:
     """The policy beside each width, for texts of a kind."""
-    of_width = {w: sum(time_of_width(run, costs, w) for run in runs) for w in (1, *costs.steps)}
+    of_width = {w: sum(time_of_width(run, costs, w) for run in runs) for w in (1, *costs.times)}
     best = min(of_width, key=lambda width: of_width[width])
     known = Known()
     first, then = (sum(time_of_policy(run, costs, known) for run in runs) for _ in range(2))

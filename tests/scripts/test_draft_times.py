@@ -38,10 +38,10 @@ def test_a_flash_head_cuts_what_a_draft_reads(model, layer, left):
 def test_a_round_is_its_drafts_and_its_step():
     costs = draft_costs("qwen3.8-27b", "m2", 4, True)
     of = models()["qwen3.8-27b"], chips()["m2"], 4, 4
-    assert costs.steps[4] / costs.steps[2] == pytest.approx(wide_us(*of, 4) / wide_us(*of, 2))
+    assert costs.times[4] / costs.times[2] == pytest.approx(wide_us(*of, 4) / wide_us(*of, 2))
     tokens = 1 + 0.93 + 0.93 * 0.87 + 0.93 * 0.87**2
     wrong = 1 - 0.93 * 0.87**2
-    expected = tokens / (costs.steps[4] + 3 * costs.draft + wrong * costs.wrong)
+    expected = tokens / (costs.times[4] + 3 * costs.draft + wrong * costs.wrong)
     found, width = drafted_gain("qwen3.8-27b", "m2", 4, True, (0.93, 0.87))
     assert width == 4
     assert found == pytest.approx(expected, rel=0.05)  # beside what the head alone gains
@@ -61,6 +61,6 @@ def test_flash_heads_drafts_are_never_slower_and_mixtures_seldom_pay():
 def test_a_published_gain_is_near_the_estimate():
     """Qwen3.6-27B on an M4 Max with two drafts: 18.9 to 33.0 tokens a second (MTPLX 64)."""
     costs = draft_costs("qwen3.8-27b", "m4-max", 4, False)
-    only_two = costs._replace(steps={3: costs.steps[3]})
+    only_two = costs._replace(times={3: costs.times[3]})
     found = draft_times.gain(3, by_depth((0.93, 0.87)), only_two)
     assert found == pytest.approx(33.0 / 18.9, rel=0.1)

@@ -17,32 +17,39 @@ from typing import NamedTuple
 from ...wide.step import MAX_WIDTH
 
 MAX_GUESSES = MAX_WIDTH - 1
-WORTH = 1.05  # tokens for the time of one from which a wide step is taken
+# A wide step is taken if it gives more tokens than this in the time of a single one.
+WORTH = 1.05
 
-# How shares are learned
-EXPECTED = 0.6  # the share of guesses that are right of which nothing is known
-EXPECTED_WEIGHT = 2.0  # guesses that this counts for
-PRIOR_WEIGHT = 8.0  # guesses that what is known from earlier texts counts for
-KEPT = 0.98  # share of what is known in a text that each step with a guess leaves
-MOST_KNOWN = 400.0  # guesses of earlier texts that are remembered, at each depth
+# The share of guesses that are right where nothing is known, and as how many guesses it counts.
+EXPECTED = 0.6
+EXPECTED_WEIGHT = 2.0
+# As how many guesses of a text that counts which is known from earlier texts.
+PRIOR_WEIGHT = 8.0
+# What each step with a guess leaves of what is known of a text.
+KEPT = 0.98
+# Guesses of earlier texts that are remembered, at each depth.
+MOST_KNOWN = 400.0
 
-# What guesses may cost where they do not pay, in single steps
-BOUND = 0.018  # of the time that single steps would take: 2 % with what follows
-TRIES = 0.01  # of the time, in tries where single steps are better
-START = 2.0  # before a drafter has gained anything, once on a machine
-MOST_SLACK = 12.0  # of what was gained, that may be lost again
+# Where guesses do not pay they may cost this part of the time of single steps: 2 % with the tries,
+# which cost the other part.
+BOUND = 0.018
+TRIES = 0.01
+# Single steps that guesses may lose before a drafter has gained anything, once on a machine.
+START = 2.0
+# Single steps that were gained, and may be lost again, at the most.
+MOST_SLACK = 12.0
 
 
 class Costs(NamedTuple):
     """Times relative to a single step.
 
     Attributes:
-        steps: Of a step, by its number of tokens.
+        times: Of a step, by its number of tokens.
         draft: Of each guess.
         wrong: Of what a step with a wrong guess takes more, to bring the caches back.
     """
 
-    steps: Mapping[int, float]
+    times: Mapping[int, float]
     draft: float = 0.0
     wrong: float = 0.0
 
@@ -55,7 +62,7 @@ class Costs(NamedTuple):
         """
         if width == 1:
             return 1.0
-        return self.steps[width] + (width - 1) * self.draft + wrong * self.wrong
+        return self.times[width] + (width - 1) * self.draft + wrong * self.wrong
 
 
 def gain(width: int, chances: Sequence[float], costs: Costs) -> float:
@@ -77,9 +84,11 @@ def best_width(chances: Sequence[float], costs: Costs) -> int:
         chances: As of :func:`gain`. There are no wider steps than these reach.
         costs: The times.
     """
-    widths = [width for width in costs.steps if width <= len(chances) + 1]
+    widths = [width for width in costs.times if width <= len(chances) + 1]
     best = max(widths, key=lambda width: gain(width, chances, costs), default=1)
-    return best if widths and gain(best, chances, costs) > WORTH else 1
+    if best > 1 and gain(best, chances, costs) > WORTH:
+        return best
+    return 1
 
 
 def _no_guesses() -> list[float]:
@@ -127,7 +136,8 @@ class Shares:
         prior = known.shares
         self._first = prior[0]
         self._ratios = [1.0, *(after / before for before, after in pairwise(prior))]
-        self._right = _no_guesses()  # the latest ones count most
+        # Of these the latest ones count most.
+        self._right = _no_guesses()
         self._tried = _no_guesses()
         self._all_right = _no_guesses()
         self._all_tried = _no_guesses()
@@ -171,7 +181,8 @@ class Budget:
 
     def __init__(self, known: Known):
         self._known = known
-        self._n_single = 0  # steps since the latest guess
+        # Steps since the latest guess.
+        self._n_single = 0
 
     def width(self, chances: Sequence[float], costs: Costs) -> int:
         """The tokens of the next step; 1 for a single one.
@@ -182,13 +193,15 @@ class Budget:
         """
         affordable = self.affordable(costs)
         width = best_width(chances, affordable)
-        return width if width > 1 else self.tried(chances, affordable)
+        if width == 1:
+            return self.tried(chances, affordable)
+        return width
 
     def affordable(self, costs: Costs) -> Costs:
         """The costs of those steps that may be taken even if all of their guesses are wrong."""
         slack = self._known.slack
-        steps = {w: time for w, time in costs.steps.items() if costs.time(w) - 1 <= slack}
-        return costs._replace(steps=steps)
+        times = {w: time for w, time in costs.times.items() if costs.time(w) - 1 <= slack}
+        return costs._replace(times=times)
 
     def note(self, width: int, costs: Costs, n_right: int = 0) -> None:
         """Notes a step.
@@ -201,7 +214,9 @@ class Budget:
         time = costs.time(width, float(n_right < width - 1))
         slack = self._known.slack + (1 + BOUND) * (1 + n_right) - time
         self._known.slack = min(slack, MOST_SLACK)
-        self._n_single = self._n_single + 1 if width == 1 else 0
+        self._n_single += 1
+        if width > 1:
+            self._n_single = 0
 
     def tried(self, chances: Sequence[float], costs: Costs) -> int:
         """The width that is expected to lose least, if it is time to try it; else 1.
@@ -215,11 +230,13 @@ class Budget:
         all_right = [1.0] * MAX_GUESSES
         losses = {
             width: costs.time(width) * (1 - gain(width, chances, costs))
-            for width in costs.steps
+            for width in costs.times
             if width <= len(chances) + 1 and gain(width, all_right, costs) > WORTH
         }
         width = min(losses, key=lambda width: losses[width], default=1)
-        return width if losses and losses[width] <= TRIES * self._n_single else 1
+        if losses and losses[width] <= TRIES * self._n_single:
+            return width
+        return 1
 
 
 def _shares(

@@ -20,9 +20,12 @@ from .worth import Worth
 if TYPE_CHECKING:
     from ..text import Text
 
-EXPECTED = 0.6  # how often its drafts are right, before any was made
-LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
-STEP_SIZE = 2048  # tokens that are read at once
+# How often its drafts are right, before any was made.
+EXPECTED = 0.6
+# Tokens of a text that a draft model's FlashHead always scores.
+LATEST = 256
+# Tokens that are read at once.
+STEP_SIZE = 2048
 
 
 class DraftModel(Guesser):
@@ -57,15 +60,18 @@ class DraftModel(Guesser):
         self._model: Any = model
         self._layers = layers
         self._scores_few = scores_few
-        # tokens of its vocabulary, by logits of which nothing is computed
+        # The tokens of its vocabulary, by logits of which nothing is computed.
         self._n_tokens: int = self._model(mx.zeros((1, 1), mx.uint32)).shape[-1]
         self._worth = Worth(EXPECTED)
-        self._recent: list[int] = []  # the last tokens that were heard
-        self._waiting: list[int] = []  # those of them that the caches do not hold yet
-        self._n_ahead = n_held  # tokens in the caches that have not been heard yet
+        # The last tokens that were heard, and those of them that the caches do not hold yet.
+        self._recent: list[int] = []
+        self._waiting: list[int] = []
+        # Tokens in the caches that have not been heard yet.
+        self._n_ahead = n_held
         self._caches = OwnCaches(layers, self._logits)
-        self._fed: list[mx.array] = []  # (1,) each, since the latest mark
-        self._mark: Mark | None = None  # before the drafts that are not judged yet
+        # Tokens (1,) that were fed since the mark before the drafts that are not judged yet.
+        self._fed: list[mx.array] = []
+        self._mark: Mark | None = None
 
     @property
     def n_cached(self) -> int:
@@ -103,7 +109,8 @@ class DraftModel(Guesser):
     def judge(self, n: int, n_right: int) -> None:
         """Takes back all drafts but those that were right."""
         self._worth.note(n_right, n_right < n)
-        self._n_ahead = min(1 + n_right, n)  # the last draft was not fed
+        # The last draft was not fed.
+        self._n_ahead = min(1 + n_right, n)
         if self._mark is not None:
             self._mark.back_to(self._n_ahead)
             self._mark = None
@@ -159,8 +166,8 @@ class DraftModel(Guesser):
 
         ``recent`` are among them.
         """
-        head = get_flash_head(self._model) if self._scores_few else None
-        if head is None:
+        head = get_flash_head(self._model)
+        if head is None or not self._scores_few:
             return nullcontext()
         tokens = mx.array(recent, mx.uint32)
         n_probes = policy_of(head).draft_probes
@@ -172,7 +179,7 @@ class DraftModel(Guesser):
         return head.intercepted(project)
 
 
-def draft_report(draft_model: Any) -> str:
+def draft_report(draft_model: nn.Module) -> str:
     """What drafts, for a line under a text."""
     head = get_flash_head(draft_model)
     if head is None:

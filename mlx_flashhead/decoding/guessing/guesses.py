@@ -1,6 +1,5 @@
 """The guesses of one text: who guesses, and which offer is taken."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -45,8 +44,11 @@ class Guesses:
         self._always = always
         self._quantized_from = quantized_from
         known = [guesser.known for guesser in self._guessers if guesser.known is not None]
-        self._budget = Budget(known[0]) if known and not always else None
-        self._taken = Costs({})  # those of the latest offer that was taken
+        self._budget: Budget | None = None
+        if known and not always:
+            self._budget = Budget(known[0])
+        # The costs of the latest offer that was taken.
+        self._taken = Costs({})
 
     @property
     def wants_states(self) -> bool:
@@ -75,18 +77,22 @@ class Guesses:
         offers = self._offers(text, latest)
         if self._always:
             offers = [replace(offer, cost=0.0) for offer in offers]
-        taken = self._best(offers, self._costs(layers)) if offers else None
+        taken = None
+        if offers:
+            taken = self._best(offers, self._costs(layers))
         if self._budget is not None and taken is None:
             self._budget.note(1, self._taken)
         return taken
 
     def _best(self, offers: list[Offer], costs: dict[int, float]) -> tuple[Offer, int] | None:
         """The offer that gains most, or one that is tried; and how many of its tokens."""
-        least = 0.0 if self._always else WORTH
+        least = WORTH
+        if self._always:
+            least = 0.0
         budget = self._budget
         if budget is not None:
             dearest = Costs(costs, max(offer.cost for offer in offers))
-            costs = dict(budget.affordable(dearest).steps)
+            costs = dict(budget.affordable(dearest).times)
         offer, width = best_offer(offers, costs, least)
         if budget is not None and width == 1:
             for each in offers:
@@ -94,7 +100,9 @@ class Guesses:
                     offer = each
                     width = budget.tried(each.chances, Costs(costs, each.cost))
         self._taken = Costs(costs, offer.cost)
-        return None if width == 1 else (offer, width - 1)
+        if width == 1:
+            return None
+        return offer, width - 1
 
     def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
         offers = []
@@ -102,7 +110,8 @@ class Guesses:
             offer = guesser.offer(text, latest)
             if offer is None:
                 continue
-            if offer.chances[0] == 1:  # others can only guess the same
+            # Others can only guess the same.
+            if offer.chances[0] == 1:
                 return [offer]
             offers.append(offer)
         return offers
@@ -122,7 +131,10 @@ class Guesses:
             states: (n, D), with what the head was called after each; None if they are not known.
         """
         for guesser in self._guessers:
-            guesser.hear(tokens, states if guesser.wants_states else None)
+            heard = None
+            if guesser.wants_states:
+                heard = states
+            guesser.hear(tokens, heard)
 
     def take_back(self, n: int) -> None:
         """Has all hear that the last ``n`` tokens are not in the text."""
@@ -138,13 +150,18 @@ class Guesses:
     def _costs(self, layers: list[Any]) -> dict[int, float]:
         """The time of each established step, relative to a single one, from these caches on."""
         wide = self.wide
-        limit = math.inf if self._quantized_from is None else self._quantized_from - MAX_WIDTH
-        lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
-        # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
-        if max(lengths, default=0) >= limit or not wide.parts.are_of(wide.model):
+        if self._quantized_from is not None:
+            lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
+            # mlx-lm quantizes the caches within the next steps.
+            if max(lengths, default=0) >= self._quantized_from - MAX_WIDTH:
+                return {}
+        # A part of the model was changed.
+        if not wide.parts.are_of(wide.model):
             return {}
         costs = wide.costs(layers)
-        return dict.fromkeys(costs, 1.0) if self._always else costs
+        if self._always:
+            return dict.fromkeys(costs, 1.0)
+        return costs
 
 
 def best_offer(
@@ -234,7 +251,7 @@ def guesses_of(
         None where steps are single ones throughout.
     """
     lookup = proposer.settings.lookup
-    # a CPU multiplies the tokens of a step one by one, so that it gains nothing
+    # A CPU multiplies the tokens of a step one by one, so that it gains nothing
     looks_up = lookup == "on" or (lookup == "auto" and gpu_is_default())
     wanted = guesser is not None or looks_up
     if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):

@@ -14,10 +14,16 @@ from .depth import Known
 
 
 class _Pair(NamedTuple):
-    """A drafter and its target."""
+    """A drafter and its target.
+
+    Attributes:
+        known: What is known of them.
+        place: The file of that; None where nothing is stored.
+        key: Under which it stands there.
+    """
 
     known: Known
-    place: Path | None  # its file; None where nothing is stored
+    place: Path | None
     key: str
 
 
@@ -37,7 +43,9 @@ def known_of(drafter: TrainedDrafter, model: nn.Module) -> Known:
         if place is not None:
             name = sha256(f"{place.stem} {drafter.source}".encode()).hexdigest()
             place = place.with_name(f"{name[:24]}.json")
-        known = {} if place is None else stored(place, Known)
+        known = {}
+        if place is not None:
+            known = stored(place, Known)
         _pairs[drafter] = _Pair(known.get(key, Known()), place, key)
     return _pairs[drafter].known
 

@@ -15,16 +15,23 @@ from .worth import Worth
 if TYPE_CHECKING:
     from ..text import Text
 
-LENGTHS = (4, 3, 2)  # of the n-grams that are looked up, the longest first
+# The lengths of the n-grams that are looked up, the longest first.
+LENGTHS = (4, 3, 2)
 # How often guesses are right that nobody has tried yet, by the length of the n-gram.
 EXPECTED = {4: 0.6, 3: 0.4, 2: 0.2}
 
 
 class _Watched(NamedTuple):
-    """An offer whose first token will be known soon."""
+    """An offer whose first token will be known soon.
 
-    length: int  # of the n-gram that was found
-    place: int  # of the token
+    Attributes:
+        length: Of the n-gram that was found.
+        place: Of the token that is offered first.
+        token: This token.
+    """
+
+    length: int
+    place: int
     token: int
 
 
@@ -39,7 +46,7 @@ class Lookup:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self.tokens: list[int] = []
-        # for each length: the place behind the latest n-gram, where its continuation begins
+        # For each length: the place behind the latest n-gram, where its continuation begins
         self._behind: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in LENGTHS}
         self.extend(tokens)
 
@@ -88,9 +95,11 @@ class LookupGuesser(Guesser):
 
     def __init__(self) -> None:
         self._lookup = Lookup()
-        self._n_heard = 0  # of the lookup's tokens, which may have the latest one behind these
+        # Of the lookup's tokens, which may have the latest one behind these.
+        self._n_heard = 0
         self._worths = {length: Worth(EXPECTED[length]) for length in LENGTHS}
-        self._watched: _Watched | None = None  # the latest offer, until it is judged
+        # The latest offer, until it is judged.
+        self._watched: _Watched | None = None
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
         """Adds tokens, and sees what an offer that was not taken would have been worth."""
@@ -108,7 +117,8 @@ class LookupGuesser(Guesser):
         length, found = self._find(latest)
         if not length:
             return None
-        if latest.token is None and text.current_processors:  # which need it before the step
+        # Processors need the token before the step.
+        if latest.token is None and text.current_processors:
             latest.read()
             length, found = self._find(latest)
             if not length:

@@ -27,8 +27,10 @@ from .known_pairs import keep, known_of
 if TYPE_CHECKING:
     from ..text import Text
 
-WAITING = 64  # pairs that wait for the next drafts, at most
-HISTORY = 128  # of the last states, for a text that goes back
+# Pairs that wait for the next drafts, at most.
+WAITING = 64
+# The last states, for a text that goes back.
+HISTORY = 128
 
 
 class TrainedDrafts(Guesser):
@@ -61,20 +63,24 @@ class TrainedDrafts(Guesser):
         self._drafter = drafter
         self.known = known_of(drafter, model)
         self._shares = Shares(self.known)
-        self._text: Text | None = None  # while drafts of it are made
+        # The text, while drafts of it are made.
+        self._text: Text | None = None
         self._head = get_flash_head(model)
         self._target = drafter.target(model)
         self._cost = drafter.cost(self._target, head_share(self._head))
-        self._tokens: list[int] = []  # the last ones that were heard
+        # The last tokens that were heard, and how many there were in all.
+        self._tokens: list[int] = []
         self._n_heard = 0
         # The pairs of the states before this one are in the drafter's cache, but for gaps. Those
         # from ``_first`` on can be taken back: there is a mark before them.
         self._next = 0
         self._first = 0
-        self._waiting: list[mx.array] = []  # the states from ``_next`` on, (n, D) each
-        self._history: list[mx.array] = []  # the last states, (1, D) each
-        self._n_right: int | None = None  # drafts of a step whose states are not heard yet
-        # the same and its states, until the token is known that was chosen behind these drafts
+        # The states from ``_next`` on, (n, D) each, and the last states, (1, D) each.
+        self._waiting: list[mx.array] = []
+        self._history: list[mx.array] = []
+        # How many drafts of a step were right whose states are not heard yet.
+        self._n_right: int | None = None
+        # The same and its states, until the token is known that was chosen behind these drafts.
         self._judged: tuple[int, mx.array] | None = None
         self._in_text = DrafterInText(
             drafter, self._target, project=self._project, choose=self._choose, layers=layers
@@ -101,7 +107,8 @@ class TrainedDrafts(Guesser):
         if not self._history:
             self._leave_gap()
             return
-        latest = self._n_heard - 1  # the state behind which another token comes now
+        # The state behind which another token comes now.
+        latest = self._n_heard - 1
         if self._next > latest:
             self._mark.back_to(latest - self._first)
             self._next = latest
@@ -200,7 +207,8 @@ class TrainedDrafts(Guesser):
 
     def _choose(self, logits: mx.array, place: int | None) -> mx.array:
         """Chooses a token (1,) from logits (1, V), as the text does at this place."""
-        if self._text is None or place is None:  # which nobody reads
+        # Nobody reads such a token.
+        if self._text is None or place is None:
             return mx.argmax(logits, axis=-1)
         return self._text.pick(logits, normalized(logits), place)
 
@@ -231,7 +239,8 @@ def trained_drafts(
             keeps none.
         n_held: Tokens that the target's caches hold.
     """
-    for layer in layers:  # no pair is beyond the text
+    # No pair is beyond the text.
+    for layer in layers:
         n_beyond = length_of_pairs(layer) - max(0, n_held - 1)
         if n_beyond > 0:
             layer.trim(n_beyond)

@@ -1,7 +1,9 @@
 """How often guesses of one kind were right in a text."""
 
-WEIGHT = 3.0  # guesses that what is expected counts for
-KEPT = 0.9  # share of what is known of guesses that each next one leaves
+# As how many guesses that counts which is expected.
+WEIGHT = 3.0
+# What each guess leaves of what is known of those before.
+KEPT = 0.9
 
 
 class Worth:

@@ -29,9 +29,11 @@ from ..schedule import VerifySchedule
 from ..settings import DecodingSettings
 from ..text import Text
 
-TOGETHER = (2, 12)  # texts: from 12 on MLX's own product scores the centroids
+# Texts at once: from 12 on MLX's own product scores the centroids.
+TOGETHER = (2, 12)
 
-Kind = tuple[Sampler | SamplerFunction | None, list[Processor]]  # what chooses a text's tokens
+# What chooses a text's tokens.
+Kind = tuple[Sampler | SamplerFunction | None, list[Processor]]
 
 
 def kinds(vocab_size: int) -> dict[str, Kind]:
@@ -72,7 +74,8 @@ def rehearse(model: nn.Module) -> None:
     if head.backend != METAL:
         mx.eval(head.propose(hidden[:1], None)[:-1])
         return
-    settings = DecodingSettings(n_probes=head.n_probes)  # whatever the machine gains
+    # Texts are verified whatever the machine gains.
+    settings = DecodingSettings(n_probes=head.n_probes)
     proposer = Proposer(model, settings)
     proposer.policy = replace(
         proposer.policy, first_pending=MAX_PENDING, max_risk=math.inf, max_wait=math.inf

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from itertools import product
 from statistics import median
@@ -29,14 +29,18 @@ from ..schedule import FEW
 from ..settings import DecodingSettings
 from ..text import Text
 
-SECONDS = 5.0  # after which no turn begins but the first two
+# No turn begins after so many seconds but the first two.
+SECONDS = 5.0
 TURNS = 3
 # Of the tokens of a verification, those behind a rejected one: simulated with the risks of 512
 # positions each of SmolLM2-135M and Gemma-3-270M, where the risk lets fewer than half be computed.
 WASTED = 0.25
-SCATTER = 0.15  # of the dense times, relative to their median, above which the machine was busy
-MOST_ROUNDS = 6  # of as many tokens, among which one without a rejected token is looked for
-SAMPLED = Sampler(Noise(temperature=0.7, top_p=0.95), seed=0)  # what most programs send
+# The scatter of the dense times, relative to their median, above which the machine was busy.
+SCATTER = 0.15
+# Rounds of as many tokens, among which one without a rejected token is looked for.
+MOST_ROUNDS = 6
+# What most programs send.
+SAMPLED = Sampler(Noise(temperature=0.7, top_p=0.95), seed=0)
 
 
 def tune(model: nn.Module, rejected: Sequence[float] = (0.0, 0.0)) -> Generator[None, None, Tuning]:
@@ -68,7 +72,10 @@ def tune(model: nn.Module, rejected: Sequence[float] = (0.0, 0.0)) -> Generator[
         times.append(dense)
     usual = median(times)
     busy = busy or is_busy() or max(times) - min(times) > 2 * SCATTER * usual
-    most_likely = min if busy else median  # other processes may have slowed the dense steps alone
+    most_likely: Callable[[list[float]], float] = median
+    # Other processes may have slowed the dense steps alone.
+    if busy:
+        most_likely = min
     tuning = Tuning(
         gain=most_likely(gains[False]),
         sampled_gain=most_likely(gains[True]),
@@ -88,7 +95,8 @@ def prepare_wide_steps(model: nn.Module) -> None:
         return
     steps = WideSteps.of(model)
     caches = make_prompt_cache(model)
-    if all(hasattr(layer, "merge") for layer in caches):  # of a text that is alone in a batch
+    # A text may be alone in a batch.
+    if all(hasattr(layer, "merge") for layer in caches):
         established_costs(steps, [layer.merge([layer]) for layer in caches])
     for width in established_costs(steps, caches):
         step = steps.feed(mx.zeros((1, width), mx.uint32), make_prompt_cache(model))
@@ -108,24 +116,33 @@ def token_seconds(
         dense: Whether the normal (dense) head chooses the tokens.
     """
     head = installed_head(model)
-    n_probes = None if dense else head.n_probes  # which no policy keeps from being used
-    proposer = Proposer(model, DecodingSettings(n_probes=n_probes, dense=dense))
+    settings = DecodingSettings(dense=True)
+    # No policy keeps a number of clusters that is asked for from being used.
+    if not dense:
+        settings = DecodingSettings(n_probes=head.n_probes)
+    proposer = Proposer(model, settings)
     proposer.policy = replace(
         policy_of(head), first_pending=n, max_pending=n, max_risk=math.inf, max_wait=math.inf
     )
 
     def feed(tokens: mx.array, layers: list[Any]) -> mx.array:
         output: Any = model(tokens, cache=layers)
-        logits: mx.array = getattr(output, "logits", output)  # as a vision model has them
+        # A vision model has them within its output.
+        logits: mx.array = getattr(output, "logits", output)
         return logits
 
     caches = OwnCaches(make_prompt_cache(model), feed)
     decoder = Decoder(proposer, caches)
-    text = Text(SAMPLED if sampled else None)
+    text = Text(None)
+    if sampled:
+        text = Text(SAMPLED)
     logits = feed(mx.array([[first % head.vocab_size]]), caches.layers)
-    moments: list[float] = []  # at which tokens came
-    n_rejected: list[int] = []  # before these
-    ends, head.eos_token_ids = head.eos_token_ids, ()  # no end of a text is verified at once
+    # When each token came, and how many were rejected before it.
+    moments: list[float] = []
+    n_rejected: list[int] = []
+    # No end of a text is verified at once.
+    ends = head.eos_token_ids
+    head.eos_token_ids = ()
     began = time.perf_counter()
     try:
         decoder.start([text], caches.layers, logits[:, -1])

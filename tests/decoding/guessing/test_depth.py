@@ -115,7 +115,7 @@ def test_the_policy_is_about_as_fast_as_the_best_width(costs, share):
     texts = [drawn([share] * 7, 250, seed) for seed in range(12)]
     known = Known()
     time = sum(time_of_policy(runs, costs, known) for runs in texts)
-    of_width = {w: sum(time_of_width(runs, costs, w) for runs in texts) for w in (1, *costs.steps)}
+    of_width = {w: sum(time_of_width(runs, costs, w) for runs in texts) for w in (1, *costs.times)}
     assert time <= 1.02 * of_width[1]
     assert time <= 1.03 * min(of_width.values())
 
@@ -155,7 +155,7 @@ class Free(Drafter):
 
 def guesses_with(*guessers, always=False):
     parts = SimpleNamespace(are_of=lambda model: True)
-    wide = SimpleNamespace(parts=parts, model=None, costs=lambda layers: dict(CHEAP.steps))
+    wide = SimpleNamespace(parts=parts, model=None, costs=lambda layers: dict(CHEAP.times))
     return Guesses(wide, guessers, always=always)
 
 

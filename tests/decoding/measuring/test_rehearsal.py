@@ -58,7 +58,7 @@ def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
             super().__init__(proposer, texts, marks)
             (text,) = texts
             key = text.sampler, tuple(text.processors)
-            sizes.setdefault(key, []).append(len(self._rows))
+            sizes.setdefault(key, []).append(len(self._cases))
 
     with kernels(check=False):
         flash = make_flash(dtype=mx.bfloat16, bits=4)
