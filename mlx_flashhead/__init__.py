@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .decoding.generation import batch_generate, generate, stream_generate
     from .decoding.sampler import make_sampler
     from .head.flash_head import FlashHead
-    from .index.settings import FlashHeadConfig
+    from .index.flash_head_config import FlashHeadConfig
     from .loading.drafts import load_draft
     from .loading.load import attach, load, sharded_load
     from .models.install import detach, get_flash_head
@@ -37,7 +37,7 @@ __all__ = [
 _MODULES = {
     "conversion.pipeline": ("convert",),
     "head.flash_head": ("FlashHead",),
-    "index.settings": ("FlashHeadConfig",),
+    "index.flash_head_config": ("FlashHeadConfig",),
     "loading.drafts": ("load_draft",),
     "loading.load": ("attach", "load", "sharded_load"),
     "decoding.generation": ("batch_generate", "generate", "stream_generate"),

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.matrix import Matrix, as_float32
+from ..index.flash_head_config import FlashHeadConfig, Verification
 from ..index.flash_head_index import FlashHeadIndex, Sketch
-from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
 from .calibration import READING, builtin_states, read_text, text_states

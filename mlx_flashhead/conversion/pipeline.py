@@ -21,7 +21,7 @@ from ..common.repositories import full_name
 from ..common.tables import megabytes
 from ..head.matrix import Matrix
 from ..index import files
-from ..index.settings import FlashHeadConfig
+from ..index.flash_head_config import FlashHeadConfig
 from ..models.compat import mlx_lm
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head

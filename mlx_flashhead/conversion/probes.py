@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..index.settings import Measured, Verification
+from ..index.flash_head_config import Measured, Verification
 from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
 # A one-sided confidence of 95 % has so many standard errors.

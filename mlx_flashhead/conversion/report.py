@@ -10,7 +10,7 @@ import numpy as np
 
 from ..common.tables import megabytes, percent
 from ..head.matrix import AFFINE, Matrix, affine_group
-from ..index.settings import FlashHeadConfig
+from ..index.flash_head_config import FlashHeadConfig
 from . import Progress, Task
 from .measures import PositionMeasures
 from .probes import StepBytes, expected_bytes

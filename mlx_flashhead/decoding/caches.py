@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..models.compat.caches import TRIMMED, end_of
+from ..models.compat.cache_positions import TRIMMED, end_of
 from ..models.compat.recognised import are_librarys_caches
 
 # The most tokens by which a cache is ahead of the caller.

@@ -11,10 +11,10 @@ import mlx.core as mx
 from .backend import BACKEND_VARIABLE, METAL, PORTABLE, choose_backend, log, named_backend
 from .clustered import ClusteredRows
 from .kernel_texts import FEWER_THREADS
+from .kernel_trial import TOO_MANY_THREADS, find_trouble
 from .logit_map import IDENTITY, LogitMap, all_values
 from .metal_steps import MetalSteps
 from .steps import PortableSteps
-from .trial import TOO_MANY_THREADS, find_trouble
 
 COMMAND = "mlx_flashhead.benchmark head --shape 32000,1024 --report"
 HOW_TO_REPORT = f"please report this as an issue, with the output of `{COMMAND}`"

@@ -18,8 +18,8 @@ import numpy as np
 
 from ..head.clustered import Centroids
 from ..head.matrix import ARRAYS, Matrix
+from .flash_head_config import AGAIN, FlashHeadConfig
 from .flash_head_index import FlashHeadIndex, Sketch
-from .settings import AGAIN, FlashHeadConfig
 
 FILE_NAME = "flash_head.index"
 SETTINGS_NAME = "flash_head.json"

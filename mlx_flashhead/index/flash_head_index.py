@@ -8,7 +8,7 @@ import numpy as np
 from ..common.tables import percent
 from ..head.clustered import Centroids
 from ..head.matrix import Matrix, as_float32
-from .settings import FlashHeadConfig
+from .flash_head_config import FlashHeadConfig
 
 # An index serves other rows that are as near: most fine-tunes, and other precisions of its own rows
 # (docs/quality.md).

@@ -22,8 +22,8 @@ from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
+from ..index.flash_head_config import FlashHeadConfig
 from ..index.flash_head_index import FlashHeadIndex
-from ..index.settings import FlashHeadConfig
 from ..models.fetch import DRAFTERS, FINE_HEADS, HOME_VARIABLE, SPEEDS, home, resolve
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from ..common.repositories import redacted_logs
 from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
-from ..index.settings import AGAIN, FlashHeadConfig
+from ..index.flash_head_config import AGAIN, FlashHeadConfig
 from ..models.origin import Origin, is_repository, local_origin
 from .licence import (
     LICENCE_FILES,

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteE
 from ..common.command import printable
 from ..common.repositories import full_name, redacted_logs
 from ..index.files import is_companion, read_index
-from ..index.settings import FlashHeadConfig
+from ..index.flash_head_config import FlashHeadConfig
 from ..models.fetch import reason
 from ..models.origin import begins_with, is_repository
 from .card import (

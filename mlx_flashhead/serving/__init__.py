@@ -9,7 +9,7 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
    counts what it holds before any of it is made. ``page_files`` has the page.
 3. A ``Completion`` is the response to a request for texts. Its path says which of the ``dialects``
    it has: those of ``choices``, ``messages`` or ``responses``. The last two make a chat's fields of
-   theirs, by ``conversation``, so that all requests are one from here on. ``completion_fields``
+   theirs, by ``content_parts``, so that all requests are one from here on. ``completion_fields``
    declares the fields, which ``fields`` reads, and ``requests`` checks them, with the
    ``tool_calls``. ``prompts`` fills in the chat template, and makes tokens.
 4. Each of its texts is one of the ``jobs``, with a sampler, in the queue of ``engine``, the one

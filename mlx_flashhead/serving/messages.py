@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from .api_errors import ApiError, field_error
 from .choices import usage_of
-from .conversation import BETWEEN_TEXTS, Conversation, Parts, passed_on
+from .content_parts import BETWEEN_TEXTS, ChatMessages, Parts, passed_on
 from .dialects import Dialect, StreamEvent
 from .fields import Count, Limit, Share, StopTexts, Temperature, read_struct, without_nulls
 from .jobs import Job
@@ -155,7 +155,7 @@ def chat_fields(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat_messages(fields: _MessageFields) -> list[dict[str, Any]]:
-    conversation = Conversation()
+    conversation = ChatMessages()
     if isinstance(fields.system, str):
         fields.system = [_Text(fields.system)]
     for part in fields.system:
@@ -173,7 +173,7 @@ def _chat_messages(fields: _MessageFields) -> list[dict[str, Any]]:
     return conversation.messages
 
 
-def _add_block(conversation: Conversation, role: str, block: _Block) -> None:
+def _add_block(conversation: ChatMessages, role: str, block: _Block) -> None:
     match block:
         case _Text(text):
             conversation.say(role, text)

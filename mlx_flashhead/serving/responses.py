@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from .api_errors import ApiError, field_error
 from .choices import usage_of
-from .conversation import BETWEEN_TEXTS, Conversation, Parts, passed_on
+from .content_parts import BETWEEN_TEXTS, ChatMessages, Parts, passed_on
 from .dialects import Dialect, StreamEvent
 from .fields import Limit, Share, Temperature, read_struct, shown, without_nulls
 from .jobs import Job
@@ -176,7 +176,7 @@ def _typed(item: Any) -> Any:
 
 
 def _chat_messages(fields: _ResponseFields) -> list[dict[str, Any]]:
-    conversation = Conversation()
+    conversation = ChatMessages()
     if fields.instructions:
         conversation.say("system", fields.instructions)
     items = fields.input

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from ..models.compat.caches import (
+from ..models.compat.cache_positions import (
     OF_A_BATCH,
     WINDOWS,
     end_of,

@@ -21,7 +21,7 @@ from ..common.machine import is_busy
 from ..common.stored import store, stored
 from ..head.backend import gpu_is_default
 from ..head.flash_head import FlashHead
-from ..models.compat.caches import OF_A_BATCH, WINDOWS, set_end
+from ..models.compat.cache_positions import OF_A_BATCH, WINDOWS, set_end
 from ..models.compat.mlx_lm import (
     ArraysCache,
     BatchRotatingKVCache,

@@ -15,9 +15,9 @@ from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.kernel_trial import find_trouble
 from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.matrix import FORMATS, Matrix
-from mlx_flashhead.head.trial import find_trouble
 from mlx_flashhead.models.install import install
 from recorded_calls import recorded_calls
 from retrieval import best_token

@@ -19,7 +19,7 @@ from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal, Tolerance
-from mlx_flashhead.index.settings import FlashHeadConfig
+from mlx_flashhead.index.flash_head_config import FlashHeadConfig
 from retrieval import best_token
 from tiny_models import random_clusters
 

@@ -12,8 +12,8 @@ from mlx_flashhead.conversion.centroids import fit_centroids
 from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.index.flash_head_config import FlashHeadConfig
 from mlx_flashhead.index.flash_head_index import FlashHeadIndex, Sketch
-from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
 

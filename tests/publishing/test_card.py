@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from mlx_flashhead.index.settings import FlashHeadConfig
+from mlx_flashhead.index.flash_head_config import FlashHeadConfig
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards

@@ -12,7 +12,7 @@ from ...models.trust import is_librarys_model
 from ...wide.step import MAX_WIDTH, WideSteps, layout_of
 from ...wide.trial import established_costs
 from .depth import WORTH, Budget, Costs, gain
-from .grammar import Grammar
+from .forced_tokens import ForcedTokens
 from .guesser import Guess, Guesser, LatestToken, Offer
 from .lookup import LookupGuesser
 
@@ -260,7 +260,7 @@ def guesses_of(
     if layers is not None:
         established_costs(wide, layers)
     always = guesser is not None and guesser.always
-    guessers: list[Guesser] = [Grammar()]
+    guessers: list[Guesser] = [ForcedTokens()]
     if looks_up and not always:
         guessers.append(LookupGuesser())
     if guesser is not None:

@@ -1,9 +1,9 @@
 """The kinds of steps that settings can ask for, each taken once before a text needs it.
 
 MLX compiles a kernel when it first runs, and traces a function when it is first called. What the
-head's own kernels give is compared elsewhere (``head/trial.py``). Here the loop's own code runs on
-random states, so that whatever it calls has been compiled, and what cannot be compiled fails before
-a text.
+head's own kernels give is compared elsewhere (``head/kernel_trial.py``). Here the loop's own code
+runs on random states, so that whatever it calls has been compiled, and what cannot be compiled
+fails before a text.
 """
 
 import math

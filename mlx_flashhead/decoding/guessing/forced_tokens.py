@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..text import Text
 
 
-class Grammar(Guesser):
+class ForcedTokens(Guesser):
     """Guesses what the grammar of a text allows alone, if there is one."""
 
     name = "grammar"

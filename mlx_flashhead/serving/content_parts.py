@@ -37,7 +37,7 @@ def passed_on(body: Mapping[str, Any], translated: tuple[str, ...]) -> dict[str,
     return {name: value for name, value in body.items() if name not in translated}
 
 
-class Conversation:
+class ChatMessages:
     """The messages of a chat, to which turns are added.
 
     Turns of one role that follow each other are one message, since many templates want users and

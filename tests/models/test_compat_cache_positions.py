@@ -1,4 +1,4 @@
-"""The inner names of mlx-lm's caches mean what `models/compat/caches` takes them to mean."""
+"""The inner names of mlx-lm's caches mean what `compat/cache_positions` takes them to mean."""
 
 import copy
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import cache as lm_caches
 
-from mlx_flashhead.models.compat.caches import (
+from mlx_flashhead.models.compat.cache_positions import (
     OF_A_BATCH,
     TRIMMED,
     WINDOWS,
