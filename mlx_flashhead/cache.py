@@ -79,8 +79,9 @@ def print_heads(cached: "Sequence[Entry]") -> None:
 
 def _row(head: "Entry") -> tuple[str, ...]:
     """The cells of a cache entry."""
+    from .loading.gain_sentences import speed_text
     from .loading.sources import speeds_of
-    from .loading.tuned import read, speed_text
+    from .loading.tuned import read
 
     model = printable(head.model)
     if head.is_fine_head:

@@ -64,7 +64,9 @@ def test_says_what_the_dense_model_says(loaded, as_json):
 def test_the_kernels_write_what_the_dense_model_writes(converted, loaded, monkeypatch):
     """On a Mac they run on the GPU, elsewhere on the emulator."""
     prompt = "def fibonacci(n):\n    if n < 2:\n        return n\n    return"
-    monkeypatch.setattr("mlx_flashhead.loading.tuned.rehearse", lambda model: None)  # on tiny ones
+    monkeypatch.setattr(
+        "mlx_flashhead.loading.installing.rehearse", lambda model: None
+    )  # on tiny ones
     with kernels(check=False) as emulator:
         if emulator is not None:
             mx.disable_compile()  # emulated kernels run at once, which they cannot in a trace

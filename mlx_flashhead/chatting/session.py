@@ -17,7 +17,7 @@ from ..common.terminal import QUOTES, Terminal, bar_of, stop_key
 from ..decoding.policy import decoding_mode, policy_of
 from ..head.flash_head import FlashHead
 from ..loading.background import LEFT, Build, time_left
-from ..loading.tuned import speed_text
+from ..loading.gain_sentences import speed_text
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,

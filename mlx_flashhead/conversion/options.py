@@ -1,44 +1,25 @@
-"""The options of a conversion, with their defaults and limits, and the recipe that stores them.
+"""The options of a conversion, with their defaults and limits.
 
 Their help is in `convert.py`.
 """
 
-import hashlib
-import platform
-import shlex
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
-from importlib.metadata import version
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
 from ..head.matrix import AFFINE, FORMATS, GROUPS
-from ..models.origin import Origin
-from ..version import __version__
 
 BUILTIN = "builtin"
 NO_CALIBRATION = "none"
-HEAD_BITS = (4, 6, 8, 16)  # 16: floats
-MIN_POSITIONS = 10  # some are held out; hundreds are needed for good probes
+# 16 bits are floats.
+HEAD_BITS = (4, 6, 8, 16)
+# Some are held out. Good probes need hundreds.
+MIN_POSITIONS = 10
 QUICK_POSITIONS = 4_000
-DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
-PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")  # whose versions are in a recipe
-
-# Options that do not change the result.
-NOT_IN_RECIPE = {
-    "hf_path",
-    "mlx_path",
-    "upload_repo",
-    "revision",
-    "base_model",
-    "license",
-    "upload",
-    "private",
-    "overwrite",
-    "seed",
-}
+# The types that mlx-lm's conversion has.
+DTYPES = ("float16", "bfloat16", "float32")
 
 # Limits of the options, for Python and the command.
 LIMITS: dict[str, Type] = {
@@ -48,7 +29,8 @@ LIMITS: dict[str, Type] = {
     "calibration_positions": whole_number(MIN_POSITIONS),
     "calibration_seconds": number(0, above=True),
     "seed": whole_number(0),
-    "q_group_size": one_of(16, *GROUPS),  # mlx-lm would leave weights alone with another one
+    # With another size mlx-lm would leave weights alone.
+    "q_group_size": one_of(16, *GROUPS),
     "q_bits": one_of(*sorted(form.bits for form in FORMATS if form.mode == AFFINE)),
     "q_mode": one_of(AFFINE, "mxfp4", "nvfp4", "mxfp8"),
     "dtype": one_of(*DTYPES),
@@ -77,13 +59,16 @@ class IndexOptions:
     @property
     def positions(self) -> int:
         """The most positions to calibrate on."""
-        positions = self.calibration_positions
-        return min(positions, QUICK_POSITIONS) if self.quick else positions
+        if self.quick:
+            return min(self.calibration_positions, QUICK_POSITIONS)
+        return self.calibration_positions
 
     @property
     def source(self) -> str:
         """Source of the positions: "builtin", "none" or "file"."""
-        return self.calibration if self.calibration in (BUILTIN, NO_CALIBRATION) else "file"
+        if self.calibration in (BUILTIN, NO_CALIBRATION):
+            return self.calibration
+        return "file"
 
     def check_size(self, vocab_size: int) -> None:
         """Checks that the clusters and the probes fit a vocabulary.
@@ -178,49 +163,3 @@ class ConvertOptions(IndexOptions):
     def uploads(self) -> bool:
         """Whether the result is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
-
-
-def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, Any]:
-    """Makes the recipe of a result, JSON-ready, without paths of this machine.
-
-    Args:
-        options: The options of the conversion, or of the index alone.
-        origin: The model.
-        name: The name of the result.
-    """
-    words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
-    if origin.revision is not None:
-        words += ["--revision", origin.revision]
-    if not isinstance(options, ConvertOptions):
-        words.append("--index-only")
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name in NOT_IN_RECIPE or value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        if value is not True:
-            words.append(_word(field.name, value))
-    words += ["--seed", str(options.seed), "--mlx-path", name]
-    versions = {"python": platform.python_version(), "mlx_flashhead": __version__}
-    versions |= {package: version(package) for package in PACKAGES}
-    recipe: dict[str, Any] = {
-        "name": name,
-        "model": origin.known_as,
-        "command": shlex.join(words),
-        "versions": versions,
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-    if options.source == "file":
-        text = Path(options.calibration).expanduser()
-        recipe["files"] = {text.name: hashlib.sha256(text.read_bytes()).hexdigest()}
-    return recipe
-
-
-def _word(name: str, value: Any) -> str:
-    """The value of an option in the command: of a file its name alone, which others have too."""
-    if callable(value):
-        return "FUNCTION"
-    path = Path(str(value)).expanduser()
-    if name in ("calibration", "fine_head") and path.exists():
-        return path.name
-    return str(value)

@@ -33,8 +33,9 @@ from ..publishing.publish import add_documents, publish, reserve, sign_in
 from . import run_task
 from .build import index_nbytes, model_index
 from .calibration import read_text
-from .options import ConvertOptions, make_recipe
+from .options import ConvertOptions
 from .precision import head_bits, precision_label, set_bits, set_dtype
+from .recipe import make_recipe
 from .report import report_lines
 
 # The recipe's entry with the names of the files that a conversion has written.

@@ -60,7 +60,7 @@ class FlashHeadConfig:
             ``cut_short`` if the time limit ended it.
         report: Measures of held-out positions, by `conversion.report`.
         verification: Settings of verified decoding, by `conversion.probes`.
-        recipe: How it was made, by `conversion.options`.
+        recipe: How it was made, by `conversion.recipe`.
         version: Of this format.
     """
 

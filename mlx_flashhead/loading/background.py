@@ -30,8 +30,9 @@ from ..models.install import get_flash_head
 from ..models.locate import check_plain_product, find_head
 from .building import build_parts
 from .head_options import HeadOptions
+from .installing import install_stored
 from .sources import StoredHead
-from .tuned import apply_tuning, install_stored, tune_head
+from .tuned import apply_tuning, tune_head
 
 POLL_SECONDS = 0.05  # how often it is asked whether the gate is open
 SHOWN_SECONDS = 0.2  # between two looks at a bar

@@ -21,7 +21,8 @@ from ..conversion import Progress, Task
 from ..conversion.build import expected_seconds, model_index
 from ..conversion.checkpoint import Checkpoint
 from ..conversion.forecast import Pace
-from ..conversion.options import IndexOptions, make_recipe
+from ..conversion.options import IndexOptions
+from ..conversion.recipe import make_recipe
 from ..head.matrix import Matrix
 from ..models.fetch import HOME_VARIABLE, home
 from ..models.locate import HeadLocation

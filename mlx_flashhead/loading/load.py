@@ -20,8 +20,8 @@ from ..models.origin import local_origin
 from . import sources
 from .background import Build
 from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
+from .installing import install_stored
 from .sources import StoredHead
-from .tuned import install_stored
 
 
 def load(

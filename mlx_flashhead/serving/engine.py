@@ -20,7 +20,7 @@ from threading import Event, Thread
 import mlx.core as mx
 
 from ..decoding.policy import policy_of
-from ..loading.tuned import speed_text
+from ..loading.gain_sentences import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from .api_errors import ApiError
 from .jobs import Job

@@ -14,8 +14,9 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
-from mlx_flashhead.conversion.options import ConvertOptions, make_recipe
+from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.conversion.pipeline import check_outside, convert
+from mlx_flashhead.conversion.recipe import make_recipe
 from mlx_flashhead.convert import make_parser
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head

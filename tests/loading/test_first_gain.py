@@ -9,9 +9,11 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding import policy
 from mlx_flashhead.decoding.measuring import tuning
 from mlx_flashhead.decoding.policy import Tuning, policy_of
+from mlx_flashhead.loading.estimated_gain import fine_gain, free_head_gain
+from mlx_flashhead.loading.gain_sentences import first_gain
 from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.loading.installing import install_stored
 from mlx_flashhead.loading.sources import StoredHead
-from mlx_flashhead.loading.tuned import fine_gain, first_gain, free_head_gain, install_stored
 from tiny_models import install_index, tiny_index, tiny_model
 
 FAST = Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.01)

@@ -382,7 +382,7 @@ def test_whatever_goes_wrong_in_attaching_is_one_line(folder, plain, monkeypatch
     model, prompts, expected = plain
     for place in (
         "mlx_flashhead.loading.programs.attach_head",
-        "mlx_flashhead.loading.tuned.tune_head",
+        "mlx_flashhead.loading.installing.tune_head",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, fails)

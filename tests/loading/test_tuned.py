@@ -8,10 +8,12 @@ from mlx.utils import tree_flatten
 
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import Tuning, policy_of
-from mlx_flashhead.loading import tuned
+from mlx_flashhead.loading import installing, tuned
+from mlx_flashhead.loading.estimated_gain import free_head_gain
+from mlx_flashhead.loading.gain_sentences import speed_text
 from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.loading.installing import install_stored
 from mlx_flashhead.loading.sources import StoredHead
-from mlx_flashhead.loading.tuned import free_head_gain, install_stored
 from mlx_flashhead.models.install import detach
 from tiny_models import install_index, tiny_index, tiny_model
 
@@ -126,19 +128,18 @@ def free_head_gain_of(model):
 
 
 def test_what_limits_a_figure_is_said():
-    assert tuned.speed_text(None) == "not known yet"
-    assert tuned.speed_text(FAST) == "1.50 x"
+    assert speed_text(None) == "not known yet"
+    assert speed_text(FAST) == "1.50 x"
     assert (
-        tuned.speed_text(replace(FAST, busy=True))
-        == "not known yet (dense, since the machine was busy)"
+        speed_text(replace(FAST, busy=True)) == "not known yet (dense, since the machine was busy)"
     )
-    assert tuned.speed_text(SLOW) == "1.01 x (dense)"
+    assert speed_text(SLOW) == "1.01 x (dense)"
 
 
 def test_nothing_is_compiled_or_measured_within_a_text(measure, loaded, monkeypatch):
     """Whoever loads the model, and whatever it gains: a request may choose its probes."""
     rehearsed = []
-    monkeypatch.setattr(tuned, "rehearse", rehearsed.append)
+    monkeypatch.setattr(installing, "rehearse", rehearsed.append)
     measure(SLOW, FAST)
     for options in ({}, {"measures": True}, {"n_probes": 3}, {"tunes": False}, {"always": True}):
         rehearsed.clear()

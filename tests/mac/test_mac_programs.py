@@ -16,7 +16,8 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.common.command import printable
 from mlx_flashhead.decoding.measuring import rehearsal, tuning
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.loading import tuned
+from mlx_flashhead.loading import installing
+from mlx_flashhead.loading.gain_sentences import speed_text
 from mlx_flashhead.wide import trial
 from quick_builds import build_quickly
 
@@ -61,7 +62,7 @@ def first(gpu, folder, home):
 @pytest.fixture
 def rehearsed(monkeypatch):
     """The kernels of a model have been tried, so that they need not be again."""
-    monkeypatch.setattr(tuned, "rehearse", lambda model: None)
+    monkeypatch.setattr(installing, "rehearse", lambda model: None)
 
 
 def in_a_chat(loaded, question, max_tokens):
@@ -90,7 +91,7 @@ def test_what_was_measured_is_of_this_gpu(gpu, first, home, run, monkeypatch):
     assert all(key.startswith(f"Apple {gpu.chip}, ") for key in names) or gpu.emulator is None
     code, output, _ = run("cache")
     # A busy machine has measured nothing that is said.
-    said = tuned.speed_text(policy_of(get_flash_head(first.model)).tuning)
+    said = speed_text(policy_of(get_flash_head(first.model)).tuning)
     assert code == 0 and said.split(" (")[0] in output
 
 
