@@ -1,4 +1,4 @@
-"""Measures the speed of a head, a model or servers."""
+"""Measures the speed of a head or a model."""
 
 from argparse import ArgumentParser, ArgumentTypeError
 from importlib import import_module
@@ -17,7 +17,7 @@ EXAMPLE = "mlx_flashhead.benchmark model --model mlx-community/gemma-3-1b-it-4bi
 def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.benchmark``."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__, example=EXAMPLE)
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model|server")
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model")
     _add_head_flags(
         commands.add_parser("head", help="time a head by itself, on random weights too")
     )
@@ -26,7 +26,6 @@ def make_parser() -> Parser:
             "model", help="time a model's decoding: dense and with FlashHead", example=EXAMPLE
         )
     )
-    _add_server_flags(commands.add_parser("server", help="put three servers under load, in turns"))
     return parser
 
 
@@ -40,7 +39,7 @@ def _add_head_flags(parser: ArgumentParser) -> None:
         help=f"Random weights of a shape: {', '.join(SHAPES)} or V,D; may be given several times.",
     )
     what.add_argument("--model", help=ANY_MODEL)
-    _add_common_flags(parser, rounds=20)
+    add_common_flags(parser, rounds=20)
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -59,7 +58,7 @@ def _add_head_flags(parser: ArgumentParser) -> None:
 
 def _add_model_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=ANY_MODEL)
-    _add_common_flags(parser, rounds=8)
+    add_common_flags(parser, rounds=8)
     parser.add_argument(
         "--sampler",
         choices=SAMPLERS,
@@ -75,21 +74,13 @@ def _add_model_flags(parser: ArgumentParser) -> None:
     add_number(parser, "--tokens", 48, "Tokens of a run")
 
 
-def _add_server_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help=ANY_MODEL)
-    _add_common_flags(parser, rounds=1)
-    parser.add_argument(
-        "--clients",
-        type=whole_numbers(1),
-        default=[1, 4, 8, 16],
-        metavar="1,4,…",
-        help="Clients at once (default: 1,4,8,16).",
-    )
-    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
-    add_number(parser, "--tokens", 16, "Tokens of each answer")
+def add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
+    """Adds the flags of all benchmarks: a model's FlashHead, the rounds, the files to write.
 
-
-def _add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
+    Args:
+        parser: Of a benchmark.
+        rounds: The usual number of rounds that count.
+    """
     add_source_options(parser)
     probes = "Clusters scored (default: the model's own number, or 256 for random weights)."
     add_number(parser, "--n-probes", None, probes)
@@ -109,7 +100,8 @@ def add_number(parser: Any, flag: str, default: int | None, text: str) -> None:
 
     ``text`` names the default if it is None.
     """
-    text = text if default is None else f"{text} (default: {default})."
+    if default is not None:
+        text = f"{text} (default: {default})."
     parser.add_argument(flag, type=whole_number(1), default=default, help=text)
 
 
@@ -131,12 +123,20 @@ def shape(text: str) -> tuple[str, tuple[int, ...]]:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
+    # What is missing is said before long work.
+    from_extra("rich", "report", "mlx_flashhead.benchmark")
     from .benchmarks.reporting import write_report
 
     benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
-    with ctrl_c_raises():  # the figures so far are reported
-        write_report(args, benchmark.cases(args), benchmark.make_table)
+    # At Ctrl-C the figures so far are reported.
+    with ctrl_c_raises():
+        write_report(
+            args,
+            benchmark.cases(args),
+            benchmark.make_table,
+            kind=args.kind,
+            command="mlx_flashhead.benchmark",
+        )
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
 import json
 import os
-import secrets
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 
 from .common import flags
 from .common.arguments import Parser
@@ -20,8 +19,13 @@ from .common.command import command
 from .common.interrupts import ctrl_c_raises
 from .common.suggested_model import model_is_needed
 from .common.terminal import printable_output
-from .structured.grammar import add_grammar_options, grammar_of
+from .structured.grammar import Grammar, add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
+
+# These import mlx-lm, which takes a second. Mistakes and --help do without.
+if TYPE_CHECKING:
+    from .loading.head_options import HeadOptions
+    from .models.prompt_cache_file import CachedPrompt
 
 EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.
@@ -64,19 +68,22 @@ def main() -> None:
     """Entry point."""
     parser = make_parser()
     try:
-        processes = mx.distributed.init()  # a group of one without mlx.launch
+        # Without mlx.launch this is a group of one process.
+        processes = mx.distributed.init()
     except RuntimeError as error:
         remedy = "check the hosts and ports of mlx.launch"
         raise ValueError(f"The processes cannot be joined ({error}): {remedy}.") from error
-    first = processes.rank() == 0
     with open(os.devnull, "w") as nowhere:
-        # all processes make the same mistake, and the first one says it
-        with redirect_stderr(sys.stderr if first else nowhere):
+        output, errors = sys.stdout, sys.stderr
+        if processes.rank() > 0:
+            output = errors = nowhere
+        # All processes make the same mistake, and the first one says it.
+        with redirect_stderr(errors):
             args = parser.parse_args()
             _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         flags.check_before_loading(args)
-        with redirect_stdout(sys.stdout if first else nowhere):
+        with redirect_stdout(output):
             _generate(args, processes, grammar)
 
 
@@ -121,18 +128,28 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
         if wrong:
             parser.error(sentence)
     flags.check_draft_flags(parser, args)
-    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    args.prompt_text = sys.stdin.read() if text == "-" else text
+    args.prompt_text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if args.prompt_text == "-":
+        args.prompt_text = sys.stdin.read()
     if not args.prompt_text:
         parser.error(EMPTY)
 
 
-def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
+@dataclass
+class _Loaded:
+    """A model and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    draft_model: nn.Module | None = None
+
+
+def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Grammar | None) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
-    # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.head_options import LATER, HeadOptions
     from .loading.trials import trials_said
-    from .models.compat.mlx_lm import generation_stream
     from .models.install import get_flash_head
 
     options = HeadOptions.from_flags(args)
@@ -146,110 +163,51 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     unbuilt = options.missing == LATER and not args.dense and get_flash_head(loaded.model) is None
     if unbuilt and sys.stdout.isatty():
         _build(loaded, options)
-    elif unbuilt:  # a script waits for its end
+    elif unbuilt:
+        # A script waits for its end.
         name = args.model or loaded.folder
         options.say(
             f"FlashHead is not built yet: `mlx_flashhead.cache --build {name}` builds it, as does "
             "the next answer at a terminal."
         )
-    if processes.size() > 1:  # the loop computes a token ahead, for which each needs the others
-        mx.synchronize(generation_stream)
-        mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
+    if processes.size() > 1:
+        from .loading.several_processes import wait_for_all
+
+        wait_for_all(processes)
 
 
-@dataclass
-class _Loaded:
-    """A model and what belongs to it."""
-
-    model: Any
-    tokenizer: Any
-    config: dict[str, Any]
-    folder: Path
-    draft_model: Any = None
-
-
-@dataclass
-class _PromptCache:
-    """What ``mlx_lm.cache_prompt`` wrote."""
-
-    layers: list[Any]
-    model: str
-    tokenizer_config: dict[str, Any]
-
-
-def _prompt_cache(args: Namespace) -> _PromptCache | None:
+def _prompt_cache(args: Namespace) -> "CachedPrompt | None":
     """The cache of --prompt-cache-file. ValueError if it is none, or differs from the flags."""
-    name = args.prompt_cache_file
-    if name is None:
+    if args.prompt_cache_file is None:
         return None
-    from .models.compat.mlx_lm import QuantizedKVCache, load_prompt_cache
+    from .models.prompt_cache_file import read_prompt_cache
 
-    if not Path(name).is_file():
-        raise ValueError(f"--prompt-cache-file: there is no file {name}, check the path.")
-    try:
-        layers, metadata = load_prompt_cache(name, return_metadata=True)
-    except (RuntimeError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--prompt-cache-file {name} is damaged, or no safetensors file of a prompt cache: "
-            "make it again with mlx_lm.cache_prompt."
-        ) from None
-    try:
-        cache = _PromptCache(layers, metadata["model"], json.loads(metadata["tokenizer_config"]))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--prompt-cache-file {name} does not name its model and tokenizer: make one with "
-            "mlx_lm.cache_prompt."
-        ) from None
-    first = layers[0]
-    quantized = isinstance(first, QuantizedKVCache)
-    if quantized and args.kv_bits not in (None, first.bits):
-        raise ValueError(
-            f"--kv-bits is {args.kv_bits}, but the cache of --prompt-cache-file has "
-            f"{first.bits}: leave it out."
-        )
-    if quantized and args.kv_group_size != first.group_size:
-        raise ValueError(
-            f"--kv-group-size is {args.kv_group_size}, but the cache of --prompt-cache-file "
-            f"has {first.group_size}: give that."
-        )
-    if args.model and args.model != cache.model:
-        raise ValueError(
-            f"--model is {args.model}, but the cache of --prompt-cache-file is of "
-            f"{cache.model}: give that one, or leave --model out."
-        )
+    cache = read_prompt_cache(args.prompt_cache_file)
+    cache.check(model=args.model, kv_bits=args.kv_bits, kv_group_size=args.kv_group_size)
     return cache
 
 
 def _load(
-    args: Namespace, processes: mx.distributed.Group, options: Any, cache: _PromptCache | None
+    args: Namespace,
+    processes: mx.distributed.Group,
+    options: "HeadOptions",
+    cache: "CachedPrompt | None",
 ) -> _Loaded:
     """The model with its FlashHead, its tokenizer, and the draft model."""
     from .loading.drafts import DraftOptions
-    from .loading.load import load_dense_head, load_with_head
-    from .models.fetch import resolve
-    from .models.install import get_flash_head
 
-    name: str = cache.model if cache is not None else args.model
-    tokenizer_config = {} if cache is None else dict(cache.tokenizer_config)
+    name: str = args.model
+    tokenizer_config: dict[str, Any] = {}
+    if cache is not None:
+        name = cache.model
+        tokenizer_config |= cache.tokenizer_config
     tokenizer_config["trust_remote_code"] = args.trust_remote_code
     drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
     drafting.check(name)
     if processes.size() > 1:
-        loaded = _load_part(args, processes, name, tokenizer_config)
+        loaded = _load_part(args, processes, options, name, tokenizer_config)
     else:
-        folder = resolve(name)
-        load = load_dense_head if args.dense else load_with_head
-        model, tokenizer, config = load(
-            folder,
-            options,
-            adapter_path=args.adapter_path,
-            tokenizer_config=tokenizer_config,
-            model_config={"quantize_activations": args.quantize_activations},
-            trust_remote_code=args.trust_remote_code,
-        )
-        loaded = _Loaded(model, tokenizer, config, folder)
-        if args.n_probes and args.no_build and get_flash_head(model) is None:
-            raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
+        loaded = _load_whole(args, options, name, tokenizer_config)
     for token in args.extra_eos_token:
         loaded.tokenizer.add_eos_token(token)
     loaded.draft_model = drafting.load(
@@ -258,56 +216,81 @@ def _load(
     return loaded
 
 
+def _load_whole(
+    args: Namespace, options: "HeadOptions", name: str, tokenizer_config: dict[str, Any]
+) -> _Loaded:
+    """The model, in one process."""
+    from .loading.load import load_dense_head, load_with_head
+    from .models.fetch import resolve
+    from .models.install import get_flash_head
+
+    folder = resolve(name)
+    load = load_with_head
+    if args.dense:
+        load = load_dense_head
+    model, tokenizer, config = load(
+        folder,
+        options,
+        adapter_path=args.adapter_path,
+        tokenizer_config=tokenizer_config,
+        model_config={"quantize_activations": args.quantize_activations},
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.n_probes and args.no_build and get_flash_head(model) is None:
+        raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
+    return _Loaded(model, tokenizer, config, folder)
+
+
 def _load_part(
-    args: Namespace, processes: mx.distributed.Group, name: str, tokenizer_config: dict[str, Any]
+    args: Namespace,
+    processes: mx.distributed.Group,
+    options: "HeadOptions",
+    name: str,
+    tokenizer_config: dict[str, Any],
 ) -> _Loaded:
     """This process's part of the model. All processes draw from the same seed."""
-    from .loading.load import sharded_load
-    from .models.loading import load_dense_part
+    from .loading.several_processes import load_part, seed_for_all
 
-    group = processes if args.pipeline else None
-    with_head = partial(
-        sharded_load, return_config=True, flash_head=args.flash_head, n_probes=args.n_probes
-    )
-    load = load_dense_part if args.dense else with_head
-    model, tokenizer, config = load(
+    model, tokenizer, config = load_part(
+        processes,
         name,
-        pipeline_group=group,
+        options,
+        dense=args.dense,
+        by_layers=args.pipeline,
         tokenizer_config=tokenizer_config,
         trust_remote_code=args.trust_remote_code,
     )
-    seed = args.seed
-    if seed is None:  # each process samples every token, and all must agree
-        drawn = mx.array(secrets.randbits(24))
-        seed = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu).item()
-    mx.random.seed(seed)
+    seed_for_all(processes, args.seed)
     return _Loaded(model, tokenizer, config, Path(name))
 
 
 def _prompt(
-    args: Namespace, loaded: _Loaded, cache: _PromptCache | None
+    args: Namespace, loaded: _Loaded, cache: "CachedPrompt | None"
 ) -> tuple[list[int], mx.array | None]:
     """Returns the prompt's token ids, and the embeddings (n, D) of one with images.
 
     Raises:
         ValueError: For a prompt that is empty or longer than the context.
     """
+    from .models.loading import context_of
+
     tokenizer = loaded.tokenizer
     text = args.prompt_text
     templated = not args.ignore_chat_template and tokenizer.has_chat_template
     if templated:
         text = _filled_in(args, tokenizer, text)
-        if cache is not None:  # which holds what is before the question
-            before = _filled_in(args, tokenizer, "<query>")
-            text = text[before.index("<query>") :]
+    if templated and cache is not None:
+        # The cache holds what is before the question.
+        before = _filled_in(args, tokenizer, "<query>")
+        text = text[before.index("<query>") :]
     images = None
     if args.image:
-        text, images = _with_images(args, loaded, text)
+        from .models.image_prompts import with_images
+
+        text, images = with_images(loaded.model, loaded.config, text, args.image)
     token_ids = list(tokenizer.encode(text, add_special_tokens=not templated))
     if not token_ids:
         raise ValueError("The prompt is empty: give at least one token with --prompt.")
-    from .models.loading import context_of
-
     context = context_of(loaded.config, tokenizer)
     if len(token_ids) >= context:
         raise ValueError(
@@ -315,44 +298,26 @@ def _prompt(
         )
     if images is None:
         return token_ids, None
-    embeddings = loaded.model.embed_inputs(mx.array(token_ids), pixel_values=images)
-    mx.eval(embeddings)  # the prompt is read on another stream
-    return token_ids, embeddings
+    from .models.image_prompts import embedded
+
+    return token_ids, embedded(loaded.model, token_ids, images)
 
 
 def _filled_in(args: Namespace, tokenizer: Any, question: str) -> str:
     """The chat template's text of a question, with --system-prompt and --prefill-response."""
-    from .models.templates import apply_template
+    from .models.templates import question_text
 
-    messages = []
-    if args.system_prompt is not None:
-        messages.append({"role": "system", "content": args.system_prompt})
-    messages.append({"role": "user", "content": question})
-    has_prefill = args.prefill_response is not None
-    if has_prefill:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-    variables = json.loads(args.chat_template_config) if args.chat_template_config else {}
-    return apply_template(
+    variables = {}
+    if args.chat_template_config:
+        variables = json.loads(args.chat_template_config)
+    return question_text(
         tokenizer,
-        messages,
+        question,
+        system_prompt=args.system_prompt,
+        prefill=args.prefill_response,
         remedy="give --ignore-chat-template",
-        continue_final_message=has_prefill,
-        add_generation_prompt=not has_prefill,
-        **variables,
+        variables=variables,
     )
-
-
-def _with_images(args: Namespace, loaded: _Loaded, text: str) -> tuple[str, Any]:
-    """The prompt with the images' placeholders, and the images' values."""
-    from PIL import Image
-
-    from .models.compat.mlx_lm import load_processor
-
-    processor = load_processor(loaded.model, loaded.config)
-    if processor is None:
-        raise ValueError(f"{args.model} does not take images: leave --image out.")
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in args.image]
-    return processor(text, images=images)
 
 
 def _answer(
@@ -360,15 +325,25 @@ def _answer(
     loaded: _Loaded,
     prompt: list[int],
     embeddings: mx.array | None,
-    cache: _PromptCache | None,
-    grammar: Any,
+    cache: "CachedPrompt | None",
+    grammar: Grammar | None,
 ) -> None:
     """Writes the answer to the terminal."""
     from .decoding.generation import generate
     from .decoding.sampler import make_sampler
 
     tokenizer = loaded.tokenizer
-    processor = GrammarProcessor(tokenizer, grammar) if grammar else None
+    processor = None
+    processors: list[Callable[[mx.array, mx.array], mx.array]] = []
+    if grammar is not None:
+        processor = GrammarProcessor(tokenizer, grammar)
+        processors.append(processor)
+    layers = None
+    if cache is not None:
+        layers = cache.layers
+    draw_temperature = None
+    if args.draw_probes:
+        draw_temperature = args.temp
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -386,15 +361,15 @@ def _answer(
         verbose=args.verbose,
         n_probes=args.n_probes,
         verify=not args.no_verify,
-        draw_temperature=args.temp if args.draw_probes else None,
+        draw_temperature=draw_temperature,
         max_wait=args.max_wait,
         lookup=args.lookup,
         max_tokens=args.max_tokens,
         sampler=sampler,
-        logits_processors=[processor] if processor else None,
+        logits_processors=processors,
         max_kv_size=args.max_kv_size,
         prefill_step_size=args.prefill_step_size,
-        prompt_cache=None if cache is None else cache.layers,
+        prompt_cache=layers,
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
@@ -404,13 +379,14 @@ def _answer(
     )
     if not args.verbose:
         print(text)
-    if processor and not processor.accepts(text):
-        cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
-        reason = processor.problem or cut
+    if grammar is not None and processor is not None and not processor.accepts(text):
+        reason = processor.problem
+        if reason is None:
+            reason = f"it was cut at --max-tokens {args.max_tokens}: give more"
         print(f"The text does not complete the {grammar.form}: {reason}.", file=sys.stderr)
 
 
-def _build(loaded: _Loaded, options: Any) -> None:
+def _build(loaded: _Loaded, options: "HeadOptions") -> None:
     """Builds the FlashHead for next time."""
     from .loading.background import LEFT, PREPARING, build_now
     from .models.errors import UnsupportedHeadError

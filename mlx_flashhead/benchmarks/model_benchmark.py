@@ -12,13 +12,14 @@ from rich.table import Table
 from ..common.tables import new_table, percent
 from ..decoding.policy import policy_of
 from ..loading.load import load
+from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from ..models.vlm import is_vlm
+from ..wide.step import WideSteps
+from ..wide.trial import established_costs
 from . import SAMPLERS
-from .host_time import host_times
 from .reporting import Case, spread, spread_cells
 from .variants import DENSE, FLASH_HEAD, UNVERIFIED, Variant, with_flash_head
-from .wide_report import wide_figures
 
 DEFAULT_BATCHES = (1, 4, 8)
 PROMPT = (
@@ -63,10 +64,10 @@ def cases(args: argparse.Namespace) -> Generator[Case | dict[str, Any]]:
         UNVERIFIED: with_flash_head(model, verify=False),
     }
     prompt = tokenizer.encode(PROMPT)
-    if args.report:
-        yield {"host": host_times(model, prompt)}
-        if not is_vlm(model):
-            yield {"wide": wide_figures(model, prompt)}
+    if args.report and not is_vlm(model):
+        # A step of several tokens, relative to a single one, by their number.
+        costs = established_costs(WideSteps.of(model), make_prompt_cache(model))
+        yield {"wide": {"established": list(costs), "costs": costs}}
 
     def seconds(variant: Variant, sampler: str, batch: int, _: int) -> float:
         return variant.decode(prompt, batch, args.tokens, SAMPLERS[sampler])[0]

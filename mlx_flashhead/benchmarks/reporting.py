@@ -90,6 +90,9 @@ def write_report(
     args: argparse.Namespace,
     cases: Generator[Case | dict[str, Any]],
     make_table: Callable[[dict[str, Any]], Table],
+    *,
+    kind: str,
+    command: str,
 ) -> None:
     """Times the cases and reports them, or those that it has when it is stopped.
 
@@ -97,9 +100,11 @@ def write_report(
     shows the first column of figures of each table.
 
     Args:
-        args: The flags of ``mlx_flashhead.benchmark``.
+        args: The number of ``rounds``, and the files ``report`` and ``plot``.
         cases: What is timed, and what the JSON file has besides, as ``confirmed``.
         make_table: Makes a table of the figures of a case.
+        kind: What the file says is measured, in a word.
+        command: The command as it is typed, without its arguments.
     """
     confirmed: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
@@ -122,9 +127,9 @@ def write_report(
             show(*tables, _machine_line(about))
             if args.report:
                 report = {
-                    "kind": args.kind,
+                    "kind": kind,
                     "machine": about,
-                    "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+                    "command": " ".join([command, *sys.argv[1:]]),
                     "complete": complete,
                     "results": list(measured.values()),
                     "confirmed": confirmed,

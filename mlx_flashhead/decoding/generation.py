@@ -6,12 +6,14 @@ The choices are those of the dense model.
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from inspect import signature
 from typing import Any, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..common.verbose import print_finished, print_statistics, print_text
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
 from ..models.install import NO_FLASH_HEAD, get_flash_head
@@ -117,23 +119,12 @@ def generate(
     check_keywords(kwargs, GenerateOptions.__annotations__)
     options = cast(dict[str, Any], kwargs)
     proposer = make_proposer(model, DecodingSettings.taken_from(options))
-    if verbose:
-        print("=" * 10)
     options.setdefault("logprobs", False)
-    text = ""
-    for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
-        if verbose:
-            print(response.text, end="", flush=True)
-        text += response.text
-    if verbose:
-        print()
-        print("=" * 10)
-        if text:
-            _print_statistics(response)
-            _print_how(proposer, response.generation_tokens, options.get("draft_model"))
-        else:
-            print("No text generated for this prompt")
-    return text
+    responses = _responses(model, tokenizer, prompt, proposer=proposer, **options)
+    if not verbose:
+        return "".join(response.text for response in responses)
+    how_it_was_decoded = partial(_how_it_was_decoded, proposer, options.get("draft_model"))
+    return print_text(responses, how_it_was_decoded)
 
 
 def batch_generate(
@@ -186,8 +177,8 @@ def batch_generate(
     )
     n_prompts = len(prompts)
     if verbose:
-        _print_finished(0, n_prompts)
-    limits = [max_tokens] * n_prompts if isinstance(max_tokens, int) else max_tokens
+        print_finished(0, n_prompts)
+    limits = _limit_of_each(max_tokens, n_prompts)
     uids = generator.insert(prompts, limits, caches=prompt_caches)
     token_ids: dict[int, list[int]] = {uid: [] for uid in uids}
     logprobs: dict[int, list[float]] = {uid: [] for uid in uids}
@@ -198,7 +189,7 @@ def batch_generate(
                 if response.finish_reason is not None:
                     caches[response.uid] = response.prompt_cache
                     if verbose:
-                        _print_finished(len(caches), n_prompts)
+                        print_finished(len(caches), n_prompts)
                 if response.finish_reason == "stop":
                     continue
                 token_ids[response.uid].append(response.token)
@@ -208,8 +199,8 @@ def batch_generate(
         generator.close()
     texts = [tokenizer.decode(token_ids[uid]) for uid in uids]
     if verbose:
-        _print_finished(len(caches), n_prompts, end="\n")
-        _print_batch_statistics(stats)
+        print_finished(len(caches), n_prompts, is_last=True)
+        print_statistics(stats, prefix="[batch_generate] ")
     return compat.batch_response(
         texts=texts,
         stats=stats,
@@ -219,15 +210,18 @@ def batch_generate(
     )
 
 
+def _limit_of_each(max_tokens: int | list[int], n_prompts: int) -> list[int]:
+    """The most tokens of each text, where one number may stand for all."""
+    if isinstance(max_tokens, int):
+        return [max_tokens] * n_prompts
+    return max_tokens
+
+
 def _where_wanted(wanted: bool, of_texts: dict[int, Any], uids: list[int]) -> list[Any] | None:
     """What there is of each text, in the order of the prompts; None where it is not wanted."""
     if not wanted:
         return None
     return [of_texts[uid] for uid in uids]
-
-
-def _print_finished(n: int, n_prompts: int, end: str = " ...\r") -> None:
-    print(f"[batch_generate] Finished processing {n}/{n_prompts}", end=end)
 
 
 def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
@@ -389,33 +383,15 @@ def _steps(
     return with_guesses(steps, proposer)
 
 
-def _print_statistics(response: GenerationResponse) -> None:
-    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
-    print(
-        f"Generation: {response.generation_tokens} tokens, "
-        f"{response.generation_tps:.3f} tokens-per-sec"
-    )
-    print(f"Peak memory: {response.peak_memory:.3f} GB")
-
-
-def _print_how(proposer: Proposer, n_tokens: int, draft_model: Any) -> None:
+def _how_it_was_decoded(
+    proposer: Proposer, draft_model: Any, latest: GenerationResponse
+) -> Iterator[str]:
+    """Says in lines what has guessed, proposed and verified a text, up to its latest token."""
     if proposer.n_guessed or draft_model is not None:
-        print(proposer.report_guesses(n_tokens))
+        yield proposer.report_guesses(latest.generation_tokens)
     if isinstance(draft_model, TrainedDrafter):
-        print(f"Drafts: {drafter_report(draft_model, proposer.model)}")
+        yield f"Drafts: {drafter_report(draft_model, proposer.model)}"
     elif draft_model is not None:
-        print(f"Drafts: {draft_report(draft_model)}")
+        yield f"Drafts: {draft_report(draft_model)}"
     elif proposer.head is not None:
-        print(proposer.report())
-
-
-def _print_batch_statistics(stats: Any) -> None:
-    print(
-        f"[batch_generate] Prompt: {stats.prompt_tokens} tokens, "
-        f"{stats.prompt_tps:.3f} tokens-per-sec"
-    )
-    print(
-        f"[batch_generate] Generation: {stats.generation_tokens} tokens, "
-        f"{stats.generation_tps:.3f} tokens-per-sec"
-    )
-    print(f"[batch_generate] Peak memory: {stats.peak_memory:.3f} GB")
+        yield proposer.report()

@@ -74,6 +74,47 @@ def apply_template(
         ) from error
 
 
+def question_text(
+    tokenizer: Any,
+    question: str,
+    *,
+    system_prompt: str | None = None,
+    prefill: str | None = None,
+    remedy: str = "change the question",
+    variables: dict[str, Any] | None = None,
+) -> str:
+    """Fills in the chat template for a user's question.
+
+    Args:
+        tokenizer: mlx-lm's tokenizer.
+        question: The user's text.
+        system_prompt: Comes before it.
+        prefill: The beginning of the answer, which the model continues.
+        remedy: What the error advises.
+        variables: Of the template.
+
+    Returns:
+        The text of the prompt.
+
+    Raises:
+        ValueError: As :func:`apply_template`.
+    """
+    messages = []
+    if system_prompt is not None:
+        messages.append({"role": "system", "content": system_prompt})
+    messages.append({"role": "user", "content": question})
+    if prefill is not None:
+        messages.append({"role": "assistant", "content": prefill})
+    return apply_template(
+        tokenizer,
+        messages,
+        remedy=remedy,
+        continue_final_message=prefill is not None,
+        add_generation_prompt=prefill is None,
+        **(variables or {}),
+    )
+
+
 def template_variables(tokenizer: Any) -> frozenset[str]:
     """Names of the variables that a tokenizer's chat template reads, as far as it is Jinja's."""
     template = _jinja_template(tokenizer, None)

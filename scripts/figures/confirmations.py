@@ -2,8 +2,9 @@
 
     python scripts/figures/confirmations.py smollm2-flashhead --json confirmed.json
 
-The sums and the rounding of products, what kernels may ask of the GPU, what is compiled when, and
-the times of known heads. On a CPU MLX's own operations compute the same, which says how the file
+The sums and the rounding of products, what kernels may ask of the GPU, what is compiled when, the
+times of known heads, what Python takes of a token's time, and whether steps of several tokens have
+the bits of single ones. On a CPU MLX's own operations compute the same, which says how the file
 looks.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from host_time import host_times
 from mlx_flashhead.benchmarks import SAMPLERS, SHAPES
 from mlx_flashhead.benchmarks.head_benchmark import random_head
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT
@@ -40,6 +42,8 @@ from mlx_flashhead.head.same_sums import logits_of_scores
 from mlx_flashhead.head.slot_product import CLASSES
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import hidden_dtype, installed_head
+from mlx_flashhead.models.vlm import is_vlm
+from wide_parts import wide_figures
 
 CLUSTER_SIZE = 16
 # Rows and columns: whole blocks, a remainder of the rows, and one of the columns.
@@ -58,8 +62,8 @@ def confirmed(model: str) -> Iterator[tuple[str, Any]]:
     """Everything that a machine confirms with a model, JSON-ready, in a few minutes.
 
     Yields:
-        ``first_token``, ``kernels``, ``rounding`` of the model's head, ``sums``, ``products`` and
-        ``heads``, each with its figures.
+        ``first_token``, ``kernels``, ``rounding`` of the model's head, ``sums``, ``products``,
+        ``heads``, ``host`` and, but for a model of mlx-vlm, ``wide``, each with its figures.
     """
     loaded, tokenizer = load(model)
     head = installed_head(loaded)
@@ -83,6 +87,9 @@ def confirmed(model: str) -> Iterator[tuple[str, Any]]:
         yield "heads", list(head_times(tuple(SHAPES), bits=(4, 16)))
     else:  # whose products of 4 bits take seconds
         yield "heads", list(head_times(SMALL, bits=(16,)))
+    yield "host", host_times(loaded, prompt)
+    if not is_vlm(loaded):
+        yield "wide", wide_figures(loaded, prompt)
 
 
 def _rounding_figures(rounding: Any) -> dict[str, Any]:

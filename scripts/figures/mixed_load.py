@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from measured_server import HOST, ServerProcess, serving
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks.reporting import machine
-from mlx_flashhead.benchmarks.server_benchmark import ANSWER_SECONDS, SENTENCE, TOPICS
-from mlx_flashhead.benchmarks.server_process import HOST, ServerProcess, serving
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, show
+from server_load import ANSWER_SECONDS, SENTENCE, TOPICS
 
 MINUTE = 60.0  # seconds
 SHARE_THAT_LEAVES = 0.2

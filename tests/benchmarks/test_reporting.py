@@ -30,9 +30,9 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
         return 0.25
 
     outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
-    arguments = argparse.Namespace(kind="any", rounds=5, **outputs)
+    arguments = argparse.Namespace(rounds=5, **outputs)
     with pytest.raises(type(stop)):
-        write_report(arguments, cases(seconds), make_table)
+        write_report(arguments, cases(seconds), make_table, kind="any", command="a command")
     shown = capsys.readouterr()
     assert ("of a form" in shown.out) == ("Stopped: " in shown.err) == (in_round > 1)
     if in_round == 1:
@@ -40,6 +40,7 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
         return
     figures = json.loads((tmp_path / "out.json").read_text())
     assert not figures["complete"] and figures["results"] == [{"value": 2}]
+    assert figures["kind"] == "any" and figures["command"].startswith("a command")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 import confirmations
+import host_time
+import wide_parts
 from confirmations import CountedKernels, products, random_rows, sums
 from kernel_cases import kernels, make_clustered, on_gpu
 from mlx_flashhead.head.matrix import FORMATS
 from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.wide import trial
 
 
 def test_every_format_that_kernels_read_is_summed():
@@ -60,10 +63,17 @@ def test_all_figures_are_in_the_file(run, converted, monkeypatch, tmp_path):
     monkeypatch.setattr(confirmations, "SMALL", ())
     monkeypatch.setattr(confirmations, "SHAPES", {})
     monkeypatch.setattr(confirmations, "ANSWER", 4)
+    monkeypatch.setattr(host_time, "N_TOKENS", 4)
+    monkeypatch.setattr(host_time, "FIRST", 2)
+    monkeypatch.setattr(wide_parts, "N_TOKENS", 8)
+    monkeypatch.setattr(trial, "LONG", (60,))
     file = tmp_path / "out.json"
     code, _, errors = run(confirmations, converted, "--json", file)
-    assert code == 0 and "Confirmed: heads" in errors
+    assert code == 0 and "Confirmed: wide" in errors
     found = json.loads(file.read_text())
-    names = ["first_token", "kernels", "rounding", "sums", "products", "heads"]
+    names = ["first_token", "kernels", "rounding", "sums", "products", "heads", "host", "wide"]
     assert list(found) == ["kind", "machine", *names]
     assert min(found["first_token"]) > 0
+    assert found["host"]["penalty"]["relative"] > 0
+    assert all(text["same"] for text in found["wide"]["texts"].values())
+    assert all(part["equal"] == part["of"] for part in found["wide"]["parts"]["8"].values())

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.mlx_lm import sample_utils
-from ..models.install import dense_copy
-from . import SAMPLERS
-from .variants import DENSE, FLASH_HEAD, Variant, with_flash_head
+from mlx_flashhead.benchmarks import SAMPLERS
+from mlx_flashhead.benchmarks.variants import DENSE, FLASH_HEAD, Variant, with_flash_head
+from mlx_flashhead.models.compat.mlx_lm import sample_utils
+from mlx_flashhead.models.install import dense_copy
 
 N_TOKENS = 64
 FIRST = 16  # tokens of a text that are not timed: until verifications take many

@@ -1,12 +1,14 @@
 """Servers under load: what counts as answered or lost, and what a client rejects."""
 
+import json
 import socket
+from contextlib import contextmanager
 from threading import Thread
 
 import pytest
 
-from mlx_flashhead.benchmarks import server_benchmark as server
-from mlx_flashhead.benchmarks.server_benchmark import ask
+import server_load as server
+from server_load import ask
 
 ALONE = {"first": "one", "second": "two"}
 
@@ -64,3 +66,43 @@ def test_an_answer_that_is_not_complete_is_refused(status, body, message):
 def test_a_server_that_does_not_start_is_one_sentence():
     with pytest.raises(ValueError, match=r"mlx_flashhead.server .* did not start: error: "):
         server.serving("mlx_flashhead.server", "--no-such-flag").__enter__()
+
+
+def test_three_servers_are_put_under_load(run, converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    # the tiny model's context is short
+    monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)
+    commands = []
+    ports = []
+
+    @contextmanager
+    def recorded(*command, serving=server.serving):
+        commands.append(command)
+        if "--dense" in command:
+            # the first one stands for it
+            yield ports[0]
+            return
+        with serving(*command) as port:
+            ports.append(port)
+            yield port
+
+    monkeypatch.setattr(server, "serving", recorded)
+    file = tmp_path / "out.json"
+    code, screen, _ = run(
+        server, "--model", converted, "--n-probes", 2, "--rounds", 1, "--clients", 3,
+        "--requests", 6, "--tokens", 4, "--report", file, "--plot", tmp_path / "out.png",
+    )  # fmt: skip
+    assert code == 0 and max(map(len, screen.splitlines())) <= 80
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(file.read_text())
+    assert (figures["kind"], figures["complete"]) == ("server", True)
+    assert figures["command"].startswith("python scripts/figures/server_load.py --model ")
+    (result,) = figures["results"]
+    assert list(result["loads"]) == ["FlashHead", "dense", "mlx_lm.server"]
+    for load in result["loads"].values():
+        assert load["answered"] + load["hung_up"] == 6
+        assert load["as_alone"] == load["answered"]
+        assert f" {load['tokens_per_second']['median']:.1f} " in screen
+    assert "Answers lost: 0." in screen
+    # neither a build nor dense steps are measured
+    assert {"--build-first", "--flash-head-always"} <= set(commands[0])

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
+import host_time
 from flash_loops import flash_of
-from mlx_flashhead.benchmarks import host_time
-from mlx_flashhead.benchmarks.host_time import host_times
+from host_time import host_times
 from mlx_flashhead.decoding.policy import policy_of
 from tiny_models import tiny_model
 

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from typing import IO, NamedTuple
 
-from ..common.interrupts import cleanup
+from mlx_flashhead.common.interrupts import cleanup
 
 HOST = "127.0.0.1"
 

@@ -1,4 +1,6 @@
-"""Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
+"""Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own: docs/speed.md.
+
+    python scripts/figures/server_load.py --model smollm2-flashhead --report server.json
 
 They keep no caches of prompts. Clients stream answers to prompts of different lengths, and some
 hang up after the first text. The other answers are compared with those to each question alone.
@@ -20,10 +22,14 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ..common.tables import new_table
-from ..models.fetch import resolve
-from .reporting import Case, spread
-from .server_process import HOST, serving
+from measured_server import HOST, serving
+from mlx_flashhead.benchmark import ANY_MODEL, add_common_flags, add_number
+from mlx_flashhead.benchmarks.reporting import Case, spread, write_report
+from mlx_flashhead.common.arguments import Parser, whole_numbers
+from mlx_flashhead.common.command import command
+from mlx_flashhead.common.interrupts import ctrl_c_raises
+from mlx_flashhead.common.tables import new_table
+from mlx_flashhead.models.fetch import resolve
 
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
@@ -228,3 +234,34 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
         except HTTPException as error:
             raise ValueError(f"the answer broke off: {error!r}") from error
     raise ValueError("the stream ended without its usage")
+
+
+@command
+def main() -> None:
+    """Entry point."""
+    parser = Parser(prog="scripts/figures/server_load.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    add_common_flags(parser, rounds=1)
+    parser.add_argument(
+        "--clients",
+        type=whole_numbers(1),
+        default=[1, 4, 8, 16],
+        metavar="1,4,…",
+        help="Clients at once (default: 1,4,8,16).",
+    )
+    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
+    add_number(parser, "--tokens", 16, "Tokens of each answer")
+    args = parser.parse_args()
+    # At Ctrl-C the figures so far are reported.
+    with ctrl_c_raises():
+        write_report(
+            args,
+            cases(args),
+            make_table,
+            kind="server",
+            command="python scripts/figures/server_load.py",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,14 @@
-"""What a report says of steps of several tokens."""
+"""Steps of several tokens beside single ones, part by part."""
 
 import pytest
 
+import wide_parts
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
-from mlx_flashhead.benchmarks import wide_report
-from mlx_flashhead.benchmarks.wide_report import compared, wide_figures
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide import twin as twins
 from mlx_flashhead.wide.step import WideSteps
+from wide_parts import compared, wide_figures
 
 PROMPT = [5, 17, 3, 99, 42, 7, 5, 17, 3, 21]
 
@@ -42,7 +42,7 @@ def test_a_part_that_differs_is_found(monkeypatch):
 
 
 def test_all_figures(monkeypatch):
-    monkeypatch.setattr(wide_report, "N_TOKENS", 12)
+    monkeypatch.setattr(wide_parts, "N_TOKENS", 12)
     monkeypatch.setattr(trial, "LONG", (60,))
     flash = make_flash(num_hidden_layers=2)
     fed = []

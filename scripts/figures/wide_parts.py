@@ -14,15 +14,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..decoding.loop import verified_tokens
-from ..decoding.proposer import Proposer
-from ..decoding.settings import DecodingSettings
-from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
-from ..models.install import dense_copy
-from ..wide.step import WIDTHS, WideSteps, layout_of
-from ..wide.trial import established_costs, have_same_bits
-from . import SAMPLERS
-from .variants import Variant
+from mlx_flashhead.benchmarks import SAMPLERS
+from mlx_flashhead.benchmarks.variants import Variant
+from mlx_flashhead.decoding.loop import verified_tokens
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.settings import DecodingSettings
+from mlx_flashhead.models.compat.mlx_lm import make_prompt_cache, sample_utils
+from mlx_flashhead.models.install import dense_copy
+from mlx_flashhead.wide.step import WIDTHS, WideSteps, layout_of
+from mlx_flashhead.wide.trial import established_costs, have_same_bits
 
 N_TOKENS = 64  # of a text
 Results = dict[str, list[mx.array]]  # of a model's parts, by name, in the order of their calls
