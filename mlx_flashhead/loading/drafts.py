@@ -33,11 +33,17 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What drafts, as a user chooses."""
+    """What drafts, as a user chooses.
 
-    model: str | None = None  # folder or repository of a smaller model, or of a trained drafter
-    mtp: str | Path | bool | None = None  # where the model's own MTP layer is; True: its original
-    probes: int | None = None  # clusters scored for each draft of a smaller model
+    Attributes:
+        model: The folder or repository of a smaller model, or of a trained drafter.
+        mtp: Where the model's own MTP layer is; True: in its original.
+        probes: Clusters scored for each draft of a smaller model.
+    """
+
+    model: str | None = None
+    mtp: str | Path | bool | None = None
+    probes: int | None = None
 
     def check(self, target: str) -> None:
         """Checks what drafts for a target, before anything is loaded; raises as :func:`load`."""
@@ -165,7 +171,8 @@ def check_draft(draft: str, target: str) -> None:
 def _vocab_size(folder: Path, name: str) -> int:
     try:
         return int(load_tokenizer(folder).vocab_size)
-    except Exception as error:  # classes of tokenizers, and damaged files, raise any
+    except Exception as error:
+        # Classes of tokenizers, and damaged files, raise any error.
         raise ValueError(
             f"The tokenizer of {name} cannot be loaded ({reason(error)}): check or fetch it again."
         ) from error

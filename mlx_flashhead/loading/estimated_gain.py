@@ -55,7 +55,9 @@ def _bytes_read(module: nn.Module) -> float:
     for array in dict.values(module):
         if not isinstance(array, mx.array):
             continue
-        # Experts are matrices in one array of three dimensions.
-        n_matrices = len(array) if array.ndim == 3 else 1
+        n_matrices = 1
+        if array.ndim == 3:
+            # Experts are matrices in one array.
+            n_matrices = len(array)
         nbytes += array.nbytes / n_matrices
     return nbytes

@@ -56,12 +56,13 @@ def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
 
 def _advice(model: nn.Module, rows: Matrix, tuning: Tuning, finer: bool) -> str:
     """What the bits of the head mean for the gain."""
-    bits = rows.bits if rows.quantized else 8 * rows.weight.itemsize
+    bits = rows.format.bits
     if finer:
         return f"It has a finer head of {bits} bits."
     if bits >= DEFAULT_BITS:
-        best = f"Its head has {bits} bits already, the best case: it needs no `fine_head`."
-        return "" if tuning.dense else best
+        if tuning.dense:
+            return ""
+        return f"Its head has {bits} bits already, the best case: it needs no `fine_head`."
     speed = fine_gain(model, tuning)
     return (
         f"Its head has {bits} bits: with `fine_head` its text gets better, at an estimated "

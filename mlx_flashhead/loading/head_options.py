@@ -20,43 +20,70 @@ BUILD = "build"
 REFUSE = "refuse"
 DENSE = "dense"
 LATER = "later"
-VARIABLE = "MLX_FLASHHEAD_RUN"  # read by interop/hook/sitecustomize.py
+# `interop/hook/sitecustomize.py` reads this variable.
+VARIABLE = "MLX_FLASHHEAD_RUN"
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a model gets its FlashHead."""
+    """How a model gets its FlashHead.
+
+    Attributes:
+        flash_head: The folder or repository of one.
+        missing: What to do without any: BUILD one, REFUSE, stay DENSE for good, or be dense until
+            one is built LATER.
+        n_probes: Clusters scored per token; None: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Whether something is said, and bars are shown.
+        tunes: Measure the settings of the loop on this machine, once.
+        measures: Measure them now, even if they are known.
+        drafts: Whether the model drafts for another one.
+        always: Use a FlashHead that makes nothing faster, too.
+        flags: Name parameters by their flags, for a command.
+        fine_head: Where a finer head comes from; True: from the original that the model names.
+        head_bits: Bits of the finer head; None: 8.
+        verify: Whether the text of another program is verified.
+        lookup: When the next tokens of another program's text are looked up.
+        draft_model: A trained drafter for another program's texts.
+        mtp: Where the model's own MTP layer is, for these.
+        num_draft_tokens: The most tokens that a drafter guesses at a time.
+        check: Whether another program's tokens are counted, for a line at its end.
+        tell: Takes what is said; None: standard error.
+    """
 
     flash_head: str | Path | None = None
-    missing: str = BUILD  # what to do without any; DENSE: for good, LATER: until it is built
+    missing: str = BUILD
     n_probes: int | None = None
     backend: str | None = None
     progress: bool = True
-    tunes: bool = True  # measure the settings of the loop on this machine, once
-    measures: bool = False  # measure them now, even if they are known
-    drafts: bool = False  # whether the model drafts for another one
-    always: bool = False  # use a FlashHead that makes nothing faster, too
-    flags: bool = False  # name parameters by their flags, for a command
-    fine_head: str | Path | bool | None = None  # True: of the original that the model names
-    head_bits: int | None = None  # of the finer head; default: 8
-    verify: bool = True  # whether another program's text is verified
-    lookup: str = "auto"  # when the next tokens of another program's text are looked up
-    # of another program's texts: a trained drafter, or where the model's own MTP layer is
+    tunes: bool = True
+    measures: bool = False
+    drafts: bool = False
+    always: bool = False
+    flags: bool = False
+    fine_head: str | Path | bool | None = None
+    head_bits: int | None = None
+    verify: bool = True
+    lookup: str = "auto"
     draft_model: str | None = None
     mtp: str | Path | bool | None = None
-    num_draft_tokens: int = 3  # that it guesses at a time, at most
-    check: bool = False  # whether its tokens are counted, for a line at its end
-    tell: Callable[[str], object] | None = None  # takes what is said; None: standard error
+    num_draft_tokens: int = 3
+    check: bool = False
+    tell: Callable[[str], object] | None = None
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
         """The choices of `common/flags.py`; ValueError if they contradict each other."""
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
-        # unverified choices are a FlashHead's, never silently a normal head's
+        # Unverified choices are a FlashHead's, never silently a normal head's.
         answers_first = "build_first" in args and not unverified
-        missing = LATER if answers_first and not args.build_first else BUILD
-        if dense or args.no_build:
-            missing = DENSE if dense or answers_first else REFUSE
+        missing = BUILD
+        if dense or (args.no_build and answers_first):
+            missing = DENSE
+        elif args.no_build:
+            missing = REFUSE
+        elif answers_first and not args.build_first:
+            missing = LATER
         if args.head_bits is not None and not args.fine_head:
             raise ValueError("`head_bits` is for a finer head: add --fine-head.")
         return cls(
@@ -80,7 +107,8 @@ class HeadOptions:
         values = asdict(self)
         for name in ("flash_head", "fine_head", "draft_model", "mtp"):
             if isinstance(values[name], str | Path) and Path(values[name]).exists():
-                values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
+                # The process may start elsewhere.
+                values[name] = str(Path(values[name]).resolve())
         changed = {name: v for name, v in values.items() if v != getattr(HeadOptions, name)}
         hook = str(Path(__file__).parents[1] / "interop" / "hook")
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -89,9 +117,14 @@ class HeadOptions:
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
-        text = printable(with_flags(text) if self.flags else text)
-        if self.tell is not None and self.progress:
+        if not self.progress:
+            return
+        if self.flags:
+            text = with_flags(text)
+        text = printable(text)
+        if self.tell is not None:
             self.tell(text)
-        elif self.progress:
-            tqdm.write(text, file=sys.stderr)  # above a bar that is shown
+        else:
+            # The sentence stands above a bar that is shown.
+            tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()

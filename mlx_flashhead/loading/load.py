@@ -75,7 +75,7 @@ def load(
     """
     options = HeadOptions(
         flash_head=flash_head,
-        missing=BUILD if build else REFUSE,
+        missing=_where_missing(build),
         n_probes=n_probes,
         backend=backend,
         progress=progress,
@@ -92,7 +92,16 @@ def load(
         lazy=lazy,
         trust_remote_code=trust_remote_code,
     )
-    return loaded if return_config else loaded[:2]
+    if return_config:
+        return loaded
+    return loaded[:2]
+
+
+def _where_missing(build: bool) -> str:
+    """What is to be done without a FlashHead, as a caller of Python chooses."""
+    if build:
+        return BUILD
+    return REFUSE
 
 
 def load_with_head(folder: Path, options: HeadOptions, **loading: Any):
@@ -166,7 +175,9 @@ def sharded_load(
     head = attach_head(loaded[0], loaded[1], stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
-    return loaded if return_config else loaded[:2]
+    if return_config:
+        return loaded
+    return loaded[:2]
 
 
 def attach(
@@ -207,7 +218,7 @@ def attach(
     """
     options = HeadOptions(
         flash_head=flash_head,
-        missing=BUILD if build else REFUSE,
+        missing=_where_missing(build),
         n_probes=n_probes,
         backend=backend,
         progress=progress,
@@ -217,16 +228,20 @@ def attach(
     )
     source = _source_of(model, tokenizer)
     head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
-    assert head is not None  # only DENSE leaves it out
+    # Only DENSE leaves it out.
+    assert head is not None
     return head
 
 
 def _source_of(model: nn.Module, tokenizer: Any) -> Path:
     """The folder of a model in memory, as far as its tokenizer tells, else its name."""
-    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
+    # A processor has a tokenizer within it.
+    inner = getattr(tokenizer, "tokenizer", None)
     name = getattr(tokenizer, "name_or_path", "") or getattr(inner, "name_or_path", "")
     source = Path(str(name or type(model).__module__))
-    return source if source.is_dir() else Path(source.name)
+    if source.is_dir():
+        return source
+    return Path(source.name)
 
 
 def attach_head(
@@ -286,7 +301,8 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
     """
     if not options.fine_head:
         return
-    check_is_coarse(location, options.head_bits)  # else nothing is out of reach: it is a mistake
+    # A head that is fine already is a mistake of the user: nothing is out of reach.
+    check_is_coarse(location, options.head_bits)
     try:
         give_fine_head(
             location,

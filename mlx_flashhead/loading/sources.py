@@ -28,12 +28,16 @@ from ..models.fetch import DRAFTERS, FINE_HEADS, HOME_VARIABLE, SPEEDS, home, re
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
-RECIPE = 1  # a new version builds all FlashHeads again
-_NAME_LENGTH = 24  # of the 64 characters of a fingerprint
+# A new version builds all FlashHeads again.
+RECIPE = 1
+# A name has so many of the 64 characters of a fingerprint.
+_NAME_LENGTH = 24
 INDEX_FOLDER = "flash_heads"
-UNFINISHED = "unfinished"  # the folder of what builds have computed that were left
+# The folder of what builds have computed that were left.
+UNFINISHED = "unfinished"
 INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
-_NAMES = {  # names of cache entries, by folder: nothing else is touched
+# The names of cache entries, by folder. Nothing else is touched.
+_NAMES = {
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
     UNFINISHED: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
@@ -97,7 +101,9 @@ class Entry:
     def nbytes(self) -> int:
         """Its size on the disk, or 0 if it cannot be read."""
         with suppress(OSError):
-            parts = self.path.iterdir() if self.path.is_dir() else [self.path]
+            parts = [self.path]
+            if self.path.is_dir():
+                parts = [*self.path.iterdir()]
             return sum(part.stat().st_size for part in parts if part.is_file())
         return 0
 
@@ -107,13 +113,15 @@ class Entry:
         Returns:
             Whether its folder is gone, which it is not if it holds other files.
         """
-        is_one_file = self.path.suffix == ENDING or self.path.is_symlink()
-        files_of_it = [self.path] if is_one_file else [self.path / name for name in INDEX_FILES]
+        files_of_it = [self.path / name for name in INDEX_FILES]
+        if self.path.suffix == ENDING or self.path.is_symlink():
+            files_of_it = [self.path]
         for file in files_of_it:
             file.unlink(missing_ok=True)
         if self.config is not None:
             speeds_of(self.config).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds other files, or is gone
+        # It may hold other files, or be gone.
+        with suppress(OSError):
             self.path.rmdir()
         return not self.path.exists()
 
@@ -194,7 +202,8 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
     for entry in entries():
         if entry.config is None or not entry.path.name.endswith(f"-{RECIPE}"):
             continue
-        with suppress(ValueError, OSError):  # damaged, or of other rows
+        # It may be damaged, or of other rows.
+        with suppress(ValueError, OSError):
             index = read_index(entry.path)
             index.check_fit(rows, str(entry.path))
             return StoredHead(index, str(entry.path))
@@ -230,7 +239,8 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
         OSError: If the folder cannot be written.
     """
     replaced = [index.config]
-    with suppress(ValueError, OSError):  # there is none, or it is damaged
+    # There may be none, or a damaged one.
+    with suppress(ValueError, OSError):
         replaced.append(files.read_settings(place))
     with new_folder(place) as folder:
         files.write_companion(folder, index)
