@@ -8,6 +8,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_flashhead
 from mlx_flashhead import grammar_processor, make_sampler
+from mlx_flashhead.decoding import proposer
+from mlx_flashhead.decoding.measuring.rehearsal import rehearse
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs
@@ -90,6 +92,33 @@ def test_a_gpu_whose_pipelines_allow_fewer_threads(
     assert head.backend == ("metal" if allowed > 1 else "mlx")
     assert tokens(mlx_flashhead, (model, tokenizer)) == expected
     assert ("score" in kernels()) == (allowed > 1)
+
+
+def test_drawn_probes_are_those_of_mlxs_operations(gpu, pair, folder, kernels):
+    """Clusters that are drawn have no estimates, which only the kernels' own selection needs."""
+    model, tokenizer = mlx_lm.load(str(folder))
+    model.set_dtype(pair.flash[0].layers[0].input_layernorm.weight.dtype)
+    install_index(model, tiny_index(model, n_probes=3), backend="mlx")
+
+    def drawn(loaded):
+        sampler = sample_utils.make_sampler(0.9)
+        return tokens(mlx_flashhead, loaded, sampler=sampler, draw_temperature=0.9)
+
+    expected = drawn((model, tokenizer))
+    kernels()
+    assert drawn(pair.flash) == expected
+    assert kernels() is None or "score" in kernels()
+
+
+def test_a_model_whose_logits_nothing_verifies_is_rehearsed(gpu, folder, monkeypatch):
+    """Nobody knows what it does to its logits: its text is dense, and takes no verification."""
+    model, tokenizer = mlx_lm.load(str(folder))
+    head = install_index(model, tiny_index(model, n_probes=3))
+    monkeypatch.setattr(proposer, "logit_map_of", lambda model: None)
+    rehearse(model)
+    assert head.backend == "metal"
+    expected = tokens(mlx_lm, mlx_lm.load(str(folder)))
+    assert tokens(mlx_flashhead, (model, tokenizer)) == expected
 
 
 def guessed(lookup, pair, prompt, monkeypatch):

@@ -92,6 +92,11 @@ def rehearse(model: nn.Module) -> None:
 
 
 def _rehearse_kind(proposer: Proposer, kind: Kind, hidden: mx.array) -> None:
+    """Takes the steps of a kind of text, if any of its tokens may be verified."""
+    text = _text(kind)
+    proposer.begin(text)
+    if not proposer.can_verify(text):
+        return
     for n_tokens in CLASSES:
         _rehearse_text(proposer, kind, hidden[:1], n_tokens)
     for n_texts in TOGETHER:
@@ -104,8 +109,6 @@ def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: i
     """Proposes and verifies tokens of a text as the decoder does, with a state (1, D) for each."""
     text = _text(kind)
     proposer.begin(text)
-    if not proposer.can_verify(text):
-        return
     caches = OwnCaches([], proposer.model)
     text.enter(Phase.AHEAD, caches.marks([text])[0])
     schedule = VerifySchedule(proposer, caches.marks)
