@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.export",
         description="Write a FlashHead's Metal kernels and arrays to a file for an app made with "
-        "mlx-swift-lm; docs/ipad.md has the app's side.",
+        "mlx-swift-lm. The Swift package of this project, metal/swift, reads it there.",
         example=f"mlx_flashhead.export --model mlx_model --output head{SUFFIX}",
     )
     parser.add_argument(
@@ -76,7 +76,10 @@ def main() -> None:
             ) from error
     scored = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters scored per token"
     print(f"{output}: {megabytes(output.stat().st_size)}, {scored}")
-    print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
+    print(
+        f"Next: add {output.name}, the model's folder and this project's Swift package "
+        "(metal/swift) to the app, and call installFlashHead(from: headFile, in: model.model)."
+    )
 
 
 def _checked_output(args: Namespace) -> Path:

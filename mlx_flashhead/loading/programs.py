@@ -26,6 +26,7 @@ from ..interop.replace import Wrap, put_all_in_place
 from ..models.compat.mlx_lm import load_tokenizer, make_prompt_cache
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head
+from ..models.loading import check_format
 from ..models.origin import local_origin
 from ..models.trained_drafter import CONFIG, TrainedDrafter, is_trained_drafter, read_config
 from ..models.trust import is_recognised
@@ -124,6 +125,18 @@ class _FirstUse:
                 "the first text, and `mlx_flashhead.cache --build MODEL` now.",
                 at_once=True,
             )
+
+
+def _what_is_wrong(name: str, error: Exception) -> str | None:
+    """What a user can do about a model that does not load; None where the error says so."""
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        return hub_sentence(error, name)
+    try:
+        check_format(folder)
+    except ValueError as problem:
+        return str(problem)
+    return None
 
 
 def _use_of_head(model: Any) -> Use | None:
@@ -268,8 +281,7 @@ class _Patches:
                 name = str(path_or_hf_repo)
                 if (drafter := self._trained_drafter(name)) is not None:
                     return drafter, self._tokenizer
-                known = Path(name).expanduser().exists()
-                reason = None if known else hub_sentence(error, name)
+                reason = _what_is_wrong(name, error)
                 if reason is not None:  # which stands below the traceback
                     error.add_note(printable(f"mlx_flashhead.run: {reason}"))
                     error.__suppress_context__ = True  # the Hub's own errors, one behind the other

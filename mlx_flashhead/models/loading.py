@@ -15,7 +15,9 @@ OTHER_FORMATS = {
     "*.gguf": "a GGUF file",
     "*.bin": "PyTorch's weights",
     "*.pth": "PyTorch's weights",
+    "*.pt": "PyTorch's weights",
 }
+REMEDY = "choose a repository with safetensors, such as one of mlx-community"
 # The context of a model whose configuration and tokenizer do not give it.
 UNKNOWN_CONTEXT = 32768
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -47,6 +49,8 @@ def load_dense(
     # Code of models, and of damaged settings, raises any type.
     except Exception as error:
         remedy = "check or fetch it again"
+        if not any(folder.glob("*.safetensors")):
+            remedy += f", or {REMEDY}"
         if "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
         raise ValueError(
@@ -73,12 +77,11 @@ def check_format(folder: Path) -> None:
     """
     if any(folder.glob("*.safetensors")):
         return
-    remedy = "choose a repository with safetensors, such as one of mlx-community"
     for pattern, what in OTHER_FORMATS.items():
         file = next(folder.glob(pattern), None)
         if file is not None:
             raise ValueError(
-                f"{folder} holds {what} ({file.name}), which mlx-lm does not read: {remedy}."
+                f"{folder} holds {what} ({file.name}), which mlx-lm does not read: {REMEDY}."
             )
 
 

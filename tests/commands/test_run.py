@@ -118,6 +118,16 @@ def test_a_model_that_is_not_there(place):
     assert last.startswith("mlx_flashhead.run: There is no folder 'owner/absent' here, and it was")
 
 
+def test_a_model_in_another_format(place, tmp_path):
+    """The program's own traceback stays, and one line names what the folder holds."""
+    (tmp_path / "model.Q4.gguf").touch()
+    words = ("-m", "mlx_lm.generate", "--model", str(tmp_path), "--prompt", "x")
+    code, _, errors = start(place, *words)
+    *_, last = errors.splitlines()
+    assert code == 1 and "Traceback (most recent call last)" in errors
+    assert last.startswith(f"mlx_flashhead.run: {tmp_path} holds a GGUF file (model.Q4.gguf), ")
+
+
 def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch):
     """By a program, beside a sitecustomize that is there already; or by the variables alone."""
     (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)")

@@ -130,7 +130,12 @@ def test_hostile_settings_of_a_model(tmp_path, dense, text):
 
 
 @pytest.mark.parametrize(
-    "name, what", [("model.Q4.gguf", "a GGUF file"), ("pytorch_model.bin", "PyTorch's weights")]
+    "name, what",
+    [
+        ("model.Q4.gguf", "a GGUF file"),
+        ("pytorch_model.bin", "PyTorch's weights"),
+        ("model.pt", "PyTorch's weights"),
+    ],
 )
 def test_other_formats_are_named(tmp_path, name, what):
     (tmp_path / "config.json").write_text("{}")

