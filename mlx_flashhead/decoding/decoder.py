@@ -12,7 +12,6 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 """
 
 import logging
-import time
 from collections import deque
 from functools import cache as once
 from typing import Any, cast
@@ -21,6 +20,7 @@ import mlx.core as mx
 
 from ..wide.twin import NoWideStepError
 from .caches import Caches, RowMark
+from .clock import now
 from .dense_choice import choose_densely
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
@@ -88,9 +88,9 @@ class Decoder:
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
         all_propose = all(text.proposing for text in self.texts)
-        began = time.perf_counter()
+        began = now()
         single = self._advance()
-        seconds = time.perf_counter() - began
+        seconds = now() - began
         # Such a round is no measure of single steps: MLX has compiled in it, or it took a wide one.
         if self._proposer.n_traced > n_traced or not single:
             return

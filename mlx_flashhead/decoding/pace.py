@@ -33,7 +33,8 @@ class Pace:
     lose too much again.
 
     Args:
-        dense_seconds: Seconds of a round of dense decoding, where it was measured for one text.
+        dense_seconds: Seconds of work (``clock.now``) of a round of dense decoding, where it was
+            measured for one text.
         dense_left: Tokens that are still decoded densely.
     """
 

@@ -45,8 +45,8 @@ class Tuning:
     Attributes:
         gain: Of greedy text.
         sampled_gain: Of text at temperature 0.7 with top-p 0.95.
-        dense_seconds: Seconds of a token that is decoded densely.
-        busy: Whether the machine was: then this decides nothing, and is measured again.
+        dense_seconds: Seconds of work (``clock.now``) of a token that is decoded densely.
+        busy: Whether other work disturbed it: then it decides nothing, and is measured again.
     """
 
     gain: Positive

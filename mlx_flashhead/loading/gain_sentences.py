@@ -13,8 +13,9 @@ def why_dense(tuning: Tuning) -> str:
     """Says that a model stays dense: its FlashHead gains less than is needed."""
     if tuning.busy:
         return (
-            "The machine is too busy to measure what FlashHead gains here: the model stays dense "
-            "until it is quieter. `flash_head_always=True` overrides it."
+            "The machine is too busy to measure what FlashHead gains here: the model stays dense. "
+            "Its next start measures again, if the machine is quieter. `flash_head_always=True` "
+            "overrides it."
         )
     return (
         f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, and at "

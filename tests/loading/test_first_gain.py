@@ -57,8 +57,7 @@ def test_a_finer_head_is_said():
 def test_it_is_one_line_at_the_first_load(monkeypatch, capsys):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
-    monkeypatch.setattr(tuning, "is_busy", lambda: False)
-    monkeypatch.setattr(tuning, "SCATTER", 1e9)
+    monkeypatch.setattr(tuning, "AGREEMENT", 1e9)
     monkeypatch.setattr(tuning, "MAX_PENDING", 4)
     monkeypatch.setattr(policy, "least_gain", lambda: 0.0)
     heads = []

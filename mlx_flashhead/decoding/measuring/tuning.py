@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ from ...models.vlm import is_vlm
 from ...wide.step import WideSteps
 from ...wide.trial import established_costs
 from ..caches import OwnCaches
+from ..clock import now
 from ..decoder import Decoder
 from ..policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
 from ..proposer import Proposer
@@ -29,14 +30,14 @@ from ..schedule import FEW
 from ..settings import DecodingSettings
 from ..text import Text
 
-# No turn begins after so many seconds but the first two.
-SECONDS = 5.0
+# Turns are taken until their gains agree: as many at least, and none after so many seconds.
 TURNS = 3
+SECONDS = 10.0
+# The range of the gains in the middle, relative to their median, within which they agree.
+AGREEMENT = 0.1
 # Of the tokens of a verification, those behind a rejected one: simulated with the risks of 512
 # positions each of SmolLM2-135M and Gemma-3-270M, where the risk lets fewer than half be computed.
 WASTED = 0.25
-# The scatter of the dense times, relative to their median, above which the machine was busy.
-SCATTER = 0.15
 # Rounds of as many tokens, among which one without a rejected token is looked for.
 MOST_ROUNDS = 6
 # What most programs send.
@@ -46,7 +47,8 @@ SAMPLED = Sampler(Noise(temperature=0.7, top_p=0.95), seed=0)
 def tune(model: nn.Module, rejected: Sequence[float] = (0.0, 0.0)) -> Generator[None, None, Tuning]:
     """Measures what a model gains, and has its loops go by that.
 
-    Between two measurements the model is free for other work.
+    Each turn times what is compared, one after the other. There are more turns while their gains
+    disagree. Between two measurements the model is free for other work.
 
     Args:
         model: A model with a FlashHead.
@@ -55,35 +57,50 @@ def tune(model: nn.Module, rejected: Sequence[float] = (0.0, 0.0)) -> Generator[
     Returns:
         What it gains.
     """
-    busy = is_busy()
+    disturbed = _others_slow_it()
     began = time.perf_counter()
     n = max(FEW, min(MAX_PENDING, int(MAX_WAIT / token_seconds(model, 0, FEW, dense=True))))
     yield
     gains: dict[bool, list[float]] = {False: [], True: []}
-    times = []
-    for turn, sampled in product(range(TURNS), (False, True)):
-        if turn > 1 and time.perf_counter() - began > SECONDS:
+    dense_times = []
+    for turn in count():
+        settled = turn >= TURNS and all(map(agree, gains.values()))
+        late = time.perf_counter() - began > SECONDS
+        if settled or (turn >= TURNS and late):
             break
-        dense = token_seconds(model, turn, n, sampled=sampled, dense=True)
-        yield
-        wasted = rejected[sampled] * (1 + n * WASTED)
-        gains[sampled].append(dense / token_seconds(model, turn, n, sampled=sampled) / (1 + wasted))
-        yield
-        times.append(dense)
-    usual = median(times)
-    busy = busy or is_busy() or max(times) - min(times) > 2 * SCATTER * usual
-    most_likely: Callable[[list[float]], float] = median
-    # Other processes may have slowed the dense steps alone.
-    if busy:
-        most_likely = min
+        for sampled in (False, True):
+            dense = token_seconds(model, turn, n, sampled=sampled, dense=True)
+            yield
+            wasted = rejected[sampled] * (1 + n * WASTED)
+            proposed = token_seconds(model, turn, n, sampled=sampled)
+            yield
+            gains[sampled].append(dense / proposed / (1 + wasted))
+            dense_times.append(dense)
     tuning = Tuning(
-        gain=most_likely(gains[False]),
-        sampled_gain=most_likely(gains[True]),
-        dense_seconds=usual,
-        busy=busy,
+        gain=median(gains[False]),
+        sampled_gain=median(gains[True]),
+        dense_seconds=median(dense_times),
+        busy=not settled or disturbed or _others_slow_it(),
     )
     policy_of(installed_head(model)).take(tuning)
     return tuning
+
+
+def _others_slow_it() -> bool:
+    """Whether other processes take the time that is measured, as they take none of a CPU's."""
+    return gpu_is_default() and is_busy()
+
+
+def agree(gains: Sequence[float]) -> bool:
+    """Whether the gains of several turns are near each other.
+
+    A third of them on each side is left out, of three turns none. So the median of many turns
+    is certain, even where single ones were disturbed.
+    """
+    ordered = sorted(gains)
+    n_outside = (len(ordered) - 2) // 3
+    middle = ordered[n_outside : len(ordered) - n_outside]
+    return middle[-1] - middle[0] <= AGREEMENT * median(middle)
 
 
 def prepare_wide_steps(model: nn.Module) -> None:
@@ -107,6 +124,8 @@ def token_seconds(
     model: nn.Module, first: int, n: int, *, sampled: bool = False, dense: bool = False
 ) -> float:
     """Times decoding: seconds of a token, over ``n`` in a row of which none was rejected.
+
+    They are seconds of work (``clock.now``).
 
     Args:
         model: A model with a FlashHead.
@@ -143,7 +162,7 @@ def token_seconds(
     # No end of a text is verified at once.
     ends = head.eos_token_ids
     head.eos_token_ids = ()
-    began = time.perf_counter()
+    began = now()
     try:
         decoder.start([text], caches.layers, logits[:, -1])
         for _ in range(MOST_ROUNDS * n):
@@ -151,10 +170,10 @@ def token_seconds(
             decoder.round()
             while text.ready:
                 text.hand_out()
-                moments.append(time.perf_counter())
+                moments.append(now())
                 n_rejected.append(before)
             if len(moments) > n + 1 and proposer.n_rejected == n_rejected[-1 - n]:
                 return (moments[-1] - moments[-1 - n]) / n
     finally:
         head.eos_token_ids = ends
-    return (time.perf_counter() - began) / len(moments)
+    return (now() - began) / len(moments)

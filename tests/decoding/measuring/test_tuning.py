@@ -1,17 +1,19 @@
 """What is measured on a machine, and what follows from it."""
 
-from itertools import cycle
+from itertools import chain, cycle, repeat
 
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from flash_loops import OTHERS, make_flash
+from mlx_flashhead.decoding import clock as clock_module
 from mlx_flashhead.decoding import proposer
 from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.measuring import tuning
 from mlx_flashhead.decoding.measuring.tuning import tune
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
+from mlx_flashhead.models.install import installed_head
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import WideSteps
 from wide_checks import of_a_batch
@@ -52,13 +54,14 @@ def test_a_measurement_changes_no_text(monkeypatch):
 def clock(monkeypatch):
     """The seconds of a clock that is made up; steps and verifications take their time on it.
 
-    It says how long a step takes in which tokens are proposed.
+    It says how long a step takes in which tokens are proposed, and how many times as long all of
+    one measurement after the other takes.
     """
 
     class Clock:
         now = 0.0
         step = DENSE / 2
-        slower = cycle([1])
+        slower = repeat(1)
 
     advance = Decoder._advance
     launch = VerifySchedule._launch
@@ -79,38 +82,87 @@ def clock(monkeypatch):
     monkeypatch.setattr(Decoder, "_advance", advanced)
     monkeypatch.setattr(VerifySchedule, "_launch", launched)
     monkeypatch.setattr(tuning, "token_seconds", timed)
-    monkeypatch.setattr(tuning, "is_busy", lambda: False)
-    monkeypatch.setattr("time.perf_counter", lambda: Clock.now)
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(f"time.{name}", lambda: Clock.now)
     return Clock
 
 
-@pytest.mark.parametrize("gain", [0.9, 1.1, 2.0])
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_steady_gain_is_measured(clock, gain, busy):
-    """The first verification of a text, which a ramp would have early, does not count.
-
-    Of a busy machine the least gain counts.
-    """
-    flash = make_flash()
-    flash.head.n_probes = flash.head.n_clusters  # no token is rejected
-    clock.step = DENSE / gain - VERIFICATION / tuning.MAX_PENDING
-    # a proposed text of the second turn, and a dense one of the third
-    clock.slower = iter([1, 1, 1, 1, 1, 1, 1 + busy, 1, 1, 1 + busy, 1, 1, 1])
-    found = measured(flash.model)
-    assert clock.now < 10
-    assert found.busy == busy
-    assert found.gain == pytest.approx(gain / (1 + busy) if busy else gain)
-    if not busy:
-        assert found.sampled_gain == pytest.approx(gain)
-        assert found.dense_seconds == pytest.approx(DENSE)
-
-
-def test_what_ordinary_text_wastes_counts(clock):
-    """A rejected token, and a quarter of the tokens of its verification, are computed in vain."""
+@pytest.fixture
+def exact(clock):
+    """A model of which no proposal is rejected, with a gain of 2."""
     flash = make_flash()
     flash.head.n_probes = flash.head.n_clusters
-    usual = measured(flash.model)
-    found = measured(flash.model, rejected=(0.01, 0.02))
+    clock.step = DENSE / 2 - VERIFICATION / tuning.MAX_PENDING
+    return flash.model
+
+
+@pytest.mark.parametrize("gain", [0.9, 1.1, 2.0])
+def test_the_steady_gain_is_measured(clock, exact, gain):
+    """The first verification of a text, which a ramp would have early, does not count."""
+    clock.step = DENSE / gain - VERIFICATION / tuning.MAX_PENDING
+    found = measured(exact)
+    assert not found.busy
+    assert (found.gain, found.sampled_gain) == pytest.approx((gain, gain))
+    assert found.dense_seconds == pytest.approx(DENSE)
+
+
+# How many times as long a turn takes: dense and proposed tokens of greedy text, then of sampled.
+QUIET = [1, 1, 1, 1]
+DISTURBED = [2, 1, 1, 1]
+DISTURBED_SAMPLED = [1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("disturbed", [DISTURBED, DISTURBED_SAMPLED])
+def test_turns_go_on_until_they_agree(clock, exact, disturbed):
+    """One disturbed turn of the first three: the middle of more turns decides."""
+    n_measured = 0
+
+    def noted():
+        nonlocal n_measured
+        n_measured += 1
+
+    clock.slower = chain([1], QUIET, disturbed, repeat(1))
+    found = measured(exact, noted)
+    assert not found.busy and (found.gain, found.sampled_gain) == pytest.approx((2, 2))
+    # Of five turns one on each side is left out.
+    assert n_measured == 1 + 5 * len(QUIET)
+
+
+def test_turns_that_never_agree_decide_nothing(clock, exact, monkeypatch):
+    """However much they gain."""
+    monkeypatch.setattr(tuning, "SECONDS", 50.0)
+    clock.slower = chain([1], cycle([*QUIET, *DISTURBED, 5, 1, 1, 1]))
+    found = measured(exact)
+    assert found.gain > least_gain() and found.busy and found.dense
+    assert policy_of(installed_head(exact)).dense
+    clock.slower = repeat(1)
+    assert not measured(exact).dense
+
+
+@pytest.mark.parametrize("spread, settled", [(0.09, True), (0.11, False)])
+def test_gains_agree_within_a_tenth(spread, settled):
+    middle = [2 * (1 + spread / 2), 2 * (1 - spread / 2), 2.0]
+    assert tuning.agree(middle) == settled
+    # Two on each side of eight are left out, however far they lie.
+    assert tuning.agree([9.0, 8.0, *middle, 2.0, 0.1, 0.2]) == settled
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_others_take_the_time_of_a_gpu_alone(clock, exact, monkeypatch, gpu):
+    """A CPU's seconds are those of this process, so that it does not matter who else works."""
+    monkeypatch.setattr(tuning, "is_busy", lambda: True)
+    for module in (tuning, clock_module):
+        monkeypatch.setattr(module, "gpu_is_default", lambda: gpu)
+    other = "process_time" if gpu else "perf_counter"
+    monkeypatch.setattr(f"time.{other}", lambda: 0.0)
+    found = measured(exact)
+    assert found.gain == pytest.approx(2) and found.busy == found.dense == gpu
+
+
+def test_what_ordinary_text_wastes_counts(exact):
+    """A rejected token, and a quarter of the tokens of its verification, are computed in vain."""
+    usual = measured(exact)
+    found = measured(exact, rejected=(0.01, 0.02))
     assert found.gain == pytest.approx(usual.gain / 1.09)
     assert found.sampled_gain == pytest.approx(usual.sampled_gain / 1.18)
 
@@ -144,7 +196,8 @@ def test_a_slow_machine_takes_few_tokens(clock, monkeypatch):
 
     monkeypatch.setattr(tuning, "token_seconds", timed)
     found = measured(make_flash().model)
-    assert sizes == [tuning.FEW] * 9  # greedy and drawn, dense and proposed, in two turns
+    # Greedy and drawn, dense and proposed, in three turns.
+    assert sizes == [tuning.FEW] * 13
     assert (found.gain, found.sampled_gain, found.dense_seconds) == (2, 2, 1)
 
 
