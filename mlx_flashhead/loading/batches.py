@@ -26,7 +26,7 @@ FUNCTIONS = [
 CHANGED = Mode.dense("this program changes mlx-lm's batches")
 
 
-class _Texts:
+class _DecodedTexts:
     """The texts of our batch, where vllm-mlx 0.6.0 looks for those of mlx-lm's."""
 
     def __init__(self, verified: VerifiedBatchGenerator):
@@ -49,20 +49,28 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
     """What has mlx-lm's name under `mlx_flashhead.run`; :func:`batch_class` makes it.
 
     What decodes is chosen when a text is added and none is in progress.
+
+    Attributes:
+        _use_of: Returns what is said of a model's texts; None for one that is not recognised.
+        _use: What is said of these texts.
+        _mode: How mlx-lm's own decodes its texts.
+        _verified: Decodes in the place of mlx-lm's own.
+        _options: Those of ``_verified``.
+        _own: The texts that mlx-lm's own decodes.
     """
 
     _use_of: Callable[[Any], Use | None]
-    _use: Use | None = None  # what is said of the texts; None for a model that is not recognised
-    _mode: Mode = NO_HEAD  # how mlx-lm's own decodes its texts
-    _verified: VerifiedBatchGenerator | None = None  # decodes in its place
-    _options: dict[str, Any]  # of ``_verified``
+    _use: Use | None = None
+    _mode: Mode = NO_HEAD
+    _verified: VerifiedBatchGenerator | None = None
+    _options: dict[str, Any]
 
     def __init__(self, model: Any, **options: Any):
         super().__init__(model, **options)
         self._given = options
-        self._as_made = self.sampler, self.logits_processors
+        self._as_made = (self.sampler, self.logits_processors)
         self._own_batch = inner_batch.decoded_texts(self)
-        self._own: set[int] = set()  # the texts that mlx-lm's own decodes
+        self._own: set[int] = set()
 
     def _choose(self) -> VerifiedBatchGenerator | None:
         """What decodes the texts that are added now: while others are in progress, as those."""
@@ -70,8 +78,11 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         if self._own or (verified is not None and verified.uids()):
             return verified
         options = self._given | {name: getattr(self, name) for name in NUMBERS}
-        use = self._use = self._use_of(self.model)
-        self._mode = NO_HEAD if use is None else use.mode_of(self.model)
+        use = self._use_of(self.model)
+        self._use = use
+        self._mode = NO_HEAD
+        if use is not None:
+            self._mode = use.mode_of(self.model)
         if self._mode == VERIFIED and not self._is_mlx_lms():
             self._mode = CHANGED
         if verified is not None and (self._mode != VERIFIED or options != self._options):
@@ -88,11 +99,14 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
                     num_draft_tokens=use.n_drafts,
                     **options,
                 )
-            except Exception as error:  # mlx-lm's own would have decoded
+            except Exception as error:
+                # mlx-lm's own decodes them, as without this package.
                 self._mode = Mode.dense(sentence(error).removesuffix("."))
         self._verified = verified
         self._options = options
-        shown = self._own_batch if verified is None else _Texts(verified)
+        shown = self._own_batch
+        if verified is not None:
+            shown = _DecodedTexts(verified)
         inner_batch.set_decoded_texts(self, shown)
         return verified
 
@@ -114,8 +128,9 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         samplers: Any = None,
         logits_processors: Any = None,
         *stops: Any,
-        **named_stops: Any,  # by the name that mlx-lm's version has for them
+        **named_stops: Any,
     ) -> Any:
+        """Adds texts. The name of their stops is the one that mlx-lm's version has."""
         verified = self._choose()
         first = (segments, max_tokens, caches, all_tokens, samplers)
         if verified is None:
@@ -143,28 +158,36 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         return prompts, texts
 
     def next_generated(self) -> Any:
-        verified = self._verified
-        return super().next_generated() if verified is None else verified.next_generated()
+        if self._verified is not None:
+            return self._verified.next_generated()
+        return super().next_generated()
 
     def extract_cache(self, uids: Any) -> Any:
-        verified = self._verified
-        return super().extract_cache(uids) if verified is None else verified.extract_cache(uids)
+        if self._verified is not None:
+            return self._verified.extract_cache(uids)
+        return super().extract_cache(uids)
 
     def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
         self._own.difference_update(uids)
-        remove = super().remove if self._verified is None else self._verified.remove
-        return remove(uids, return_prompt_caches)
+        if self._verified is not None:
+            return self._verified.remove(uids, return_prompt_caches)
+        return super().remove(uids, return_prompt_caches)
 
     @contextmanager
     def stats(self, *arguments: Any) -> Iterator[Any]:
         verified = self._choose()
-        with super().stats(*arguments) if verified is None else verified.stats() as stats:
+        block = super().stats
+        if verified is not None:
+            block = verified.stats
+            arguments = ()
+        with block(*arguments) as stats:
             yield stats
 
     @property
     def prompt_cache_nbytes(self) -> int:
-        verified = self._verified
-        return super().prompt_cache_nbytes if verified is None else verified.prompt_cache_nbytes
+        if self._verified is not None:
+            return self._verified.prompt_cache_nbytes
+        return super().prompt_cache_nbytes
 
     def close(self) -> None:
         if self._verified is not None:
@@ -172,7 +195,7 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         super().close()
 
 
-# mlx-openai-server asks for its parameters
+# mlx-openai-server asks for its parameters.
 update_wrapper(_BatchGenerator.__init__, compat.BatchGenerator.__init__)
 
 

@@ -81,11 +81,17 @@ def explicit_head(options: HeadOptions, folder: Path | None = None) -> StoredHea
 
 @dataclass(frozen=True)
 class Entry:
-    """A cached FlashHead, a finer head, or a model's MTP layer."""
+    """A cached FlashHead, a finer head, or a model's MTP layer.
+
+    Attributes:
+        path: Its folder or its file.
+        model: The model's name.
+        config: A FlashHead's settings; None for the others, and for a damaged FlashHead.
+    """
 
     path: Path
-    model: str  # its name
-    config: FlashHeadConfig | None = None  # None for the others, and for a damaged FlashHead
+    model: str
+    config: FlashHeadConfig | None = None
 
     @property
     def is_fine_head(self) -> bool:
@@ -137,10 +143,11 @@ def entries() -> list[Entry]:
                 entry = Entry(path, str(config.recipe.get("model", "unknown")), config)
             found.append(entry)
     for path in [*_cached(FINE_HEADS), *_cached(DRAFTERS)]:
-        about: Any = (None, {})
+        metadata: dict[str, str] = {}
         with suppress(RuntimeError, ValueError, OSError):
-            about = mx.load(str(path), return_metadata=True)
-        found.append(Entry(path, about[1].get("model", "damaged")))
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            metadata = loaded[1]
+        found.append(Entry(path, metadata.get("model", "damaged")))
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 

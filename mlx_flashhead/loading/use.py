@@ -24,14 +24,18 @@ from ..models.install import get_flash_head
 from ..models.trained_drafter import TrainedDrafter
 from .head_options import HeadOptions
 
-QUIET_SECONDS = 0.5  # for which a program must have written nothing
-OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
+# For so long a program must have written nothing before a part of a build is done.
+QUIET_SECONDS = 0.5
+# At this step a loop is taken for the program's own. A prompt's last token is a step, too, and a
+# loop of ours may follow it.
+OWN_STEPS = 4
 DENSE_LOOP = Mode.dense(
     "this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
 )
 BUILDING = Mode.dense("its FlashHead is being built")
 
-_all: list["Use"] = []  # of this process
+# Those of this process.
+_all: list["Use"] = []
 
 
 class Use:
@@ -44,25 +48,35 @@ class Use:
         name: The model's.
         options: With ``check``, a last line has the numbers of tokens.
         drafter: Guesses the tokens of texts that decode alone.
+
+    Attributes:
+        lookup: When the next tokens of a text are looked up.
+        n_drafts: The most tokens of a guess.
+        used_at: When the program has last used the model, by ``time.monotonic``.
+        _n_steps: Steps of loops that are not ours.
+        _local: Of a thread: whether its tokens are announced, and whether a text begins.
+        _begun: Whether an answer may be on the screen.
+        _later: What is to be said before the next text.
     """
 
     def __init__(self, name: str, options: HeadOptions, drafter: TrainedDrafter | None = None):
         self.name = name
-        self.lookup = options.lookup  # when the next tokens of a text are looked up
+        self.lookup = options.lookup
         self.drafter = drafter
-        self.n_drafts = options.num_draft_tokens  # at a time, at most
-        self.used_at = time.monotonic()  # by a loop that is not ours
+        self.n_drafts = options.num_draft_tokens
+        self.used_at = time.monotonic()
         self._options = options
-        self._n_steps = 0  # of a loop that is not ours
-        self._local = threading.local()  # whether tokens are announced, and whether a text begins
-        self._begun = False  # whether an answer may be on the screen
+        self._n_steps = 0
+        self._local = threading.local()
+        self._begun = False
         self._said = {PAUSED}
-        self._later: list[str] = []  # to be said before the next text
+        self._later: list[str] = []
         self._n_tokens: Counter[Mode] = Counter()
         _all.append(self)
         if parent_process() is None:
             atexit.register(self.say_the_rest)
-        else:  # a child of multiprocessing, which ends without that
+        else:
+            # A child of multiprocessing ends without atexit.
             Finalize(None, self.say_the_rest, exitpriority=0)
 
     @property
@@ -72,11 +86,14 @@ class Use:
 
     def mode_of(self, model: nn.Module) -> Mode:
         """What decodes the model's text."""
-        return BUILDING if get_flash_head(model) is None else decoding_mode(model)
+        if get_flash_head(model) is None:
+            return BUILDING
+        return decoding_mode(model)
 
     def take(self, head: FlashHead) -> None:
         """From now on the model has this FlashHead, whose calls come here."""
-        if not policy_of(head).dense:  # which is said with the first text
+        # That the model stays dense is said with the first text.
+        if not policy_of(head).dense:
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             self._options.say(f"With FlashHead: {self.name}, {clusters} scored per token.")
         head.projection = self.project
@@ -94,7 +111,8 @@ class Use:
         self._n_tokens[mode] += 1
         begins = getattr(self._local, "begins", False)
         self._local.begins = False
-        mode = VERIFIED if mode == FIRST else mode
+        if mode == FIRST:
+            mode = VERIFIED
         if mode not in self._said:
             self._tell(mode, begins=begins)
 
@@ -115,7 +133,8 @@ class Use:
         """The tokens of a loop, decoded in the way ``mode``, or announced by the loop itself."""
         with closing(steps):
             while True:
-                with self.announcing():  # a token at a time, since loops may take turns
+                # A token at a time, since loops may take turns.
+                with self.announcing():
                     step = next(steps, None)
                 if step is None:
                     return
@@ -125,7 +144,8 @@ class Use:
 
     def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
         """The logits of a call that none of our loops has made."""
-        if hidden.shape[-2:-1] != (1,):  # a prompt
+        is_prompt = hidden.shape[-2:-1] != (1,)
+        if is_prompt:
             self._begun = True
             self._say_later()
             return head.dense_logits(hidden)
@@ -187,6 +207,7 @@ def check_before_sigterm() -> None:
 
 def _check_and_end(number: int, frame: FrameType | None) -> None:
     lines = "".join(f"{use.summary()}\n" for use in _all)
-    os.write(2, lines.encode())  # Python's own buffers may be in use
+    # Python's own buffers may be in use where the signal came.
+    os.write(2, lines.encode())
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
