@@ -7,7 +7,8 @@ text = generate(model, tokenizer, prompt="…", max_tokens=100)
 
 from .common.interrupts import end_at_signals, is_a_command
 
-if is_a_command():  # from the first line on: imports take seconds
+# Signals end a command from the first line on, since imports take seconds.
+if is_a_command():
     end_at_signals()
 
 import sys

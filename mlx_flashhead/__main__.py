@@ -22,9 +22,11 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command named by the first argument."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = "--help"
+    if len(sys.argv) > 1:
+        name = sys.argv[1]
     if name in COMMANDS:
-        # the command's own help begins with mlx_flashhead.COMMAND, which is a program too
+        # The command's own help begins with mlx_flashhead.COMMAND, which is a program, too.
         sys.argv.pop(1)
         importlib.import_module(f"mlx_flashhead.{name}").main()
     elif name in ("-h", "--help"):

@@ -137,9 +137,10 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
     """The folder of the model that is named, by itself or by its cache entry."""
     from .models.fetch import resolve
 
-    matches = [] if Path(name).is_dir() else _matches(cached, name, needed=False)
-    if matches:
-        name = matches[0].model
+    if not Path(name).is_dir():
+        matches = _matches(cached, name, needed=False)
+        if matches:
+            name = matches[0].model
     return resolve(name)
 
 
@@ -163,11 +164,12 @@ def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
     check_writable()
     options = HeadOptions(flags=True)
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    stored = None if anew else find(find_head(model).rows(), options.say)
-    if stored is not None:
-        name = local_origin(folder).known_as
-        print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
-        return
+    if not anew:
+        stored = find(find_head(model).rows(), options.say)
+        if stored is not None:
+            name = local_origin(folder).known_as
+            print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
+            return
     built = build_now(model, tokenizer, folder, options, anew=anew)
     if not Path(built.source).is_dir():
         # Why it is not kept has been said.

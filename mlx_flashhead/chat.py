@@ -49,7 +49,7 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     _check_arguments(parser, args)
-    # mlx-lm takes a second to import: mistakes and --help do without
+    # mlx-lm takes a second to import: mistakes and --help do without.
     from .chatting.conversation import FILES
     from .chatting.session import COMMANDS, WITH_FILES
     from .common.terminal import Terminal
@@ -73,7 +73,9 @@ def _chat(args: Namespace, terminal: Any) -> None:
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
-    resumed = last_conversation() if args.resume else []
+    resumed = []
+    if args.resume:
+        resumed = last_conversation()
     choices = HeadOptions.from_flags(args, dense=args.dense)
     drafting = DraftOptions(args.draft_model, args.mtp, args.draft_probes)
     drafting.check(args.model)
@@ -110,7 +112,8 @@ def _chat(args: Namespace, terminal: Any) -> None:
             ChatSession(conversation, terminal, args, options, build, lines).run()
     finally:
         if build is not None:
-            build.leave()  # which keeps what it has computed
+            # What it has computed is kept.
+            build.leave()
 
 
 def _answer_options(args: Namespace, tokenizer: Any) -> dict[str, Any]:

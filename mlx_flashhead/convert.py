@@ -70,9 +70,12 @@ def make_parser() -> Parser:
         example="mlx_flashhead.convert --model mlx-community/gemma-3-1b-it-4bit",
     )
     defaults: dict[str, Any] = {each.name: each.default for each in fields(ConvertOptions)}
-    defaults["hf_path"] = None  # needed, which the options say
+    # A model is needed: `ConvertOptions` says so.
+    defaults["hf_path"] = None
     for heading, options in OPTIONS.items():
-        group: Any = parser if heading == "options" else parser.add_argument_group(heading)
+        group: Any = parser
+        if heading != "options":
+            group = parser.add_argument_group(heading)
         for name, text in options.items():
             _add_option(group, name, text, defaults[name])
     return parser
@@ -95,7 +98,8 @@ def _add_option(group: Any, name: str, text: str, default: Any) -> None:
 def main() -> None:
     """Entry point."""
     options = ConvertOptions(**vars(make_parser().parse_args()))
-    from .conversion.pipeline import convert_model  # which imports mlx-lm, for seconds
+    # This imports mlx-lm, which takes seconds: mistakes and --help do without.
+    from .conversion.pipeline import convert_model
 
     convert_model(options, say=_say)
 

@@ -40,7 +40,8 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
+    # What is missing is said before long work.
+    from_extra("rich", "report", "mlx_flashhead.evaluate")
     from .benchmarks import agreement
 
     figures = agreement.run(args)

@@ -43,7 +43,7 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    # --help needs none of these, which take seconds
+    # --help needs none of these, which take seconds.
     from .conversion.build import index_nbytes
     from .conversion.pipeline import check_space
     from .head.backend import PORTABLE
@@ -62,7 +62,8 @@ def main() -> None:
     stored = explicit_head(options, folder)
     model, tokenizer, _ = load_dense(folder)
     rows = find_head(model).rows()
-    check_space(output, output.parent, index_nbytes(rows), "output")  # the rows stay the model's
+    # The rows stay the model's: the file has the index alone.
+    check_space(output, output.parent, index_nbytes(rows), "output")
     del rows
     attach_head(model, tokenizer, stored, folder, options)
     head = installed_head(model)
@@ -70,7 +71,8 @@ def main() -> None:
     with new_file(output) as path:
         try:
             export_plan(head, location.path, location.hidden_dtype, path)
-        except RuntimeError as error:  # MLX's, as of a disk that others have filled
+        except RuntimeError as error:
+            # MLX raises it, as for a disk that others have filled.
             raise ValueError(
                 f"{output} cannot be written ({error}): free some space or choose another --output."
             ) from error

@@ -74,9 +74,11 @@ def main() -> None:
         remedy = "check the hosts and ports of mlx.launch"
         raise ValueError(f"The processes cannot be joined ({error}): {remedy}.") from error
     with open(os.devnull, "w") as nowhere:
-        output, errors = sys.stdout, sys.stderr
+        output = sys.stdout
+        errors = sys.stderr
         if processes.rank() > 0:
-            output = errors = nowhere
+            output = nowhere
+            errors = nowhere
         # All processes make the same mistake, and the first one says it.
         with redirect_stderr(errors):
             args = parser.parse_args()

@@ -20,7 +20,8 @@ from .common.flags import (
 )
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
-OPTIONAL = ("--fine-head", "--mtp")  # flags that may have a value
+# Flags that may have a value.
+OPTIONAL = ("--fine-head", "--mtp")
 # What brings the programs of docs/integrations.md.
 PACKAGES = {
     "llm": "llm-mlx",
@@ -31,6 +32,7 @@ PACKAGES = {
     "rapid-mlx": "rapid-mlx",
     "vllm-mlx": "vllm-mlx",
 }
+CHECK_NAME = "check the name"
 
 
 def make_parser() -> Parser:
@@ -67,16 +69,18 @@ def main() -> None:
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]
-    # these without a value would take the program for their source
-    args = parser.parse_args([f"{word}=" if word in OPTIONAL else word for word in words])
+    args = parser.parse_args(_with_empty_values(words))
     check_draft_flags(parser, args)
     if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
         args.module = args.program
         args.program = None
     if not (args.hook or args.module or args.program):
         parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
-    program = _module(parser, args.module) if args.module else []
-    program = _file(parser, args.program) if args.program else program
+    program: list[str] = []
+    if args.program:
+        program = _file(parser, args.program)
+    elif args.module:
+        program = _module(parser, args.module)
     from .loading.head_options import REFUSE, HeadOptions
 
     options = HeadOptions.from_flags(args)
@@ -86,7 +90,8 @@ def main() -> None:
         for name, value in options.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         return
-    if options.flash_head is not None:  # a mistake is better said here
+    if options.flash_head is not None:
+        # A mistake is better said here than in the program.
         from .loading.sources import explicit_head
 
         explicit_head(options)
@@ -100,45 +105,91 @@ def _split(parser: Parser, words: list[str]) -> list[str]:
     }
     i = 0
     while i < len(words):
-        if words[i] == "-m" or not words[i].startswith("-"):
-            return words[: i + 1 + (words[i] == "-m")]
-        i += 2 if words[i] in with_value else 1
+        word = words[i]
+        if word == "-m":
+            return words[: i + 2]
+        if not word.startswith("-"):
+            return words[: i + 1]
+        if word in with_value:
+            i += 1
+        i += 1
     return words
+
+
+def _with_empty_values(words: list[str]) -> list[str]:
+    """The words, with an empty value for a flag that may have one and has none.
+
+    Without it such a flag would take the program for its value.
+    """
+    given = []
+    for word in words:
+        if word in OPTIONAL:
+            word += "="
+        given.append(word)
+    return given
 
 
 def _module(parser: Parser, name: str) -> list[str]:
     """The command that runs a module: as ``python -m`` does, or by its ``main``."""
-    sys.path[0] = os.getcwd()  # as python -m does
-    package, *parts = name.split(".")
-    spec = find_spec(package) if package else None
-    for part in parts:  # none of its packages is imported
-        inside = spec.submodule_search_locations if spec is not None else None
-        spec = PathFinder.find_spec(part, inside) if inside is not None else None
-    inside = spec.submodule_search_locations if spec is not None else None
-    if spec is None or (inside is not None and PathFinder.find_spec("__main__", inside) is None):
-        remedy = _installed_by("" if package and find_spec(package) else package)
+    # As python -m does.
+    sys.path[0] = os.getcwd()
+    if not _can_be_run(name):
+        package = name.partition(".")[0]
+        remedy = CHECK_NAME
+        if package and find_spec(package) is None:
+            remedy = _installed_by(package)
         parser.error(f"there is no module {name} that can be run: {remedy}")
-    if package == "mlx_lm" and parts:  # -m would make a second module, with loops of its own
+    if name.startswith("mlx_lm."):
+        # -m would make a second module, with loops of its own.
         code = f"import sys; from {name} import main; sys.argv[0] = {name!r}; main()"
         return [sys.executable, "-c", code]
     return [sys.executable, "-m", name]
 
 
+def _can_be_run(name: str) -> bool:
+    """Whether there is a module of this name, or a package with a ``__main__``.
+
+    Only the outermost package is looked for by Python's own means: `find_spec` of a module within
+    a package imports the package.
+    """
+    package, *parts = name.split(".")
+    if not package:
+        return False
+    spec = find_spec(package)
+    for part in parts:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(part, spec.submodule_search_locations)
+    if spec is None:
+        return False
+    inside = spec.submodule_search_locations
+    return inside is None or PathFinder.find_spec("__main__", inside) is not None
+
+
 def _installed_by(name: str) -> str:
     """What to do where a program or a package is not installed."""
-    return f"pip install {PACKAGES[name]}" if name in PACKAGES else "check the name"
+    if name in PACKAGES:
+        return f"pip install {PACKAGES[name]}"
+    return CHECK_NAME
 
 
 def _file(parser: Parser, name: str) -> list[str]:
     """The command that runs a path, or a name beside this Python, or one on PATH."""
     file = Path(name).expanduser()
-    installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if not file.is_file() and installed is None:
-        parser.error(f"there is no file and no program {name}: {_installed_by(name)}")
-    file = file.resolve() if file.is_file() else Path(installed or "")
+    if file.is_file():
+        file = file.resolve()
+    else:
+        installed = shutil.which(name, path=str(Path(sys.executable).parent))
+        if installed is None:
+            installed = shutil.which(name)
+        if installed is None:
+            parser.error(f"there is no file and no program {name}: {_installed_by(name)}")
+        file = Path(installed)
     with file.open("rb") as opened:
         by_env = b"env python" in opened.readline(500)
-    return [sys.executable, str(file)] if by_env or file.suffix == ".py" else [str(file)]
+    if by_env or file.suffix == ".py":
+        return [sys.executable, str(file)]
+    return [str(file)]
 
 
 if __name__ == "__main__":

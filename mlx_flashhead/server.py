@@ -14,8 +14,10 @@ def main() -> None:
     check_options(parser, flags)
     from .models.fetch import resolve
 
-    for model in filter(None, (flags.model, flags.draft_model, *flags.allow_models)):
-        resolve(model)  # downloads it, or says what is wrong before seconds of imports
+    # This downloads them, or says what is wrong before seconds of imports.
+    for model in (flags.model, flags.draft_model, *flags.allow_models):
+        if model:
+            resolve(model)
     import mlx.core as mx
 
     from .serving.serve import log_requests, serve
@@ -25,7 +27,8 @@ def main() -> None:
     log_requests(flags.log_level)
     serve(flags)
     print("Stopped.", flush=True)
-    os._exit(0)  # threads of C++ abort while an interpreter is finalized
+    # Threads of C++ abort while an interpreter is finalized.
+    os._exit(0)
 
 
 if __name__ == "__main__":

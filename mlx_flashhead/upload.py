@@ -37,7 +37,8 @@ def main() -> None:
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"There is no folder {args.path}: check --path.")
-    from .publishing.publish import publish  # after the flags are read: --help is quick
+    # --help and mistakes do without this, which takes seconds.
+    from .publishing.publish import publish
 
     address = publish(folder, args.repo, private=args.private, license=args.license, say=print)
     print(f"Uploaded to {address}")

@@ -3,7 +3,8 @@
 The choices are here so that ``--help`` imports no library of models.
 """
 
-SHAPES = {  # of known heads: vocab_size, hidden_size
+# The vocab_size and hidden_size of known heads.
+SHAPES = {
     "smollm2": (49152, 576),
     "gemma-3-270m": (262144, 640),
     "gemma-3-1b": (262144, 1152),

@@ -89,10 +89,13 @@ def measure_agreement(
     states, next_ids = run_task(reading)
     rows = head.clustered.token_rows()
     weight = as_float32(rows.dequantized())
-    bias = 0.0 if rows.bias is None else as_float32(rows.bias)
+    bias = rows.bias
 
     def dense_logits(hidden: np.ndarray) -> np.ndarray:
-        return hidden @ weight.T + bias
+        logits: np.ndarray = hidden @ weight.T
+        if bias is not None:
+            logits += as_float32(bias)
+        return logits
 
     def cluster_scores(hidden: np.ndarray) -> np.ndarray:
         return np.array(head.steps.route(mx.array(hidden)))
@@ -141,6 +144,9 @@ def make_table(figures: dict[str, Any]) -> Table:
     headings = ("probes", "agreement", "coverage", "KL", "perplexity", "bytes")
     table = new_table(title.format(**figures), headings, LEGEND, left=0)
     for row in figures["rows"]:
+        style = None
+        if row["n_probes"] == figures["n_probes"]:
+            style = "bold"
         table.add_row(
             f"{row['n_probes']}",
             percent(row["agreement"]),
@@ -148,7 +154,7 @@ def make_table(figures: dict[str, Any]) -> Table:
             f"{row['kl']:.3f}",
             f"{row['perplexity'] / figures['dense_perplexity']:.3f}",
             percent(row["bytes_share"], 1),
-            style="bold" if row["n_probes"] == figures["n_probes"] else None,
+            style=style,
         )
     return table
 
@@ -160,7 +166,8 @@ def plot_agreement(figures: dict[str, Any], path: str) -> None:
         figures: What `measure_agreement` returns.
         path: The picture to write.
     """
-    from matplotlib.figure import Figure  # which may be absent
+    # It may be absent.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()

@@ -19,19 +19,22 @@ from ..loading.load import load
 from ..models.install import hidden_dtype, installed_head
 from .reporting import Case, spread, spread_cells
 
-# of random heads
+# The clusters of random heads, and how many of them are scored.
 CLUSTER_SIZE = 16
 DEFAULT_PROBES = 256
 
-N_STATES = 16  # used in turn
-CACHES_BYTES = 128 << 20  # more than the last cache of most machines
+# Hidden states that are used in turn.
+N_STATES = 16
+# More than the last cache of most machines.
+CACHES_BYTES = 128 << 20
 
 DENSE = "dense (mlx-lm)"
 OWN_DENSE = "dense (FlashHead's)"
 PROPOSAL = "FlashHead proposal"
 LOGITS = "FlashHead full logits"
 
-Variant = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
+# A way to use a head: it makes arrays of hidden states (R, D).
+Variant = Callable[[mx.array], Any]
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
@@ -43,7 +46,8 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
     memory = mx.zeros(CACHES_BYTES // 4)
 
     def seconds(variant: Variant, states: mx.array, number: int) -> float:
-        mx.eval(memory + 1)  # fills the caches as the body of a model does, on the same device
+        # This fills the caches as the body of a model does, on the same device.
+        mx.eval(memory + 1)
         start = time.perf_counter()
         mx.eval(variant(states[number % N_STATES]))
         return time.perf_counter() - start
@@ -158,7 +162,8 @@ def summary(
             times_faster[f"{variant} against {dense}"] = ratio
     rows = head.clustered.rows
     routing = head.clustered.centroids.matrix.nbytes
-    if mx.default_device().type == mx.cpu:  # where the centroids are float32
+    if mx.default_device().type == mx.cpu:
+        # There the centroids are float32.
         routing = 4 * head.n_clusters * head.hidden_size
     probed = min(n_positions * head.n_probes, head.n_clusters) / head.n_clusters
     return {
@@ -198,6 +203,9 @@ def make_table(figures: dict[str, Any]) -> Table:
         ratios = []
         for dense in (DENSE, figures["best_dense"]):
             ratio = figures["times_faster"].get(f"{variant} against {dense}")
-            ratios.append("" if ratio is None else f"{ratio:.1f} x")
+            cell = ""
+            if ratio is not None:
+                cell = f"{ratio:.1f} x"
+            ratios.append(cell)
         table.add_row(variant, *spread_cells(ms), *ratios)
     return table

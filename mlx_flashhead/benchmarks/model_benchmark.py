@@ -44,7 +44,8 @@ def cases(args: argparse.Namespace) -> Generator[Case | dict[str, Any]]:
     )
     head = installed_head(model)
     equal_logits = None
-    if head.backend == "metal":  # where scored logits should equal MLX's to the last bit
+    if head.backend == "metal":
+        # There scored logits should equal MLX's to the last bit.
         equal_logits = head.scored_logits_agree(hidden_dtype(model))
     about = {
         "model": Path(args.model).name,
@@ -130,6 +131,8 @@ def make_table(figures: dict[str, Any]) -> Table:
     table = new_table(title, ("", "ms", "quartiles", "tokens/s", "faster"), caption)
     for variant, ms in figures["token_ms"].items():
         speed = f"{figures['tokens_per_second'][variant]:.1f}"
-        faster = "" if variant == DENSE else f"{figures['times_faster'][variant]:.2f} x"
+        faster = ""
+        if variant != DENSE:
+            faster = f"{figures['times_faster'][variant]:.2f} x"
         table.add_row(variant, *spread_cells(ms), speed, faster)
     return table

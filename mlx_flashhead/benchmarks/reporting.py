@@ -26,15 +26,21 @@ from ..common.tables import show
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
-Timers = Mapping[str, Callable[[int], float]]  # by name; the seconds of a round of that number
+# By name: a function of a round's number, which returns its seconds.
+Timers = Mapping[str, Callable[[int], float]]
 
 
 class Case(NamedTuple):
-    """Variants that are timed in turns."""
+    """Variants that are timed in turns.
+
+    Attributes:
+        name: What the figures are of.
+        timers: Time the variants.
+        figures: Makes JSON-ready figures of the seconds of each variant's rounds.
+    """
 
     name: str
     timers: Timers
-    # makes JSON-ready figures of the seconds by variant
     figures: Callable[[dict[str, list[float]]], dict[str, Any]]
 
 
@@ -142,7 +148,8 @@ def write_report(
 def _time_case(case: Case, rounds: int, measured: dict[str, dict[str, Any]]) -> None:
     """Times a case and keeps its figures in ``measured`` after each round that counts."""
     for number, seconds in enumerate(in_turns(case.timers, rounds)):
-        if number == 0:  # the round that warms up
+        # The first round warms up.
+        if number == 0:
             continue
         measured[case.name] = case.figures(seconds)
         latest = [f"{variant} {1000 * times[-1]:.2f} ms" for variant, times in seconds.items()]
@@ -159,9 +166,6 @@ def _machine_line(about: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     """The machine, JSON-ready: processor, memory, versions, BLAS."""
-    blas = "Accelerate" if sys.platform == "darwin" else "the reference BLAS of the mlx wheel"
-    if hasattr(ctypes.CDLL(None), "openblas_get_config"):  # preloaded
-        blas = "OpenBLAS"
     versions = {"mlx-flashhead": __version__}
     for package in PACKAGES:
         versions[package] = version(package)
@@ -170,20 +174,38 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
         "processor": str(mx.device_info(mx.Device(mx.cpu, 0))["device_name"]),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": _cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
+        "device": mx.default_device().type.name,
         "versions": versions,
-        "blas": blas,
+        "blas": _blas(),
     }
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
     return about
 
 
+def _cores() -> int | None:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _blas() -> str:
+    """The library that multiplies matrices on the CPU."""
+    # One that is preloaded comes first.
+    if hasattr(ctypes.CDLL(None), "openblas_get_config"):
+        return "OpenBLAS"
+    if sys.platform == "darwin":
+        return "Accelerate"
+    return "the reference BLAS of the mlx wheel"
+
+
 def _plot_tables(tables: list[Table], path: str) -> None:
     """Draws the first column of figures of each table as bars."""
-    from matplotlib.figure import Figure  # which may be absent
+    # It may be absent.
+    from matplotlib.figure import Figure
 
     rows = [table.row_count for table in tables]
     height = 1 + sum(0.4 * n_rows + 1 for n_rows in rows)

@@ -65,13 +65,15 @@ class Variant(NamedTuple):
         else:
             generator = self.generator(self.model, sampler=sampler)
             first, *_ = generator.insert(
-                [prompt] * batch,
-                [n_tokens + 1] * batch,
+                [prompt for _ in range(batch)],
+                [n_tokens + 1 for _ in range(batch)],
                 logits_processors=[make_processors() for _ in range(batch)],
             )
-            while responses := generator.next_generated():
+            responses = generator.next_generated()
+            while responses:
                 times.append(time.perf_counter())
                 tokens += [response.token for response in responses if response.uid == first]
+                responses = generator.next_generated()
             generator.close()
         return (times[-1] - times[0]) / n_tokens, tokens
 

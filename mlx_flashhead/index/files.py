@@ -39,8 +39,8 @@ def write_companion(folder: Path, index: FlashHeadIndex) -> None:
     _write(folder, index, SETTINGS_NAME, index.config.to_dict())
 
 
-def _write(folder: Path, index: FlashHeadIndex, place: str, settings: dict[str, Any]) -> None:
-    """Writes the arrays of an index, with what ties them to its rows, and the settings."""
+def _write(folder: Path, index: FlashHeadIndex, name: str, settings: dict[str, Any]) -> None:
+    """Writes the arrays of an index, with what ties them to its rows, and a file of settings."""
     centroids = index.centroids
     arrays = {
         "token_ids": mx.array(index.token_ids),
@@ -49,16 +49,17 @@ def _write(folder: Path, index: FlashHeadIndex, place: str, settings: dict[str, 
         "sketch.directions": index.sketch.directions,
         "sketch.lengths": index.sketch.lengths,
     }
-    for name, array in centroids.matrix.arrays().items():
-        arrays[f"centroids.{name}"] = array
+    for key, array in centroids.matrix.arrays().items():
+        arrays[f"centroids.{key}"] = array
     metadata = {
         "format": "mlx",
         "fingerprint": index.config.fingerprint,
         "checksum": _checksum(arrays),
     }
-    with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
+    # MLX would add .safetensors to a name.
+    with (folder / FILE_NAME).open("wb") as file:
         mx.save_safetensors(file, arrays, metadata=metadata)
-    (folder / place).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    (folder / name).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def has_flash_head(folder: Path) -> bool:
@@ -75,7 +76,8 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe in a folder's settings, which may be of any version; None without settings."""
     with suppress(ValueError, AttributeError):
         recipe = _settings(folder)[0].get("recipe", {})
-        return recipe if isinstance(recipe, dict) else None
+        if isinstance(recipe, dict):
+            return recipe
     return None
 
 
@@ -133,12 +135,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
     """The index of these arrays; None if they do not fit the settings."""
-    is_quantized = config.centroid_group_size > 0
-    names = ARRAYS if is_quantized else ("weight",)
-    form: dict[str, Any] = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
-        stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in names}
-        matrix = Matrix(**stored, **form) if is_quantized else Matrix(**stored)
+        matrix = _centroid_matrix(arrays, config)
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
         token_ids = arrays["token_ids"]
@@ -155,10 +153,19 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         and all(mx.isfinite(array).all() for array in arrays.values())
     )
     ids = np.array(token_ids)
-    expected = np.minimum(np.arange(ids.size), config.vocab_size)  # V in the padded slots
+    # Each token once, and V in the padded slots.
+    expected = np.minimum(np.arange(ids.size), config.vocab_size)
     if not fits or not np.array_equal(np.sort(ids, axis=None), expected):
         return None
     return FlashHeadIndex(config, ids, centroids, sketch)
+
+
+def _centroid_matrix(arrays: dict[str, mx.array], config: FlashHeadConfig) -> Matrix:
+    """The centroids as they are stored; KeyError if an array is missing."""
+    if config.centroid_group_size == 0:
+        return Matrix(arrays["centroids.weight"])
+    stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in ARRAYS}
+    return Matrix(**stored, group_size=config.centroid_group_size, bits=config.centroid_bits)
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:
@@ -170,10 +177,12 @@ def _checksum(arrays: dict[str, mx.array]) -> str:
 
 
 def _settings(folder: Path) -> tuple[Any, str]:
-    """The settings in a folder, or None without any, and their place in it."""
+    """The settings in a folder, or None without any, and where in it they are."""
     if (folder / SETTINGS_NAME).exists():
         return _read_json(folder / SETTINGS_NAME), SETTINGS_NAME
-    config = _read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    config: dict[str, Any] = {}
+    if (folder / CONFIG_NAME).exists():
+        config = _read_json(folder / CONFIG_NAME)
     return config.get(CONFIG_KEY), f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
 
 
@@ -181,7 +190,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; ValueError if the file is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # a number of thousands of digits too
+    except (ValueError, RecursionError):
+        # A number of thousands of digits is a ValueError, too.
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")

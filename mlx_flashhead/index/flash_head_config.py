@@ -7,16 +7,20 @@ import msgspec
 from msgspec import Meta
 
 FORMAT_VERSION = 2
-DRAFT_SHARE = 0.095  # of the head's bytes, beside a text's latest tokens: docs/drafts.md
-LEAST_DRAFT = 1 / 32  # of the clusters, where the centroids alone are nearly as much
+# A draft reads this share of the head's bytes, beside a text's latest tokens: docs/drafts.md.
+DRAFT_SHARE = 0.095
+# It reads at least this share of the clusters, where the centroids alone are nearly as much.
+LEAST_DRAFT = 1 / 32
 AGAIN = "make it again with mlx_flashhead.convert"
-MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
+# The most slots per token. A conversion pads the last cluster alone.
+MAX_PADDING = 2
 
 # Limits of what is read from a file, whoever wrote it.
 Count = Annotated[int, Meta(ge=1, le=1 << 40)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
-EndTokens = Annotated[tuple[int, ...], Meta(max_length=64)]  # models have up to about ten
+# Models have up to about ten.
+EndTokens = Annotated[tuple[int, ...], Meta(max_length=64)]
 RiskLine = Annotated[list[Finite], Meta(min_length=2, max_length=2)]
 
 
@@ -95,12 +99,14 @@ class FlashHeadConfig:
 
         Args:
             values: What :meth:`to_dict` has made.
-            source: Its place, for messages.
+            source: Where they are, for messages.
 
         Raises:
             ValueError: If the version is not this package's, or a key is missing or not valid.
         """
-        version = values.get("version") if isinstance(values, dict) else None
+        version = None
+        if isinstance(values, dict):
+            version = values.get("version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{source} has version {version!r}, but this package reads version "
@@ -110,7 +116,8 @@ class FlashHeadConfig:
             config = msgspec.convert(values, cls)
             config._check()
         except ValueError as error:
-            problem = str(error).replace("`", "")  # which would mark a parameter of Python
+            # Backticks would mark a parameter of Python.
+            problem = str(error).replace("`", "")
             raise ValueError(f"{source} is damaged ({problem}): {AGAIN}.") from error
         return config
 
@@ -118,7 +125,8 @@ class FlashHeadConfig:
         """Raises a ValueError for values that do not fit each other."""
         n_clusters = self.n_clusters
         n_slots = n_clusters * self.cluster_size
-        most_slots = MAX_PADDING * self.vocab_size  # padded slots cost memory as tokens do
+        # Padded slots cost memory as tokens do.
+        most_slots = MAX_PADDING * self.vocab_size
         if not self.vocab_size <= n_slots <= most_slots:
             raise ValueError(
                 f"n_clusters {n_clusters} and cluster_size {self.cluster_size} do not fit "

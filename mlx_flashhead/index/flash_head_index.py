@@ -18,10 +18,15 @@ MAX_LENGTH_CHANGE = 0.05
 
 @dataclass(frozen=True)
 class Sketch:
-    """Evenly spaced rows of a head, independent of their format."""
+    """Evenly spaced rows of a head, independent of their format.
 
-    directions: mx.array  # (64, D) float16, of length 1
-    lengths: mx.array  # (64,) float32
+    Attributes:
+        directions: The rows (64, D) float16, scaled to length 1.
+        lengths: Their lengths (64,) float32.
+    """
+
+    directions: mx.array
+    lengths: mx.array
 
     @classmethod
     def of(cls, rows: Matrix) -> "Sketch":
@@ -44,7 +49,8 @@ class Sketch:
         cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
         lengths = np.stack([self.lengths, other.lengths])
         longer = lengths.max(axis=0)
-        there = longer > 0  # rows of zeros have no direction
+        # Rows of zeros have no direction.
+        there = longer > 0
         if not there.any():
             return 1.0, 0.0
         change = np.ptp(lengths, axis=0)[there] / longer[there]
@@ -53,19 +59,26 @@ class Sketch:
 
 @dataclass(frozen=True)
 class FlashHeadIndex:
-    """A FlashHead without its rows."""
+    """A FlashHead without its rows.
+
+    Attributes:
+        config: Its settings.
+        token_ids: The tokens of the clusters (C, cluster_size) uint32, V in padded slots.
+        centroids: The clusters' centroids.
+        sketch: Of its own rows.
+    """
 
     config: FlashHeadConfig
-    token_ids: np.ndarray  # (C, cluster_size) uint32, V in padded slots
+    token_ids: np.ndarray
     centroids: Centroids
-    sketch: Sketch  # of its own rows
+    sketch: Sketch
 
     def check_fit(self, rows: Matrix, source: str) -> str | None:
         """Compares with the rows of a model.
 
         Args:
             rows: The model's rows (V, D).
-            source: The place of this index, for messages.
+            source: Where this index is, for messages.
 
         Returns:
             None if they are its own rows, a sentence if they are near.
