@@ -189,7 +189,10 @@ def read_conversation(
         if roles[:1] == ["system"]:
             del roles[0]
         are_texts = all(isinstance(message["content"], str) for message in messages)
-        if are_texts and roles == ["user", "assistant"] * (len(roles) // 2):
+        questions = roles[0::2]
+        answers = roles[1::2]
+        in_turn = set(questions) <= {"user"} and set(answers) <= {"assistant"}
+        if are_texts and in_turn and len(questions) == len(answers):
             return messages
     form = "JSON of questions and answers in turn"
     raise ValueError(f"{path} does not hold a conversation ({form}): {remedy}.")

@@ -25,7 +25,9 @@ def is_busy() -> bool:
 def system() -> str:
     """The operating system, such as "macOS 26.1"; elsewhere without a version."""
     version = platform.mac_ver()[0]
-    return f"macOS {version}" if version else platform.system()
+    if version:
+        return f"macOS {version}"
+    return platform.system()
 
 
 def memory_bytes() -> int:

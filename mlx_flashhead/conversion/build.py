@@ -279,7 +279,9 @@ def _product_with(weight: np.ndarray, bias: np.ndarray | None) -> Product:
 
 def _n_passes(options: IndexOptions) -> int:
     """The number of the clustering's passes over all rows."""
-    return QUICK_PASSES if options.quick else PASSES
+    if options.quick:
+        return QUICK_PASSES
+    return PASSES
 
 
 def index_nbytes(rows: Matrix) -> int:

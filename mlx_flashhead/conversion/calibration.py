@@ -147,7 +147,7 @@ def read_windows(
     Returns:
         For each window its states (n - 1, D) float32, or (0, 0) if it was not read.
     """
-    states = [np.empty((0, 0), np.float32)] * len(windows)
+    states = [np.empty((0, 0), np.float32) for _ in windows]
     inputs = [window[:-1] for window in windows]
     total = sum(len(tokens) for tokens in inputs)
     waiting = list(range(len(windows)))

@@ -319,7 +319,9 @@ def _shortlists(
 
 def _fastest_library() -> Any:
     """The library of products: MLX where it has a GPU, else NumPy."""
-    return mx if mx.default_device().type == mx.gpu else np
+    if mx.default_device().type == mx.gpu:
+        return mx
+    return np
 
 
 def _columns(centroids: Array, padding: int, library: Any) -> Any:

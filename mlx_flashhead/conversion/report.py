@@ -67,7 +67,9 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
 
 
 def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    if np.isfinite(value):
+        return value
+    return None
 
 
 def compare_bits(

@@ -184,7 +184,9 @@ def write_notice(licence: Licence | None, folder: Path) -> None:
 
 def changes_in(folder: Path) -> str:
     """A sentence on how a folder's content was made from its model."""
-    return DERIVED if is_companion(folder) else MODIFIED
+    if is_companion(folder):
+        return DERIVED
+    return MODIFIED
 
 
 def licence_files(folder: Path) -> list[Path]:

@@ -157,7 +157,9 @@ class Access:
         # Anthropic's clients send it in a header of its own
         sent.append(request.headers.get("X-Api-Key", ""))
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
-        return self.token if equal else None
+        if equal:
+            return self.token
+        return None
 
 
 def access_of(args: Namespace) -> Access:

@@ -69,7 +69,9 @@ class Engine:
             return "shutting down"
         if not self.models.done():
             return "loading"
-        return "failing" if self._n_failures >= FAILING else "ok"
+        if self._n_failures >= FAILING:
+            return "failing"
+        return "ok"
 
     def close(self, seconds: float) -> bool:
         """Ends the thread, amid answers. Returns whether it did within ``seconds``."""

@@ -239,4 +239,6 @@ def _thought_marks(request: Request, state: str) -> tuple[str, str] | None:
 
 def _field_of_form(request: Request) -> str:
     """The field that an answer's form comes from."""
-    return "tools" if request.grammar is None else "response_format"
+    if request.grammar is None:
+        return "tools"
+    return "response_format"

@@ -259,7 +259,9 @@ class MessageAnswer(Parts):
         if self.stop_text is not None:
             return "stop_sequence"
         has_calls = any(part["type"] == "tool_use" for part in self.parts)
-        return "tool_use" if has_calls else "end_turn"
+        if has_calls:
+            return "tool_use"
+        return "end_turn"
 
     def _usage(self) -> dict[str, Any]:
         """The tokens. Those of a prompt that a cache held are counted apart from the others."""

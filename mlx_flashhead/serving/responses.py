@@ -340,7 +340,9 @@ class ResponseAnswer(Parts):
             return "failed"
         if not self.is_complete:
             return "in_progress"
-        return "incomplete" if self.finish_reason == "length" else "completed"
+        if self.finish_reason == "length":
+            return "incomplete"
+        return "completed"
 
     def _error(self) -> dict[str, Any] | None:
         """What has failed. Codex knows a prompt that is too long by its code."""

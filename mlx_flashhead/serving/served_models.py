@@ -101,8 +101,10 @@ class ServedModel:
         if self.settings.max_wait == 0:
             return "dense: --max-wait is 0"
         if n_probes is not None and self.head:
-            # who names a number of probes gets it, even where it is no faster
-            return "verified" if verify else "unverified"
+            # Who names a number of probes gets it, even where it is no faster.
+            if verify:
+                return "verified"
+            return "unverified"
         if self.build is not None and self.head is None:
             return "dense: FlashHead is being built"
         return decoding_mode(self.model, verify=verify, dense=False)
