@@ -118,7 +118,7 @@ class Conversation:
                 answer.n_tokens += 1
                 if answer.n_tokens > 1:
                     answer.tokens_per_second = response.generation_tps
-                # the cache has this token, since mlx-lm is a step ahead
+                # The cache has this token, since mlx-lm is a step ahead.
                 self.cached_ids.append(response.token)
                 answer.text += response.text
                 answer.finish = response.finish_reason or STOPPED
@@ -127,7 +127,7 @@ class Conversation:
                 if stopping():
                     break
         except BaseException:
-            # amid a step, layers may hold different numbers of tokens
+            # Amid a step, layers may hold different numbers of tokens.
             self._clear_cache()
             raise
         finally:
@@ -144,7 +144,7 @@ class Conversation:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
         if self._draft_model is not None:
             self.cache += make_prompt_cache(self._draft_model, self._max_kv_size)
-        # all tokens that were put in, also those that the cache has dropped
+        # All tokens that were put in, also those that the cache has dropped.
         self.cached_ids = []
 
     def _trim_cache(self, prompt: list[int]) -> int:

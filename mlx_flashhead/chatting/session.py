@@ -77,7 +77,7 @@ class ChatSession:
         self.stores = self.args.resume or self.terminal.interactive
         self.head = get_flash_head(self.conversation.model)
         self.dense = self.args.dense
-        # a text that is worked on has the machine to itself
+        # A text that is worked on has the machine to itself.
         self._works = False
         if self.build is not None:
             self.build.gate = lambda: not self._works
@@ -100,7 +100,7 @@ class ChatSession:
                 say("")
                 more = False
             except KeyboardInterrupt:
-                # it comes at the prompt, or when an answer has just ended
+                # Ctrl-C comes at the prompt, or when an answer has just ended.
                 if not interactive:
                     raise
                 say("\n/exit or Ctrl-D leaves.")
@@ -165,7 +165,7 @@ class ChatSession:
         say = self.terminal.say
         before = len(conversation.answers)
         try:
-            # the answer so far stays
+            # The answer so far stays.
             with suppress(KeyboardInterrupt), stop_key() as stopping:
                 answering = conversation.ask(
                     text, stopping=stopping, dense=self.dense, **self.options
@@ -186,7 +186,7 @@ class ChatSession:
             try:
                 store_conversation(conversation.messages, self.args.model)
             except OSError as error:
-                # it is said once
+                # It is said once.
                 self.stores = False
                 say(f"This conversation is not kept for --resume: {sentence(error)}")
 
@@ -198,7 +198,7 @@ class ChatSession:
         if self._is_building:
             self.terminal.say("[FlashHead is ready. Its speed is still being measured.]")
         elif not policy_of(self.head).dense:
-            # the build says itself that a head stays unused
+            # The build says itself that a head stays unused.
             self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
 
     def _run(self, command: str, argument: str) -> str:
@@ -230,7 +230,7 @@ class ChatSession:
 
     def _save(self, path: Path) -> str:
         if path.exists():
-            # it replaces conversations alone
+            # It replaces conversations alone.
             read_conversation(path, remedy="choose another name")
         write_conversation(path, self.conversation.messages, self.args.model)
         return f"Wrote {self._messages()} to {path}."
@@ -244,11 +244,11 @@ class ChatSession:
         return f"Now {self._settings()}."
 
     def _set_probes(self, argument: str) -> str:
-        # `_run` has checked it
+        # `_run` has checked it.
         assert self.head is not None
         if argument:
             self.head.n_probes = int(argument)
-            # a number that the user names comes before what was measured
+            # A number that the user names comes before what was measured.
             policy_of(self.head).dense = False
         return f"Now {self._settings()}."
 
@@ -297,7 +297,7 @@ def _check_probes(argument: str, head: FlashHead | None) -> None:
 def _command(text: str) -> tuple[str, str]:
     """A command and its argument; or no command, and a message."""
     message = text.strip()
-    # a slash after a space begins no command
+    # A slash after a space begins no command.
     is_command = text.startswith("/") or message in ALIASES
     if is_command and "\n" not in text.strip("\n"):
         name = message.split(maxsplit=1)[0]

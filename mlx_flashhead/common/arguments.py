@@ -93,7 +93,7 @@ def whole_number(low: int, high: float = math.inf, *, or_no_limit: bool = False)
         wanted += ", or -1 for no limit"
 
     def convert(raw: str | int) -> int:
-        # by way of a text neither 2.0 nor True is one
+        # By way of a text neither 2.0 nor True is one.
         value = int(str(raw))
         if or_no_limit and value == -1:
             return value

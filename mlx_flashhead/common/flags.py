@@ -301,7 +301,7 @@ def check_before_loading(args: Namespace) -> None:
         text_config = config.get("text_config", {})
         vocab_size = config.get("vocab_size", text_config.get("vocab_size"))
     except (OSError, ValueError, AttributeError, RecursionError):
-        # loading says what is wrong
+        # Loading says what is wrong.
         return
     if getattr(args, "image", ()) and not config.get("vision_config"):
         raise ValueError(f"{args.model} is a text model: leave --image out.")

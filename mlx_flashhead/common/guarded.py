@@ -88,7 +88,7 @@ class Guard:
         self.max_bytes = max_bytes
         self._too_large = f"takes more than {max_bytes >> 20:,} MB of memory"
         self._free = BoundedSemaphore(max_helpers)
-        # its pop and append are atomic
+        # Its pop and append are atomic.
         self._idle: list[subprocess.Popen] = []
         atexit.register(self.close)
 
@@ -129,7 +129,7 @@ class Guard:
                 return self._start()
             if helper.poll() is None:
                 return helper
-            # somebody else has ended it
+            # Somebody else has ended it.
             _end(helper)
 
     def _ask(self, helper: subprocess.Popen, request: Any) -> list[Any]:
@@ -148,14 +148,14 @@ class Guard:
                     raise GuardError(self._too_large)
             return json.loads(stdout.readline())
         except (OSError, json.JSONDecodeError):
-            # the helper has ended
+            # The helper has ended.
             if helper.wait() == -signal.SIGPROF:
                 raise GuardError(too_slow) from None
             raise GuardError("is too complex for the library that reads it") from None
 
     def _start(self) -> subprocess.Popen:
         limits = (str(self.seconds), str(self.max_bytes))
-        # Ctrl-C is for the caller, so a helper has a session of its own
+        # Ctrl-C is for the caller, so a helper has a session of its own.
         helper = subprocess.Popen(
             [sys.executable, "-P", __file__, str(self.path), *limits],
             stdin=subprocess.PIPE,
@@ -181,14 +181,14 @@ def _end(helper: subprocess.Popen) -> None:
     helper.kill()
     helper.wait()
     for pipe in (helper.stdin, helper.stdout):
-        # what it has not read cannot be sent any more
+        # What it has not read cannot be sent any more.
         with suppress(OSError):
             pipe.close()  # type: ignore[union-attr]
 
 
 def memory_of(pid: int) -> int:
     """Bytes that a process uses; 0 if that is unknown. macOS enforces no such limit."""
-    # Linux has this file
+    # Linux has this file.
     with suppress(OSError, IndexError):
         n_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return n_pages * resource.getpagesize()
@@ -202,11 +202,11 @@ def memory_of(pid: int) -> int:
 def _serve(path: str, seconds: float, max_bytes: int) -> None:
     """The helper's loop, until the caller ends."""
     answers = sys.stdout
-    # nobody reads what the work prints
+    # Nobody reads what the work prints.
     sys.stdout = StringIO()
     os.nice(NICENESS)
     _limit(resource.RLIMIT_CORE, 0)
-    # Linux enforces this limit
+    # Linux enforces this limit.
     _limit(resource.RLIMIT_DATA, max_bytes)
     spec: Any = spec_from_file_location("work", path)
     module = module_from_spec(spec)
@@ -222,7 +222,7 @@ def _serve(path: str, seconds: float, max_bytes: int) -> None:
         except MemoryError:
             answer = ("memory", None)
         except BaseException as error:
-            # a panic in Rust is no Exception
+            # A panic in Rust is no Exception.
             answer = ("error", str(error) or type(error).__name__)
         line = json.dumps(answer)
         signal.setitimer(signal.ITIMER_PROF, 0)

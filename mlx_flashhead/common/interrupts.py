@@ -17,7 +17,7 @@ def is_a_command() -> bool:
     """Whether Python was started for a program of this package, by its name or by ``-m``."""
     name = ""
     if sys.argv[:1] == ["-m"]:
-        # Python is still looking for the module
+        # Python is still looking for the module.
         words = sys.orig_argv[1:]
         if "-m" in words[:-1]:
             name = words[words.index("-m") + 1]
@@ -80,7 +80,7 @@ def end_at_signals() -> None:
 def _wait_for_the_end(number: int, frame: FrameType | None) -> None:
     """Keeps the main thread from going on. Event loops take the wake-up descriptor for theirs."""
     thread, writer = _watcher()
-    # if the pipe is full, the thread has been told
+    # If the pipe is full, the thread has been told.
     with suppress(BlockingIOError):
         os.write(writer, bytes([number]))
     thread.join()
@@ -92,7 +92,7 @@ def end_by_signal(number: int) -> None:
     Python's buffers may be in use: the descriptors are written to, and the line of a terminal ends.
     """
     try:
-        # where something fails, the rest is done all the same
+        # Where something fails, the rest is done all the same.
         while _to_do:
             with suppress(Exception):
                 _to_do.pop()()

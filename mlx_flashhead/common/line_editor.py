@@ -54,14 +54,14 @@ def line_editor(
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,
-        # Enter ends the text, or only a line while its quotes are open
+        # Enter ends the text, or only a line while its quotes are open.
         multiline=Condition(lambda: is_open(session.default_buffer.text)),
         prompt_continuation="… ",
     )
 
     def read_line() -> str:
         with modes_kept():
-            # a toolbar that is empty would take a line
+            # A toolbar that is empty would take a line.
             toolbar = None
             if status():
                 toolbar = status

@@ -16,7 +16,7 @@ _PATTERNS = (
     (re.compile(r"Bearer\s+[^\s'\"]+"), f"Bearer {HIDDEN}"),
     (re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"), HIDDEN),
     (re.compile(r"(://)[^\s/@'\"]+:[^\s/@'\"]+@"), rf"\1{HIDDEN}@"),
-    # addresses of the storage behind the Hub are signed in their query
+    # Addresses of the storage behind the Hub are signed in their query.
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), rf"\1?{HIDDEN}"),
 )
 

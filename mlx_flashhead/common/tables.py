@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .command import from_extra
 
-# rich may be absent
+# rich may be absent.
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -24,7 +24,7 @@ def new_table(
     """
     rich_table = from_extra("rich.table", "report", "A table")
     rich_text = from_extra("rich.text", "report", "A table")
-    # rich would break a path that is wider than the table
+    # rich would break a path that is wider than the table.
     above = title and rich_text.Text(title, "table.title", overflow="ignore")
     table = rich_table.Table(
         title=above,
@@ -56,7 +56,7 @@ def show(*parts: "Table | str") -> None:
         if isinstance(part, str):
             print(textwrap.fill(part, screen, break_long_words=False, break_on_hyphens=False))
         else:
-            # the table's full width is measured
+            # The table's full width is measured.
             console.width = 10_000
             console.width = max(screen, console.measure(part).maximum)
             console.print(part, crop=False)

@@ -56,7 +56,7 @@ class Terminal:
             self._own = sys.stdout
             self._wrap = WordWrap(_columns)
         self._dims = is_shown and os.environ.get("TERM", "dumb") != "dumb"
-        # says what stands below the line that is typed
+        # This says what stands below the line that is typed.
         self.status: Callable[[], str] = str
         self._read_line: Callable[[], str] = input
         if self.interactive:
@@ -140,7 +140,7 @@ def stop_key() -> Iterator[Callable[[], bool]]:
             if sys.stdin.isatty():
                 tty.setcbreak(sys.stdin, termios.TCSANOW)
                 modes = termios.tcgetattr(sys.stdin)
-                # Ctrl-C drops nothing that was typed
+                # Ctrl-C drops nothing that was typed.
                 modes[_LOCAL] |= termios.NOFLSH
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
             yield lambda: pressed
@@ -166,7 +166,7 @@ class WordWrap:
 
     def __init__(self, columns: Callable[[], int]):
         self._columns = columns
-        # the cursor's column, and a word that may still grow
+        # The cursor's column, and a word that may still grow.
         self._column = 0
         self._rest = ""
 

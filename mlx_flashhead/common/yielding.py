@@ -22,7 +22,7 @@ def yielding() -> Iterator[None]:
     if sys.platform == "darwin":
         _set_class(_UTILITY)
     else:
-        # the user may have set another limit
+        # The user may have set another limit.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     try:
@@ -33,6 +33,6 @@ def yielding() -> Iterator[None]:
 
 
 def _set_class(number: int) -> None:
-    # a system may have no classes
+    # A system may have no classes.
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).pthread_set_qos_class_self_np(number, 0)

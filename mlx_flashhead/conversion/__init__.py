@@ -52,7 +52,7 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
         while True:
             part = next(task)
             if part.stage != shown:
-                # a stage may end before its total, by its time limit
+                # A stage may end before its total, by its time limit.
                 bar.total = bar.n
                 bar.close()
                 bar = tqdm(total=part.total, desc=part.stage, bar_format=FORM, disable=not progress)

@@ -286,7 +286,7 @@ def _n_passes(options: IndexOptions) -> int:
 
 def index_nbytes(rows: Matrix) -> int:
     """Approximate size of an index, from what is known before the work."""
-    # ids of 4 bytes, centroids of 4 bits, and small arrays
+    # An index has ids of 4 bytes, centroids of 4 bits, and small arrays.
     return rows.n_rows * (4 + rows.hidden_size // 16)
 
 

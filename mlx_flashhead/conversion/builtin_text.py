@@ -118,7 +118,7 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     beginning = beginning_of_text(tokenizer)
     ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
     sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
-    # a window's turn comes at the share of its kind that is there before it
+    # A window's turn comes at the share of its kind that is there before it.
     turns: list[tuple[float, list[int]]] = []
     for texts, size in zip(documents.values(), sizes, strict=True):
         left = size

@@ -66,7 +66,7 @@ def text_states(
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
     windows = windows_of(token_ids, TEXT_WINDOW)
-    # the first window has the beginning of a text already
+    # The first window has the beginning of a text already.
     beginning = beginning_of_text(tokenizer)
     for i in range(1, len(windows)):
         windows[i] = beginning + windows[i]
@@ -160,7 +160,7 @@ def read_windows(
         waiting = [i for i in waiting if starts[i + 1] > n_kept]
         for i in range(len(windows) - len(waiting)):
             states[i] = kept["states"][starts[i] : starts[i + 1]]
-    # a bar is there before the first part, which may take long
+    # A bar is there before the first part, which may take long.
     yield Progress(stage, n_kept, total, "token", kept=True)
     n_together: float = MIN_STEP
     if step_seconds == math.inf:
@@ -171,7 +171,7 @@ def read_windows(
         batch = waiting[:n_windows]
         waiting = waiting[n_windows:]
         length = max(len(inputs[i]) for i in batch)
-        # shorter ones are padded at the end, where no state looks
+        # Shorter ones are padded at the end, where no state looks.
         tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
         n_parts = math.ceil(tokens.size / n_together)
         cache = None
@@ -186,7 +186,7 @@ def read_windows(
             began = monotonic()
             with numpy_products(model, location.module), recorded_hidden(location) as recorded:
                 forward(model, tokens[:, part], cache)
-                # only the states are evaluated, and the windows' logits are never computed
+                # Only the states are evaluated, and the windows' logits are never computed.
                 parts.append(np.array(recorded[-1].astype(mx.float32)))
             took = max(monotonic() - began, 1e-6)
             spent += took

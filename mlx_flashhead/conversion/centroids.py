@@ -18,7 +18,7 @@ from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
 from . import Progress, Task
 from .checkpoint import NOT_KEPT, Checkpoint, checksum
 
-# at once, which bounds memory
+# So many are read at once, which bounds memory.
 BLOCK_CLUSTERS = 64
 BLOCK_STATES = 2048
 
@@ -112,7 +112,7 @@ def fit_centroids(
     residual_mean, residual_variance, cross = yield from _fit_residuals(
         rows, token_ids, means, states, state_mean, bias_of_tokens, checkpoint
     )
-    # max: equal states have no variance, and the means stay
+    # Equal states have no variance: the means stay then.
     penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
     penalised = state_variance + penalty * np.eye(hidden_size)
     fitted = means + np.linalg.solve(penalised, cross.T).T
@@ -164,7 +164,7 @@ def _fit_residuals(
     total = np.zeros(n_clusters)
     squares = np.zeros(n_clusters)
     cross = np.zeros((n_clusters, hidden_size))
-    # the last value leaves padded slots out
+    # The last value leaves padded slots out.
     slot_bias = np.append(head_bias, -np.inf).astype(np.float32)
     source = checksum(token_ids, states)
     kept = checkpoint.read("residuals", source)
@@ -173,11 +173,11 @@ def _fit_residuals(
         total[:n_kept] = kept["total"]
         squares[:n_kept] = kept["squares"]
         cross[:n_kept] = kept["cross"]
-    # a bar is there before the first part, which may take long
+    # A bar is there before the first part, which may take long.
     yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
     for start in range(n_kept, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
-        # (cluster_size, c): sums over a cluster run along axis 0
+        # (cluster_size, c): sums over a cluster run along axis 0.
         slots = token_ids[part].T
         columns = rows[np.minimum(slots, vocab_size - 1)].reshape(-1, hidden_size).T
         for block, centred_block in zip(blocks, centred, strict=True):
@@ -216,9 +216,9 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
         return Matrix(mx.array(weight)), weight.astype(np.float64)
     damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
     inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
-    # upper triangle: the effect of a column's error on later ones
+    # Upper triangle: the effect of a column's error on later ones.
     feed = np.linalg.cholesky(inverse).T
-    # (D, C): the columns of the centroids are contiguous
+    # (D, C): the columns of the centroids are contiguous.
     left = centroids.T.astype(np.float64)
     codes = np.empty(left.shape, dtype=np.uint32)
     rounded = np.empty_like(left)
@@ -228,14 +228,14 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
     for number in range(n_groups):
         start = number * group_size
         group = slice(start, start + group_size)
-        # the scale spans the range exactly; mx.quantize's keeps zero representable
+        # The scale spans the range exactly; mx.quantize's keeps zero representable.
         low = left[group].min(axis=0)
         high = left[group].max(axis=0)
         scales[number] = (high - low) / LEVELS
         offsets[number] = low
         scale = scales[number].astype(np.float32)
         offset = offsets[number].astype(np.float32)
-        # the scale of a constant group is 0
+        # The scale of a constant group is 0.
         divisor = np.where(scale > 0, scale, 1)
         errors = np.empty((group_size, n_clusters))
         for i in range(start, group.stop):
@@ -246,7 +246,7 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
             left[later] -= np.outer(feed[i, later], errors[i - start])
             yield Progress("Rounding", 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
-    # as in MLX, words of 32 bits with the first code in the lowest ones
+    # As in MLX, a word of 32 bits has the first code in its lowest ones.
     shifts = np.arange(0, 32, BITS, dtype=np.uint32)
     words = codes.T.reshape(n_clusters, -1, 32 // BITS) << shifts
     matrix = Matrix(

@@ -26,7 +26,7 @@ QUICK_PASSES = 2
 FIRST_PRICE_UPDATES = 40
 LATER_PRICE_UPDATES = 20
 
-# rows and scores at once, which bounds memory
+# So many rows and scores are computed at once, which bounds memory.
 BLOCK_ROWS = 2048
 BLOCK_SCORES = 1 << 22
 
@@ -84,7 +84,7 @@ def cluster_rows(
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
     if n_clusters:
-        # the others move to the front, without a second copy
+        # The others move to the front, without a second copy.
         for block in _slices(len(others), BLOCK_ROWS):
             points[block] = points[others[block]]
         capacity = np.full(n_clusters, len(others) // n_clusters)
@@ -159,7 +159,7 @@ def _near(points: Array, centres: Array) -> Array:
     """Whether points (R, D) are duplicates of centres (M, D): (R, M) bool. Their mean is zero."""
     norms = _squared_norms(points)
     centre_norms = _squared_norms(centres)
-    # |x - y|² <= limit, solved for x · y
+    # |x - y|² <= limit, solved for x · y.
     return points @ centres.T >= 0.5 * (norms[:, None] + (1 - DUPLICATE_DISTANCE) * centre_norms)
 
 
@@ -220,7 +220,7 @@ def _balanced_kmeans(
     for iteration in range(first_pass, passes):
         centroids = _centroids(points, members)
         ids, scores = yield from _shortlists(points, every, centroids, total, kept, iteration)
-        # prices move until demand for each centroid meets its capacity
+        # Prices move until demand for each centroid meets its capacity.
         n_updates = LATER_PRICE_UPDATES
         if iteration == 0:
             n_updates = FIRST_PRICE_UPDATES
@@ -238,7 +238,7 @@ def _balanced_kmeans(
             _assign(waiting, ids, scores - prices[ids], free, assigned)
             waiting = np.flatnonzero(assigned < 0)
             if len(waiting):
-                # their lists are full: they get one of the open clusters
+                # Their lists are full: they get one of the open clusters.
                 yield Progress(STAGE, 0, total, "row")
                 opened = np.flatnonzero(free)
                 listed, scores = yield from _shortlists(points, waiting, centroids[opened], total)
@@ -329,7 +329,7 @@ def _columns(centroids: Array, padding: int, library: Any) -> Any:
     if padding:
         centroids = np.pad(centroids, ((0, padding), (0, 0)))
     if library is np:
-        # an array of its own would be another copy
+        # An array of its own would be another copy.
         return centroids.T
     return library.array(centroids.T)
 
@@ -347,7 +347,7 @@ def _assign(waiting: Array, ids: Array, utilities: Array, free: Array, assigned:
         most = utilities[every, best]
         choice = ids[every, best]
         utilities[every, best] = -np.inf
-        # it is inf - inf where no cluster is open
+        # It is inf - inf where no cluster is open.
         with np.errstate(invalid="ignore"):
             regret = most - utilities.max(axis=1)
         utilities[every, best] = most

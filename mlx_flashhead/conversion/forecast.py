@@ -32,10 +32,10 @@ class Pace:
 
     def __init__(self, expected: Mapping[str, float], limit: float):
         self._seconds = dict(expected)
-        # the share of each stage that is done
+        # The share of each stage that is done.
         self._shares = dict.fromkeys(expected, 0.0)
         self._limit = limit
-        # the greatest share that was said: a bar does not go back
+        # The greatest share that was said: a bar does not go back.
         self._most = 0.0
         # The stage at hand, its seconds in this build, and its units. Of these, some may have been
         # done by an earlier build.

@@ -20,7 +20,7 @@ from ..head.steps import MARGIN_SHARE
 from . import Progress, Task
 from .checkpoint import NOT_KEPT, Checkpoint, checksum
 
-# at once, which bounds memory and the time of a part
+# So much is measured at once, which bounds memory and the time of a part.
 CHUNK_STATES = 32
 CHUNK_LOGITS = 1 << 22
 
@@ -98,7 +98,7 @@ def measure_positions(
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     token_ids = token_ids.astype(np.int64)
-    # padded slots come last
+    # Padded slots come last.
     slots = np.argsort(token_ids.ravel(), kind="stable")
     cluster_of = slots // token_ids.shape[1]
     probes = np.array(probe_counts)
@@ -110,7 +110,7 @@ def measure_positions(
     if n_kept:
         values[:, :, :n_kept] = kept["values"]
         dense_nll[:n_kept] = kept["nll"]
-    # a bar is there before the first part, which may take long
+    # A bar is there before the first part, which may take long.
     yield Progress("Measuring", n_kept, len(states), "position", kept=True)
     for start in range(n_kept, len(states), size):
         part = slice(start, start + size)
@@ -148,7 +148,7 @@ class _DenseClusters(NamedTuple):
 
 def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
     """Sums of the dense logits (n, V) over each cluster."""
-    # a padded slot reads a column of -inf and adds nothing to a sum
+    # A padded slot reads a column of -inf and adds nothing to a sum.
     padded = np.pad(logits, ((0, 0), (0, 1)), constant_values=-np.inf)
     blocks = padded[:, token_ids.ravel()].reshape(-1, *token_ids.shape)
     best = blocks.max(-1)
@@ -157,7 +157,7 @@ def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
     weights = np.exp(blocks)
     sums = weights.sum(-1, dtype=np.float64)
     norm = sums.sum(-1)
-    # 0 times -inf would be NaN
+    # 0 times -inf would be NaN.
     weights *= np.maximum(blocks, LEAST_LOGIT, out=blocks)
     return _DenseClusters(
         top=top.astype(np.float64),
@@ -196,30 +196,30 @@ def _measure_chunk(
     n_clusters = len(token_ids)
     sizes = (token_ids < logits.shape[1]).sum(1)
     dense = _dense_clusters(logits, token_ids)
-    # estimates (n, C) of the logits of each cluster's tokens, below the best logit
+    # Estimates (n, C) of the logits of each cluster's tokens, below the best logit.
     tail = np.minimum((scores + tail_offset).astype(np.float64) - dense.top[:, None], GREATEST_TAIL)
     weight = sizes * np.exp(tail)
     moved = dense.mean_logit - dense.mass * tail
 
-    # the best clusters, the best one first; one more is the best that is not scored
+    # The best clusters, the best one first; one more is the best that is not scored.
     n_listed = min(int(probes.max()) + 1, n_clusters)
     order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
     ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
     order = np.take_along_axis(order, ranks, 1)
-    # over the scored clusters, (n, P): their mass and its estimate, both relative to the best
-    # logit, their part of the divergence, their share of the mass, and their best logit
+    # These are of the scored clusters, (n, P): their mass and its estimate, both relative to the
+    # best logit, their part of the divergence, their share of the mass, and their best logit.
     parts = np.stack([dense.sums, weight, moved, dense.mass])
     listed = np.take_along_axis(parts, order[None], 2)
     total, estimated, scored_part, scored = listed.cumsum(2)[:, :, probes - 1]
     best = np.maximum.accumulate(np.take_along_axis(dense.best, order, 1), 1)[:, probes - 1]
     best = best.astype(np.float64)
-    # over the others: the best score, none where all are scored; the estimates
+    # These are of the others: the best score, none where all are scored, and the estimates.
     ranked = np.take_along_axis(scores, order, 1).astype(np.float64)
     next_best = np.pad(ranked, ((0, 0), (0, 1)), constant_values=-np.inf)[:, probes]
     unscored = np.maximum(weight.sum(1)[:, None] - estimated, 0.0)
     log_total = np.log(total + unscored)
     divergence = moved.sum(1)[:, None] - scored_part
-    # an estimate has this limit in the head, too
+    # An estimate has this limit in the head, too.
     cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)
     for i, j in np.argwhere(next_best + tail_offset.max() > cap):
         left = np.ones(n_clusters, bool)
@@ -236,7 +236,7 @@ def _measure_chunk(
     covered = is_scored(truth)
     true_logit = logits[positions, truth].astype(np.float64) - dense.top
     estimate = np.minimum(tail[positions, cluster_of[truth]][:, None], cap - dense.top[:, None])
-    # it is the logarithm of 0 where no cluster is left
+    # It is the logarithm of 0 where no cluster is left.
     with np.errstate(divide="ignore"):
         log_tail = np.log(unscored / (total + unscored))
     log_norm = np.log(dense.norm)
@@ -244,7 +244,7 @@ def _measure_chunk(
         is_scored(logits.argmax(1)),
         covered,
         np.minimum(scored, 1.0),
-        # sum over v of P_v (log P_v - log Q_v); probed tokens share the dense head's logit
+        # Sum over v of P_v (log P_v - log Q_v); probed tokens share the dense head's logit.
         log_total - log_norm[:, None] + divergence,
         log_total - np.where(covered, true_logit[:, None], estimate),
         best - next_best,

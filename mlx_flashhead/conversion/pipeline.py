@@ -115,7 +115,7 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
     target = Path(options.mlx_path).expanduser()
     check_target(target, options.overwrite)
     if options.source == "file":
-        # a text that cannot be read is refused before the long work
+        # A text that cannot be read is refused before the long work.
         read_text(options.calibration)
     with new_folder(target) as folder:
         prepared = _prepare(options, target, folder, say, progress=progress)
@@ -152,7 +152,7 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
                 files.write_index(folder, index)
             add_documents(folder, prepared.base, index.config, target)
         except RuntimeError as error:
-            # MLX raises it for a full disk
+            # MLX raises it for a full disk.
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
                 "`mlx_path`."

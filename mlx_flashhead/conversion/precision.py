@@ -139,7 +139,7 @@ def set_bits(
         if bits < stored_bits:
             _restore_floats(model, location)
     recipe = _recipe(model, options, body["group_size"])
-    # a head that shares the form of the body is not stored by itself
+    # A head that shares the form of the body is not stored by itself.
     has_own_form = bits is not None and not (options.quantize and recipe is None and head == body)
 
     def quantization(path: str, module: nn.Module) -> Any:
@@ -153,7 +153,7 @@ def set_bits(
     form = head
     if options.quantize:
         form = body
-    # mlx-lm prints a line of its own
+    # mlx-lm prints a line of its own.
     with redirect_stdout(StringIO()):
         return mlx_lm.quantize_model(
             model,
@@ -215,12 +215,12 @@ def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
     if options.fine_head:
         bits = None
     body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
-    # a function chooses for the head too, and mlx-lm leaves a width that fits no group as it is
+    # A function chooses for the head too, and mlx-lm leaves a width that fits no group as it is.
     by_function = callable(options.quant_predicate)
     fits = rows.hidden_size % body_group == 0
     if options.quantize and not bits and not by_function and not rows.quantized and fits:
         bits = DEFAULT_HEAD_BITS
-    # modes other than affine have one number of bits
+    # Modes other than affine have one number of bits.
     if options.q_mode != AFFINE and bits == DEFAULT_BITS[options.q_mode]:
         return None
     return bits

@@ -105,7 +105,7 @@ def choose_unverified(measured: PositionMeasures, goal: float, nbytes: StepBytes
         The number of probes; where none reaches the goal, the most that the bytes allow.
     """
     n_positions = measured.values.shape[2]
-    # the goal, or the bound that so few positions can show if all of them agree
+    # It is the goal, or the bound that so few positions can show if all of them agree.
     possible = min(goal, lower_bound(1.0, n_positions) - 1e-9)
     means = measured.means()
     most = MAX_BYTES * nbytes.dense
@@ -164,7 +164,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
     near = measured.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
     gaps = near[:, GAP].ravel()
     differs = near[:, AGREEMENT].ravel() == 0
-    # elsewhere all clusters are scored
+    # Elsewhere all clusters are scored.
     has_gap = np.isfinite(gaps)
     a, b = fit_greedy_risk(gaps[has_gap], differs[has_gap])
     estimated = np.exp(near[:, TAIL], dtype=np.float64).sum()
@@ -206,7 +206,7 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
         above = risk.sum(axis=1) > wanted
         low = np.where(above, low, offset)
         high = np.where(above, offset, high)
-    # 0 and 1 have no logarithm of themselves or of their rest
+    # 0 and 1 have no logarithm of themselves or of their rest.
     risk = np.clip(risk, 1e-12, 1 - 1e-6)
     likelihood = np.log(np.where(differs, risk, 1 - risk)).sum(axis=1)
     best = (likelihood - (np.log(SLOPES) / SLOPE_SPREAD) ** 2 / 2).argmax()

@@ -36,7 +36,7 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
     """
     perplexity = measured.dense_perplexity
     counts = np.array(measured.probe_counts)
-    # shown are those nearest to some multiples of the chosen number
+    # The report shows those nearest to some multiples of the chosen number.
     nearest = [int(np.abs(counts - multiple * n_probes).argmin()) for multiple in SHOWN_MULTIPLES]
     shown = {n_probes, *counts[nearest].tolist()}
     by_probes = {}

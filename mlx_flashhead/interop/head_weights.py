@@ -30,7 +30,7 @@ def keep_from_weights(head_type: type) -> None:
 
         put_in_place(f"mlx_vlm.{name}", wrap)
 
-    # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
+    # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these.
     verifier = "models.quantized_verifier"
     instead(f"{verifier}.supports_quantization", lambda layer: False)
     instead(f"{verifier}.supports_optimized_affine_head", lambda layer: False)
@@ -38,5 +38,5 @@ def keep_from_weights(head_type: type) -> None:
     linear = "speculative.ops.linear._target_verify"
     instead(f"{linear}_linear", lambda layer, x: layer(x))
     instead(f"{linear}_embedding_as_linear", lambda layer, x: layer.as_linear(x))
-    # it would read the rows of the draft's tokens alone, which a FlashHead has in other clusters
+    # It would read the rows of the draft's tokens alone, which a FlashHead has in other clusters.
     instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None)

@@ -31,6 +31,6 @@ def put_in_place(full_name: str, wrap: Wrap) -> None:
 def put_all_in_place(wraps: Mapping[str, Wrap]) -> None:
     """Replaces objects by their full names; one of a module that is not installed is left out."""
     for full_name, wrap in wraps.items():
-        # mlx-vlm before 0.7 has its loop elsewhere
+        # mlx-vlm before 0.7 has its loop elsewhere.
         with suppress(ImportError):
             put_in_place(full_name, wrap)

@@ -71,7 +71,7 @@ def find_provenance(
     in_cache = origin.revision is not None
     documents = folder
     if in_cache and not Path(path_or_repo).expanduser().is_dir():
-        # mlx-lm does not download these files
+        # mlx-lm does not download these files.
         documents = _fetched_documents(origin.repo_id or "", origin.revision) or folder
     elif base_model is not None and not (folder / CARD_FILE).exists():
         documents = _fetched_documents(base_model) or folder
@@ -94,7 +94,7 @@ def _base_models(metadata: dict[str, Any]) -> list[str]:
 
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
     """A folder with a repository's card and its licence; None if they cannot be downloaded."""
-    # the Hub's client raises many unrelated types
+    # The Hub's client raises many unrelated types.
     with suppress(Exception), redacted_logs():
         return Path(
             snapshot_download(
@@ -120,7 +120,7 @@ def card_metadata(base: Provenance, alone: bool = False) -> dict[str, Any]:
         metadata["base_model"] = base.origin.repo_id
         metadata[RELATION] = "quantized"
     else:
-        # a folder of unknown origin may still name its own base model
+        # A folder of unknown origin may still name its own base model.
         bases = _base_models(base.metadata)
         metadata["base_model"] = bases
         if len(bases) == 1:
@@ -135,7 +135,7 @@ def card_metadata(base: Provenance, alone: bool = False) -> dict[str, Any]:
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The header of a card; empty if there is no readable one."""
-    # a bad card must not stop a conversion
+    # A bad card must not stop a conversion.
     with suppress(Exception):
         text = card.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("---"):
@@ -170,7 +170,7 @@ def write_card(
         base = None
     link = str(metadata.get("license_link"))
     if not link.startswith("http"):
-        # the copy beside the card
+        # The copy beside the card.
         link = next((file.name for file in licence_files(folder)), "")
     index_size = None
     if is_companion(folder):
@@ -192,7 +192,7 @@ def write_card(
             percent=percent,
         )
     except Exception as error:
-        # foreign settings may make anything of the template
+        # Foreign settings may make anything of the template.
         raise ValueError(
             f"The settings in {folder} hold figures that a card cannot show ({error}): {AGAIN}."
         ) from error

@@ -86,7 +86,7 @@ def publish(
     metadata = with_licence(read_metadata(card), license)
     texts: list[Path] = []
     if not card.exists():
-        # a FlashHead that was made at the first use of a model has no card
+        # A FlashHead that was made at the first use of a model has no card.
         model = config.recipe.get("model")
         if not is_repository(model):
             model = None
@@ -125,12 +125,12 @@ def publish(
         f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
         "files again."
     )
-    # mlx-lm reads every file of weights, so those that the folder lacks leave the repository
+    # mlx-lm reads every file of weights, so those that the folder lacks leave the repository.
     deleted: str | None = "model*.safetensors"
     if is_companion(folder):
         deleted = None
     with _client(failed, failed, failed) as api:
-        # the client changes the list of patterns
+        # The client changes the list of patterns.
         api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,
@@ -178,7 +178,7 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(denial, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        # create_repo accepts any visible repository
+        # create_repo accepts any visible repository.
         api.auth_check(repo_id, write=True)
         is_public = private and not api.repo_info(repo_id).private
     if is_public:
@@ -204,7 +204,7 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
         with redacted_logs():
             yield HfApi()
     except Exception as error:
-        # the Hub's client raises many unrelated types
+        # The Hub's client raises many unrelated types.
         remedy = "check the network and try again"
         if isinstance(error, OfflineModeIsEnabled):
             remedy = "unset HF_HUB_OFFLINE"
@@ -220,5 +220,5 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
                 elif not is_denied and failed:
                     sentence = failed
         reasons = dict.fromkeys(reason(cause) for cause in causes)
-        # `from None`: the client's own message may hold the token
+        # `from None`: the client's own message may hold the token.
         raise ValueError(sentence.replace("%s", printable(": ".join(reasons)))) from None

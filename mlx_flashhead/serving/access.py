@@ -108,9 +108,9 @@ class Access:
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
-            # machines of the network answer for names in .local, and the DNS does not
+            # Machines of the network answer for names in .local, and the DNS does not.
             return self.token is not None and name.endswith(".local")
-        # a page from an address has that address as its origin, so nothing was rebound
+        # A page from an address has that address as its origin, so nothing was rebound.
         return address.is_loopback or self.token is not None
 
     def _may_ask(self, host: str, headers: Headers) -> bool:
@@ -121,7 +121,7 @@ class Access:
         """
         origin = headers.get("Origin")
         if origin is None:
-            # a link on another site may lead here, but its scripts and images may not
+            # A link on another site may lead here, but its scripts and images may not.
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
             return not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
         if origin in self.origins or origin.lower() == f"http://{host.lower()}":
@@ -135,7 +135,7 @@ class Access:
         """Whether a request needs no token."""
         method = scope["method"]
         if method == "OPTIONS":
-            # a browser sends it before the request of an allowed site, and without the token
+            # A browser sends it before the request of an allowed site, and without the token.
             return headers.get("Origin") in self.origins
         return method in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
 
@@ -154,7 +154,7 @@ class Access:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             sent.append(credentials)
-        # Anthropic's clients send it in a header of its own
+        # Anthropic's clients send it in a header of its own.
         sent.append(request.headers.get("X-Api-Key", ""))
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
         if equal:
@@ -169,7 +169,7 @@ def access_of(args: Namespace) -> Access:
     own_names: set[str] = set()
     if not is_loopback(args.host):
         token = kept_token(args.token_file)
-        # other machines may call this one by any of these names
+        # Other machines may call this one by any of these names.
         host_name = socket.gethostname().lower().rstrip(".")
         own_names = {args.host.lower(), host_name, host_name.partition(".")[0]}
         own_names.discard("")

@@ -74,13 +74,13 @@ class AnswerText:
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
         self._detokenizer = tokenizer.detokenizer
         if keep_space:
-            # detokenizers drop a space at the beginning, not after another word
+            # Detokenizers drop a space at the beginning, not after another word.
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
         self._until_stop = stop.make_state()
         self._parts = make_text_state_machine(tokenizer).make_state(state)
-        # what there is of the call that is being written
+        # What there is of the call that is being written.
         self._call = ""
 
     def add(self, token: int | None, *, last: bool = False) -> Token:
@@ -107,7 +107,7 @@ class AnswerText:
             text += held
         self._parts, parts = TextStateMachine.split(self._parts, text)
         if last or stopped:
-            # what may have begun a marker is none, and a call ends
+            # What may have begun a marker is none, and a call ends.
             self._parts, held, name = TextStateMachine.flush(self._parts)
             parts.append((name, held))
             is_cut = stopped or token is not None
@@ -126,7 +126,7 @@ class AnswerText:
             elif name == "reasoning":
                 certain.reasoning += part
             elif name == "cut":
-                # what there is of the call is text after all
+                # What there is of the call is text after all.
                 certain.content += self._call
                 self._call = ""
             elif name == "normal":

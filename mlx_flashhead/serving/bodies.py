@@ -83,7 +83,7 @@ def read_json(text: bytes) -> Any:
     levels = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int32)
     if levels.max(initial=0) > MAX_DEPTH:
         raise ValueError("it is nested too deeply")
-    # a file in UTF-8 may begin with this mark
+    # A file in UTF-8 may begin with this mark.
     text = text.removeprefix(b"\xef\xbb\xbf")
     try:
         with suppress(msgspec.DecodeError):

@@ -22,9 +22,9 @@ class Choice:
         self._index = index
         self.finish_reason: str | None = None
         self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        # all tokens so far, with the calls as they are sent
+        # All tokens so far, with the calls as they are sent.
         self._whole = Token()
-        # the number of characters before the next token
+        # The number of characters before the next token.
         self._offset = 0
 
     def add(self, token: Token) -> dict[str, Any] | None:
@@ -116,7 +116,7 @@ class Choices:
             object_name = "chat.completion"
             if fields.stream:
                 object_name = "chat.completion.chunk"
-        # all parts of an answer have this beside their choices
+        # All parts of an answer have this beside their choices.
         self._common = {
             "id": f"{id_prefix}-{uuid.uuid4().hex}",
             "object": object_name,
@@ -127,7 +127,7 @@ class Choices:
         options = fields.stream_options
         self._include_usage = fields.stream and options is not None and options.include_usage
         if self._include_usage:
-            # the last part alone says it
+            # The last part alone says it.
             self._common["usage"] = None
 
     @property
@@ -177,7 +177,7 @@ TEXTS = Dialect(chat=False, fields=dict, answer=Choices, refused=refused, forms=
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:
     """The tokens of a request's answers, in OpenAI's words."""
-    # a prompt with several answers counts once
+    # A prompt with several answers counts once.
     once = jobs[:: jobs[0].request.fields.n]
     n_read = sum(len(job.prompt.tokens) for job in once)
     n_generated = sum(len(job.tokens) for job in jobs)
@@ -206,7 +206,7 @@ def _said(content: str, thought: str, calls: list[Any]) -> dict[str, Any]:
 @cache
 def _bytes_of_letters() -> dict[str, bytes]:
     """The byte that each letter of a byte-level tokenizer stands for."""
-    # it warns that there is no PyTorch, unless mlx-lm is imported before
+    # It warns that there is no PyTorch, unless mlx-lm is imported before.
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
@@ -214,7 +214,7 @@ def _bytes_of_letters() -> dict[str, bytes]:
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """The bytes of a token's text, possibly incomplete characters."""
-    # a row of the head may have no token, and then no name
+    # A row of the head may have no token, and then no name.
     name = tokenizer.convert_ids_to_tokens(token) or ""
     if token in tokenizer.added_tokens_decoder:
         return name.encode()

@@ -65,10 +65,10 @@ class Service:
         self.end: ApiError | None = None
         self.in_progress: WeakSet[Completion] = WeakSet()
         self.n_waiting_bytes = 0
-        # the fields without effect that the log has named
+        # The fields without effect that the log has named.
         self._named: set[str] = set()
         self.large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
-        # Python reads one JSON at a time in any case
+        # Python reads one JSON at a time in any case.
         self.parsers = Turns("parse", total=1, each=1)
         self.readers = Turns("read", total=MAX_HELPERS, each=2)
         self.grammar_readers = Turns("read grammar", total=6, each=2)
@@ -132,7 +132,7 @@ class Completion:
         self._address: str = http_request.scope["client"][0]
         self._loop = asyncio.get_running_loop()
         self._queue = asyncio.Queue[Any]()
-        # there are jobs and an answer once the request has been read
+        # There are jobs and an answer once the request has been read.
         self._jobs: list[Job] = []
         self._answer: Answer | None = None
         self._client_has_left = Event()
@@ -171,7 +171,7 @@ class Completion:
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
-        # the loop may have ended
+        # The loop may have ended.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
@@ -185,7 +185,7 @@ class Completion:
                 )
                 await response.stream_response(send)
             else:
-                # the answer keeps its parts
+                # The answer keeps its parts.
                 async for _ in self._parts():
                     pass
                 whole = await asyncio.to_thread(self._whole)
@@ -214,7 +214,7 @@ class Completion:
         while (await self._http_request.receive())["type"] != "http.disconnect":
             pass
         self._client_has_left.set()
-        # the jobs end at once, whatever is still in the queue
+        # The jobs end at once, whatever is still in the queue.
         for job in self._jobs:
             job.ended = True
         self.put((0, ClientDisconnect()))
@@ -233,7 +233,7 @@ class Completion:
         models.add_done_callback(lambda _: self.put((0, None)))
         service.n_waiting_bytes += n_bytes
         try:
-            # the last one leaves, and those that came before stay
+            # The last one leaves, and those that came before stay.
             if service.n_waiting_bytes > _MAX_WAITING_BYTES:
                 raise still_loading()
             while not models.done():
@@ -278,7 +278,7 @@ class Completion:
             yield comment
         self._service.engine.submit(self._jobs)
         answer = self._answer
-        # the request has been read, so there is an answer
+        # The request has been read, so there is an answer.
         assert answer is not None
         has_begun = False
         while not answer.is_complete:
@@ -315,7 +315,7 @@ class Completion:
         return replace(token, content=content, calls=calls)
 
     def _whole(self) -> Response:
-        # the answer is complete, so there is one
+        # The answer is complete, so there is one.
         assert self._answer is not None
         return json_response(self._answer.whole())
 

@@ -65,7 +65,7 @@ class Connection(H11Protocol):
         super().__init__(**options)
         self._waiting = waiting
         self._refused = False
-        # the number of bytes after the request
+        # The number of bytes after the request.
         self._n_ignored = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -77,7 +77,7 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
         self._ends = (self.client, self.server)
         if self.client is None:
-            # the client has gone already
+            # The client has gone already.
             self._refused = True
             transport.abort()
             return
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
             if self.cycle is not None and not begun:
                 self._timer.cancel()
             if self._complete:
-                # the end of the connection is noticed while it is being read
+                # The end of the connection is noticed while it is being read.
                 self.flow.resume_reading()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
@@ -135,7 +135,7 @@ class Connection(H11Protocol):
         lines = [f"HTTP/1.1 {status} {status.phrase}".encode(), *headers, b"Connection: close"]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
         self._refused = True
-        # the client may have gone
+        # The client may have gone.
         with suppress(OSError):
             self.transport.write_eof()
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
@@ -144,7 +144,7 @@ class Connection(H11Protocol):
         """Allows the client some time to read the response."""
         super().on_response_complete()
         if not self.transport.is_closing():
-            # it waits again, until the client has read the response
+            # It waits again, until the client has read the response.
             self._waiting[self._ends] = self
         self._allow_for_reading()
 
@@ -174,12 +174,12 @@ class FrontDoor:
         self._app = app
         self.access = access
         self._waiting = waiting
-        # the number of an address's requests that are being answered
+        # The number of an address's requests that are being answered.
         self._answered: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request by the application, if the rules of access admit it."""
-        # with an application the router raises its 404 and 405
+        # With an application the router raises its 404 and 405.
         scope["app"] = self
         exchange = _Exchange(self, scope, receive, send)
         scope["state"]["notes"] = exchange.notes
@@ -188,7 +188,7 @@ class FrontDoor:
             self.access.check(scope)
             app = self._app
             if scope["method"] == "OPTIONS":
-                # the headers say which requests a script of another site may send
+                # The headers say which requests a script of another site may send.
                 app = Response(status_code=204)
             if scope["method"] == "POST":
                 self._check_room(scope["client"][0])
@@ -199,9 +199,9 @@ class FrontDoor:
             problem = _problem_of(error, scope)
         finally:
             if scope["state"].get("is_counted"):
-                # counts of 0 leave the counter
+                # Counts of 0 leave the counter.
                 self._answered -= Counter([scope["client"][0]])
-        # an error amid an answer ends the connection
+        # An error amid an answer ends the connection.
         if problem is not None and not exchange.status:
             response = _error_response(problem, scope)
             await response(scope, exchange.receive, exchange.send)
@@ -211,7 +211,7 @@ class FrontDoor:
     def _log(self, scope: Scope, exchange: "_Exchange") -> None:
         path = scope["path"]
         if self.access.token is not None:
-            # the token may be written in any case
+            # The token may be written in any case.
             path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
         path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
         status = str(exchange.status or "-")
@@ -300,7 +300,7 @@ class _Exchange:
             self.status = message["status"]
             self.door.add_headers(MutableHeaders(scope=message), self.status, self.scope)
         elif not self.received and not message.get("more_body", False):
-            # a connection that is closed while its client still sends would lose the response
+            # A connection that is closed while its client still sends would lose the response.
             await self.sink({**message, "more_body": True})
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFUSED_SECONDS):

@@ -47,7 +47,7 @@ class ChatMessages:
 
     def __init__(self):
         self.messages: list[dict[str, Any]] = []
-        # the names of the functions called, by the calls' ids
+        # The names of the functions called, by the calls' ids.
         self._names: dict[str, str] = {}
 
     def say(self, role: str, text: str) -> None:
@@ -99,10 +99,10 @@ class Parts(ABC):
         self.finish_reason: str | None = None
         self.stop_text: str | None = None
         self._job = job
-        # "thought" or "text" if the last part may grow, and what it has become
+        # "thought" or "text" if the last part may grow, and what it has become.
         self._kind = ""
         self._grown = ""
-        # the white space with which a part of a kind will begin
+        # The white space with which a part of a kind will begin.
         self._spaces: dict[str, str] = {}
 
     @property

@@ -15,7 +15,7 @@ def control_tokens(tokenizer: Any) -> frozenset[str]:
     """The texts of a tokenizer's control tokens: special ones, and marks of thoughts and calls."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = {token.content for token in added if token.special or token.content[:1] in "<["}
-    # a name of one character cannot be cut
+    # A name of one character cannot be cut.
     return frozenset(name for name in names if len(name) > 1)
 
 
@@ -31,7 +31,7 @@ def mark_control_tokens(
     Returns:
         The messages with a mark at each cut, and the mark, a text that nobody can guess.
     """
-    # Unicode reserves the first character for programs
+    # Unicode reserves the first character for programs.
     mark = f"\ufdd0{secrets.token_hex(4)}"
     first_letters = {token[0] for token in tokens}
     lengths = {len(token) for token in tokens}

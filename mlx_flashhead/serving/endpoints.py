@@ -87,11 +87,11 @@ class Api(Service):
                 "context": served.context,
             }
             if served.head is not None:
-                # Compare shows it beside the dense head
+                # Compare shows it beside the dense head.
                 model["flash_head"] = served.decoding(dense=False)
                 model["n_probes"] = served.head.n_probes
             models.append(model)
-        # without max_tokens an answer may fill the context
+        # Without max_tokens an answer may fill the context.
         return json_response(
             {
                 "temperature": flags.temp,

@@ -37,23 +37,23 @@ class Engine:
     """Answers jobs until it is closed, of models that ``load`` loads in the generating thread."""
 
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
-        # it has the models, or why loading has failed
+        # It has the models, or why loading has failed.
         self.models: Future[list[ServedModel]] = Future()
         self._flags = flags
         self._arrived: SimpleQueue[list[Job]] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        # the oldest stage comes first
+        # The oldest stage comes first.
         self._stages: list[Stage] = []
-        # the models whose FlashHeads are built, one after the other
+        # The models whose FlashHeads are built, one after the other.
         self._building: list[ServedModel] = []
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
-        # the number of a prompt's tokens to read at once, and that of all prompts' chunks
+        # The number of a prompt's tokens to read at once, and that of all prompts' chunks.
         self._chunk = min(32, flags.prefill_step_size)
         self._n_chunks = 0
-        # the seconds that answers have had beyond half of the time
+        # The seconds that answers have had beyond half of the time.
         self._overtime = 0.0
-        # the number of failures since the latest answer that was completed
+        # The number of failures since the latest answer that was completed.
         self._n_failures = 0
         self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
         self._thread.start()
@@ -97,17 +97,17 @@ class Engine:
                 self._take_turns()
                 turn_failed = False
             except BaseException as error:
-                # whatever has failed, the model stays in memory
+                # Whatever has failed, the model stays in memory.
                 logger.warning("A turn of the engine has failed", exc_info=error)
                 for stage in list(self._stages):
                     self._break_up(stage)
-                # if it fails twice in a row, nobody waits any longer
+                # If it fails twice in a row, nobody waits any longer.
                 while turn_failed and self._waiting:
                     self._fail(self._waiting.pop(0), error)
                 turn_failed = True
         for each in self._building:
             each.leave_build()
-        # arrays and streams of MLX must go before their thread ends
+        # Arrays and streams of MLX must go before their thread ends.
         del self._caches, self._stages
         gc.collect()
         mx.clear_streams()
@@ -120,7 +120,7 @@ class Engine:
         began = time.perf_counter()
         has_read = self._read()
         now = time.perf_counter()
-        # answers have as long as the chunk took; a slow token's rest goes to the next chunks
+        # Answers have as long as the chunk took; a slow token's rest goes to the next chunks.
         if has_read:
             self._overtime -= now - began
         else:
@@ -198,7 +198,7 @@ class Engine:
         The shares leave one for an address that is not here yet.
         """
         n_at_once: int = self._flags.decode_concurrency
-        # the number of answers of each address
+        # The number of answers of each address.
         n_begun = Counter(job.address for job in self._begun)
         waiting_addresses = {job.address for job in self._waiting}
         n_addresses = len(waiting_addresses | n_begun.keys())
@@ -208,14 +208,14 @@ class Engine:
             is_full = n_begun.total() >= n_at_once
             if n_begun[job.address] >= share and (is_full or others_wait):
                 continue
-            # answers to one prompt wait until it is read, and begin with a copy of its cache
+            # Answers to one prompt wait until it is read, and begin with a copy of its cache.
             if any(reading.job.prompt is job.prompt for reading in self._readings):
                 continue
             if is_full:
                 address, n_most = n_begun.most_common(1)[0]
                 if n_most <= share:
                     continue
-                # the shortest of theirs waits again
+                # The shortest of theirs waits again.
                 theirs = [job for job in self._begun if job.address == address]
                 shortest = min(theirs, key=lambda job: len(job.tokens))
                 self._take_out([shortest])
@@ -231,7 +231,7 @@ class Engine:
         if not readings:
             return False
         self._n_chunks += 1
-        # in turn the prompt that came first, so that none waits for ever, and the shortest rest
+        # The prompt that came first and the shortest rest take turns, so that none waits for ever.
         reading = readings[0]
         if self._n_chunks % 2 == 0:
             reading = min(readings, key=lambda reading: reading.left)
@@ -315,7 +315,7 @@ class Engine:
         tokens, cache = cached
         try:
             if tokens:
-                # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
+                # A part of a batch's cache that is not evaluated would keep the whole of it.
                 mx.eval([layer.state for layer in cache])
                 self._caches.insert_cache(served.name, tokens, cache)
         except BaseException as error:

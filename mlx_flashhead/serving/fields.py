@@ -113,7 +113,7 @@ def _path_of(parent: str, key: str) -> str:
 def _param(path: str) -> str:
     """The field that an error names, of a path such as ``messages[0].content[1].text``."""
     param = re.match(r"(messages|input)\[\d+\](\.\w+)?|\w*", path)
-    # the expression matches an empty text, too
+    # The expression matches an empty text, too.
     assert param is not None
     return param[0]
 

@@ -36,17 +36,17 @@ class MiddleFormat:
 
 # The formats of published models, as their cards and tokenizers have them.
 MIDDLE_FORMATS = (
-    # Qwen2.5-Coder, Qwen3-Coder, CodeGemma, Granite
+    # Qwen2.5-Coder, Qwen3-Coder, CodeGemma, Granite.
     MiddleFormat("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    # StarCoder, StableCode, Granite Code, Yi-Coder
+    # StarCoder, StableCode, Granite Code, Yi-Coder.
     MiddleFormat("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    # DeepSeek-Coder, whose second token stands for the gap
+    # DeepSeek-Coder, whose second token stands for the gap.
     MiddleFormat("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001
-    # Code Llama
+    # Code Llama.
     MiddleFormat("▁<PRE>", "▁<SUF>", "▁<MID>"),
-    # Codestral, whose prompt begins with the text after the gap
+    # Codestral, whose prompt begins with the text after the gap.
     MiddleFormat("[PREFIX]", "[SUFFIX]", after_first=True),
-    # Seed-Coder
+    # Seed-Coder.
     MiddleFormat("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>", after_first=True),
 )
 # Tokens with which such models end the middle, beside their end tokens.

@@ -94,13 +94,13 @@ class Job:
         seed = self.request.fields.seed
         if seed is None:
             return secrets.randbits(64)
-        # OpenAI's seeds may be negative
+        # OpenAI's seeds may be negative.
         return seed % 2**64 + self.index
 
     def follow(self, grammar: GrammarProcessor) -> None:
         """Keeps the answer in a form."""
         self.grammar = grammar
-        # without the grammar's `begin`: a text may go on after a failure
+        # The grammar's `begin` is left out, since a text may go on after a failure.
         self.processors.append(Mask(grammar.allowed, grammar.forced_tokens))
 
     @property
@@ -110,7 +110,7 @@ class Job:
         A batch pads its caches to the longest one, so a long text would multiply the memory and the
         time of short questions.
         """
-        # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+        # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on.
         length_class = max(0, (len(self.prompt.tokens) - 1).bit_length() - 9) // 2
         return self.served, self.settings, length_class
 

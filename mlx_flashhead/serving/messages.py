@@ -21,7 +21,7 @@ from .jobs import Job
 _BILLING = "x-anthropic-billing-header:"
 
 
-class _Text(Struct, tag="text", tag_field="type"):
+class _TextBlock(Struct, tag="text", tag_field="type"):
     text: str
 
 
@@ -40,7 +40,7 @@ class _ToolUse(Struct, tag="tool_use", tag_field="type"):
 
 
 _Texts = Annotated[
-    str | Annotated[list[_Text], Meta(max_length=1024)],
+    str | Annotated[list[_TextBlock], Meta(max_length=1024)],
     Meta(description='a text, or a list of at most 1,024 {"type": "text", "text": "…"}'),
 ]
 
@@ -50,7 +50,7 @@ class _ToolResult(Struct, tag="tool_result", tag_field="type"):
     content: _Texts | None = None
 
 
-_Block = _Text | _Thinking | _RedactedThinking | _ToolUse | _ToolResult
+_Block = _TextBlock | _Thinking | _RedactedThinking | _ToolUse | _ToolResult
 
 
 class _Turn(Struct):
@@ -157,13 +157,13 @@ def chat_fields(body: dict[str, Any]) -> dict[str, Any]:
 def _chat_messages(fields: _MessageFields) -> list[dict[str, Any]]:
     conversation = ChatMessages()
     if isinstance(fields.system, str):
-        fields.system = [_Text(fields.system)]
+        fields.system = [_TextBlock(fields.system)]
     for part in fields.system:
         if part.text and not part.text.startswith(_BILLING):
             conversation.say("system", part.text)
     for turn in fields.messages:
         if isinstance(turn.content, str):
-            turn.content = [_Text(turn.content)]
+            turn.content = [_TextBlock(turn.content)]
         for block in turn.content:
             _add_block(conversation, turn.role, block)
     if conversation.messages and conversation.messages[-1]["role"] == "assistant":
@@ -175,7 +175,7 @@ def _chat_messages(fields: _MessageFields) -> list[dict[str, Any]]:
 
 def _add_block(conversation: ChatMessages, role: str, block: _Block) -> None:
     match block:
-        case _Text(text):
+        case _TextBlock(text):
             conversation.say(role, text)
         case _Thinking(thought):
             conversation.think(thought)
@@ -185,7 +185,7 @@ def _add_block(conversation: ChatMessages, role: str, block: _Block) -> None:
             conversation.result(number, _joined(content or ""))
 
 
-def _joined(content: str | list[_Text]) -> str:
+def _joined(content: str | list[_TextBlock]) -> str:
     """The text of texts."""
     if isinstance(content, str):
         return content

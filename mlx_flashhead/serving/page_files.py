@@ -40,7 +40,7 @@ async def page_file(request: Request) -> Response:
     name = request.path_params.get("name", request.scope["path"][1:] or "index.html")
     if name == "files.json":
         return _page_response(json.dumps(sorted(page_names())), ".json")
-    # looked up in a listing, since a client's text must not become a path
+    # A listing has the names, since a client's text must not become a path.
     if name not in page_names():
         raise HTTPException(404)
     content = (FOLDER / name).read_bytes()

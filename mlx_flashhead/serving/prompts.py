@@ -50,7 +50,7 @@ def read_prompts(request: Request) -> list[Prompt]:
     tokens = _tokens(served, text, "messages", mark, add_special_tokens=False)
     landmarks: list[int] = []
     if not served.cuttable:
-        # the next prompt may lack this one's last tokens, as where a thought is left out
+        # The next prompt may lack this one's last tokens, as where a thought is left out.
         landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [
         Prompt(
@@ -64,7 +64,7 @@ def read_prompts(request: Request) -> list[Prompt]:
 
 def _initial_state(tokenizer: Any, tokens: list[int]) -> str:
     """The state of the text at the beginning of the answer to a chat, in mlx-lm's words."""
-    # mlx-lm 0.31 has no formats of answers
+    # mlx-lm 0.31 has no formats of answers.
     initial = getattr(tokenizer, "response_initial_state", None)
     if initial:
         return initial
@@ -150,7 +150,7 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     try:
         text = _render(request, [*system, {"role": "user", "content": ""}], answer=False)
     except ApiError:
-        # an answer does not need landmarks
+        # An answer does not need landmarks.
         return []
     other = request.served.tokenizer.encode(text, add_special_tokens=False)
     for i, (theirs, own) in enumerate(zip(other, tokens, strict=False)):

@@ -141,7 +141,7 @@ def _settle(fields: Any, served: ServedModel, flags: Namespace) -> None:
     if fields.top_p == 0 or fields.temperature < _MIN_TEMPERATURE:
         fields.temperature = 0.0
     if fields.top_k >= served.vocab_size:
-        # 0 stands for all tokens
+        # 0 stands for all tokens.
         fields.top_k = 0
     if fields.dense is None:
         fields.dense = served.settings.dense and fields.n_probes is None

@@ -28,7 +28,7 @@ class _OutputText(Struct, tag="output_text", tag_field="type"):
     text: str
 
 
-class _Text(Struct, tag="text", tag_field="type"):
+class _TextPart(Struct, tag="text", tag_field="type"):
     text: str
 
 
@@ -36,7 +36,7 @@ class _Refusal(Struct, tag="refusal", tag_field="type"):
     refusal: str
 
 
-_Part = _InputText | _OutputText | _Text | _Refusal
+_Part = _InputText | _OutputText | _TextPart | _Refusal
 _Content = Annotated[
     str | Annotated[list[_Part], Meta(max_length=1024)],
     Meta(description='a text, or a list of at most 1,024 {"type": "input_text", "text": "…"}'),
@@ -236,7 +236,7 @@ def _functions(tools: list[_Tool], namespace: str | None = None) -> list[dict[st
         elif tool.type == "namespace" and namespace is None and tool.name:
             functions += _functions(tool.tools or [], tool.name)
         elif tool.type != "web_search" or tool.external_web_access is not False:
-            # Codex offers a search without access to the web unasked, of which nothing is missed
+            # Codex offers a search without access to the web unasked, of which nothing is missed.
             raise ApiError(
                 f"tools: {shown(tool.type)} is a tool that this server does not have, or a "
                 "function without a name: send functions.",
@@ -266,7 +266,7 @@ class ResponseAnswer(Parts):
         self._n_events = 0
         self._n_thought_tokens = 0
         self._problem: ApiError | None = None
-        # namespaces and functions, by the names that the model knows
+        # Namespaces and functions, by the names that the model knows.
         self._namespaces: dict[str, tuple[str, str]] = {}
         for tool in self._body.get("tools", []):
             if tool["type"] == "namespace":

@@ -87,31 +87,31 @@ def serve(flags: Namespace) -> None:
         access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            # uvicorn's handlers of signals end the server in order
+            # uvicorn's handlers of signals end the server in order.
             with other_handlers():
                 asyncio.run(_serve(flags, engine, access, port))
         finally:
-            # a token or a chunk of a prompt is computed by then
+            # A token or a chunk of a prompt is computed by then.
             engine.close(3.0)
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
     api = Api(flags, engine)
     server = Server(api.router(), access, lambda: api.end_answers(SHUTTING_DOWN))
-    # nohup lets SIGHUP be ignored
+    # nohup lets SIGHUP be ignored.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, server.handle_exit)
     serving = asyncio.create_task(server.serve([port]))
     loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
     has_loaded = loading.done() and loading.exception() is None
-    # a signal may have closed the port meanwhile
+    # A signal may have closed the port meanwhile.
     if has_loaded and not server.should_exit:
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
         # Modules and models stay, and looking through them for garbage would stop all threads.
         gc.collect()
         gc.freeze()
-        # the address comes last, in sight
+        # The address comes last, in sight.
         number = port.getsockname()[1]
         where = url(own_address(flags.host), number).rstrip("/")
         print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
@@ -121,7 +121,7 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
         server.should_exit = True
     await serving
     if loading.done():
-        # it raises the error if loading has failed
+        # It raises the error if loading has failed.
         loading.result()
 
 
@@ -131,7 +131,8 @@ def own_address(host: str) -> str:
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            # chooses the interface for an address that is reserved for documentation; sends nothing
+            # This sends nothing. It chooses the interface for an address that is reserved for
+            # documentation.
             probe.connect(("192.0.2.1", 9))
         except OSError:
             return "127.0.0.1"
@@ -172,7 +173,7 @@ def _qr_code(page: str, out: TextIO) -> str:
     except ValueError as missing:
         return str(missing)
     code = segno.make(page, error="l", micro=False)
-    # with a wide border the code of a full IPv6 address leaves no line for the text
+    # With a wide border the code of a full IPv6 address leaves no line for the text.
     border = 1
     if code.version < 5:
         border = 2
@@ -180,13 +181,13 @@ def _qr_code(page: str, out: TextIO) -> str:
     code.terminal(drawn, compact=True, border=border)
     lines = drawn.getvalue().splitlines()
     if out.isatty():
-        # white on black: the code is for a dark terminal
+        # White on black: the code is for a dark terminal.
         lines = [f"\x1b[97;40m{line}\x1b[0m" for line in lines]
     text = "\n".join(lines)
     try:
         text.encode(out.encoding or "ascii")
     except UnicodeEncodeError:
-        # in ASCII the code would be too large
+        # In ASCII the code would be too large.
         return f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
     return text
 
@@ -195,11 +196,11 @@ def log_requests(level: str) -> None:
     """Sends the project's log to standard error, from a level such as "INFO"."""
     handler = logging.StreamHandler()
     formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    # a line may hold a model's words
+    # A line may hold a model's words.
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    # they warn of what clients do, asyncio of those that have left
+    # They warn of what clients do, asyncio of those that have left.
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.ERROR)

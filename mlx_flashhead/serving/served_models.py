@@ -76,12 +76,12 @@ class ServedModel:
             caches += make_prompt_cache(self.draft_model)
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
-        # the logits' shape is known before they are computed
+        # The logits' shape is known before they are computed.
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         variables = template_variables(self.tokenizer) - _GIVEN
         self.template_settings = variables - set(self.tokenizer.special_tokens_map)
         if self.tokenizer.has_thinking:
-            # mlx-lm's name for it
+            # mlx-lm's name for it.
             self.template_settings |= {"enable_thinking"}
         self.takes_developer = "developer" in str(self.tokenizer.chat_template)
         self.control_tokens = control_tokens(self.tokenizer)
@@ -154,7 +154,7 @@ def find_model(models: Sequence[ServedModel], name: Any, *, or_first: bool = Fal
     Raises:
         ApiError: If no served model has the name.
     """
-    # mlx-lm's word for the model of --model is "default_model"
+    # mlx-lm's word for the model of --model is "default_model".
     if name in (None, "default_model"):
         return models[0]
     by_name = {known: served for served in models for known in served.names}
@@ -290,7 +290,7 @@ def check_quantized_cache(model: nn.Module, bits: int, group_size: int) -> None:
         maybe_quantize_kv_cache(cache, 0, group_size, bits)
         mx.eval(model(token, cache=cache), [layer.state for layer in cache])
     except Exception as error:
-        # each cache and each model raises its own
+        # Each cache and each model raises its own.
         reason, *_ = str(error).strip().split("\n")
         raise ValueError(
             f"This model's caches cannot have `kv_bits` {bits} in groups of {group_size} "

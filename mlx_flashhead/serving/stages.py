@@ -51,7 +51,7 @@ class Reading:
         self._flags = flags
         self._all_tokens = job.all_tokens
         served = job.served
-        # of all but the last token, from which the model goes on: -1 is no token
+        # The model goes on from the last token, so the caches need those before it. -1 is no token.
         before_last = [*self._all_tokens[:-1], -1]
         cache, rest = caches.fetch_nearest_cache(served.name, before_last)
         self.done = len(before_last) - len(rest)
@@ -59,10 +59,10 @@ class Reading:
             cache = make_prompt_cache(served.model)
             if served.draft_model is not None:
                 cache += make_prompt_cache(served.draft_model)
-        # the caches of the model's layers, and then those of its draft model's
+        # The caches of the model's layers, and then those of its draft model's.
         self.cache: list[Any] = cache
         self.drafts = self._new_drafts()
-        # a job that goes on after a failure has tokens already
+        # A job that goes on after a failure has tokens already.
         if not job.tokens:
             job.cached = self.done
 
@@ -157,7 +157,7 @@ class Batch:
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
         tokens, cache = reading.cached
-        # one token more, since jobs say when they end
+        # The limit is a token more, since jobs say when they end.
         (uid,) = self._generator.insert(
             [job.prompt.tokens[-1:]],
             [job.max_tokens + 1],
@@ -204,12 +204,12 @@ class Single:
         self.jobs = [job]
         self._cache = reading.cache
         self._tokens = job.all_tokens
-        # the cache has all tokens but the prompt's last one
+        # The cache has all tokens but the prompt's last one.
         self._n_cached = len(self._tokens) - 1
         model = job.served.model
         draft_model = job.served.draft_model or job.served.drafter
         proposer = Proposer(model, job.settings)
-        # without a limit a step is launched after the last token
+        # Without a limit a step is launched after the last token.
         loop: Any = partial(verified_tokens, max_tokens=-1)
         if draft_model is not None:
             loop = partial(
@@ -248,10 +248,10 @@ class Single:
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes the sequence. Returns its tokens and caches; nothing if they do not agree."""
         self.jobs = []
-        # a loop that is closed brings the cache to the tokens that it has yielded
+        # A loop that is closed brings the cache to the tokens that it has yielded.
         self._loop.close()
         if jobs[0].served.draft_model is not None:
-            # the draft model's cache may be some tokens behind
+            # The draft model's cache may be some tokens behind.
             if not can_trim_prompt_cache(self._cache):
                 return []
             self._n_cached = min(self._n_cached, *(cache.offset for cache in self._cache))

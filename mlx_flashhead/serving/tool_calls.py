@@ -51,7 +51,7 @@ def read_tools(
         vocabulary_of(served.tokenizer)
         format_name_of(served.tokenizer)
     except ValueError as error:
-        # llguidance, a fast tokenizer or a format that is known is missing
+        # llguidance, a fast tokenizer or a format that is known is missing.
         if required:
             raise ApiError(f"tool_choice cannot be followed: {error}", "tool_choice") from None
         _tell_once(served.name, str(error))
@@ -94,7 +94,7 @@ def _chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, An
     """The tools that may be called, and whether one must be."""
     allowed = tools
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        # responses have the list in the choice itself
+        # Responses have the list in the choice itself.
         described = choice.get("allowed_tools")
         if not isinstance(described, dict):
             described = choice

@@ -25,7 +25,7 @@ class Turns:
     def __init__(self, name: str, *, total: int, each: int):
         self._of_all = asyncio.Semaphore(total)
         self._each = each
-        # an address is here as long as it has a work
+        # An address is here as long as it has a work.
         self._of_address: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._threads = ThreadPoolExecutor(total, name)
 

@@ -20,7 +20,7 @@ MAX_DIVISOR = 100_000
 # Beyond this llguidance's numbers are apart by more than one.
 MAX_BOUND = 2**53 - 1
 # Formats of strings that llguidance follows. Others are notes, as JSON Schema has it.
-FORMATS = (
+STRING_FORMATS = (
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
 )
 # Keywords that limit values, by the type that they limit, of those that llguidance follows.
@@ -337,7 +337,7 @@ def _mend(made: dict[str, Any]) -> None:
         made["$ref"] = _ROOT + reference[1:]
     names = made.get("propertyNames")
     notes = {
-        "format": isinstance(made.get("format"), str) and made["format"] not in FORMATS,
+        "format": isinstance(made.get("format"), str) and made["format"] not in STRING_FORMATS,
         "uniqueItems": made.get("uniqueItems") is False,
         "propertyNames": isinstance(names, dict) and names.keys() & LIMITS <= {"type"},
     }

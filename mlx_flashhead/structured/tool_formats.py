@@ -38,7 +38,7 @@ _MINIMAX = ListedFormat(
     never=("</invoke>", "</minimax:tool_call>"),
     null_is_none=True,
 )
-FORMATS: dict[str, CallFormat] = {
+CALL_FORMATS: dict[str, CallFormat] = {
     "function_gemma": Gemma(
         start="<start_function_call>",
         end="<end_function_call>",
@@ -118,7 +118,7 @@ FORMATS: dict[str, CallFormat] = {
         several=True,
         comma=",$_",
     ),
-    # its parser reads JSON also where a string is meant
+    # Its parser reads JSON also where a string is meant.
     "muse_spark": ListedFormat(
         start="<atem:function_calls>",
         end="</atem:function_calls>",
@@ -168,6 +168,6 @@ def format_name_of(tokenizer: Any) -> str:
     """
     parser = getattr(tokenizer, "tool_parser", None)
     name = getattr(parser, "__module__", "").rpartition(".")[2]
-    if name not in FORMATS:
+    if name not in CALL_FORMATS:
         raise ValueError("The format of this model's calls is not known here.")
     return name

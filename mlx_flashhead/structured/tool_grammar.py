@@ -10,7 +10,7 @@ from .call_format import CallFormat, Tool, calling
 from .grammar import MAX_KEPT, Grammar, first_problem, sentence, top_level
 from .lark import LarkRules, any_of, one_of, quoted
 from .schemas import MAX_CHARACTERS
-from .tool_formats import FORMATS, format_name_of
+from .tool_formats import CALL_FORMATS, format_name_of
 from .vocabulary import Vocabulary, vocabulary_of
 
 
@@ -57,7 +57,7 @@ def tool_calls(
 
 def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) -> ToolCalls:
     """The calls of tools, whose names and parameters are JSON."""
-    call_format = FORMATS[format_name]
+    call_format = CALL_FORMATS[format_name]
     read = [Tool(name, parameters) for name, parameters in json.loads(tools)]
     if sum(tool.n_characters for tool in read) > MAX_CHARACTERS:
         raise ValueError(
@@ -102,7 +102,7 @@ def _check(tools: Sequence[Tool], sources: Sequence[str]) -> None:
 
 def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tools with types that mlx-lm's parser reads: it knows neither references nor unions."""
-    call_format = FORMATS[format_name_of(tokenizer)]
+    call_format = CALL_FORMATS[format_name_of(tokenizer)]
     views = []
     for tool in tools:
         read = Tool(*_tool(tool))

@@ -11,7 +11,7 @@ from call_formats import MERGED, NESTED, PARSERS, SIMPLE, of, tokenizer_of, tool
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine, make_text_state_machine
 from mlx_flashhead.structured.call_format import Gemma, ListedFormat
 from mlx_flashhead.structured.processor import GrammarProcessor
-from mlx_flashhead.structured.tool_formats import FORMATS
+from mlx_flashhead.structured.tool_formats import CALL_FORMATS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 EOS = 1
@@ -104,9 +104,11 @@ def test_random_calls_are_valid(parser, plain):
     """With marks as tokens of their own and as plain text."""
     tokenizer = tokenizer_of(parser, plain=plain)
     tools = SIMPLE if parser == "function_gemma" else NESTED
-    tools = tools if isinstance(FORMATS[parser], ListedFormat) else [*tools, MERGED]
+    tools = tools if isinstance(CALL_FORMATS[parser], ListedFormat) else [*tools, MERGED]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
-    has_texts = isinstance(FORMATS[parser], Gemma) or getattr(FORMATS[parser], "plain", False)
+    has_texts = isinstance(CALL_FORMATS[parser], Gemma) or getattr(
+        CALL_FORMATS[parser], "plain", False
+    )
     called = set()
     for (name, schema), seed in product(schemas.items(), range(3)):
         only = [each for each in tools if each["function"]["name"] == name]

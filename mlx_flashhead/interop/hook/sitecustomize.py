@@ -21,7 +21,7 @@ class Watch:
         """Finds one of the libraries; None for other modules."""
         if name not in LIBRARIES or self.looks:
             return None
-        # the other finders look for it meanwhile
+        # The other finders look for it meanwhile.
         self.looks = True
         spec = find_spec(name)
         self.looks = False
@@ -50,7 +50,7 @@ def patch(library):
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)
     except Exception as error:
-        # a library may have another version, or options of one
+        # A library may have another version, or options of one.
         reason = f"{type(error).__name__}: {error}"
         print(f"Without FlashHead: it does not fit these libraries ({reason}).", file=sys.stderr)
 
