@@ -26,10 +26,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if sys.platform != "darwin":
     os.environ["MLX_DISABLE_COMPILE"] = "1"
 
-# A script in the background ignores Ctrl-C, and so would every program that a test starts and
-# interrupts: they inherit it.
+# A script in the background ignores Ctrl-C, and one under nohup the end of its terminal. So would
+# every program that a test starts and interrupts: they inherit it, but no handler of Python's.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 import huggingface_hub
 import mlx.core as mx

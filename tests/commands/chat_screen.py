@@ -1,12 +1,10 @@
 """A chat at a pseudo-terminal, as its user sees it."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pexpect
@@ -34,8 +32,6 @@ class ChatScreen:
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(ROWS, columns),
-            # undoes a nohup around the tests, which the chat would respect
-            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
             timeout=TIMEOUT,
         )
         self.child.delaybeforesend = 0

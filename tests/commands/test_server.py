@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -129,9 +128,7 @@ def test_a_signal_while_it_starts_ends_it(converted, module, number):
     words = ["-X", "importtime", "-m", "mlx_flashhead.server", "--port", "0"]
     command = [sys.executable, *words, "--model", str(converted)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Tests that run under nohup do not get SIGHUP, and hand that on.
-    usual = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-    with subprocess.Popen(command, preexec_fn=usual, **pipes) as process:
+    with subprocess.Popen(command, **pipes) as process:
         while not process.stderr.readline().endswith(f" {module}\n"):
             pass
         process.send_signal(number)
