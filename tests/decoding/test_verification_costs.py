@@ -107,7 +107,7 @@ def test_rounded_sums_of_older_versions_add_thirteen(flashes, monkeypatch, k):
     of = {"scored": 0.0, "sums": sums}
     _, n_more = dispatches_with(flashes["llama"], KINDS[0], k, monkeypatch, **of)
     page = (CHECKOUT / "docs" / "speed.md").read_text()
-    assert f"0.32.1 to 0.32.3 add {n_more}" in page
+    assert f"With MLX 0.32.1 to 0.32.3 there are {n_more} more" in page
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -187,7 +187,7 @@ def test_the_pages_quote_these_figures():
     assert f"{ends(gains['repeats'])} times where they repeat the prompt" in speed
     assert "{:.2f} to {:.2f} times".format(min(gains["new"]), max(gains["new"])) in speed
     slowest = min(case["where_paid"]["gain"] for case in cases)
-    assert f"the slowest has {slowest:.3f}" in speed
+    assert f"The slowest of all texts has {slowest:.3f}" in speed
     for named in (README_DENSE, README_EXPERTS):
         gains = [lookup_gain(model, chip, 4) for model in named for chip in README_CHIPS]
         assert f"{min(gains):.2f} to {max(gains):.2f}" in comparison
