@@ -17,7 +17,7 @@ EXAMPLE = "mlx_flashhead.benchmark model --model mlx-community/gemma-3-1b-it-4bi
 def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.benchmark``."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__, example=EXAMPLE)
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model")
+    commands = parser.add_subparsers(dest="subject", required=True, metavar="head|model")
     _add_head_flags(
         commands.add_parser("head", help="time a head by itself, on random weights too")
     )
@@ -127,14 +127,14 @@ def main() -> None:
     from_extra("rich", "report", "mlx_flashhead.benchmark")
     from .benchmarks.reporting import write_report
 
-    benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
+    benchmark = import_module(f".benchmarks.{args.subject}_benchmark", __package__)
     # At Ctrl-C the figures so far are reported.
     with ctrl_c_raises():
         write_report(
             args,
             benchmark.cases(args),
             benchmark.make_table,
-            kind=args.kind,
+            subject=args.subject,
             command="mlx_flashhead.benchmark",
         )
 

@@ -1,4 +1,4 @@
-"""What `mlx_flashhead.benchmark` times, a file for each kind, and the choices of its flags.
+"""What `mlx_flashhead.benchmark` times, a file for each subject, and the choices of its flags.
 
 The choices are here so that ``--help`` imports no library of models.
 """

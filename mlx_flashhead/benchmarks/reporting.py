@@ -97,7 +97,7 @@ def write_report(
     cases: Generator[Case | dict[str, Any]],
     make_table: Callable[[dict[str, Any]], Table],
     *,
-    kind: str,
+    subject: str,
     command: str,
 ) -> None:
     """Times the cases and reports them, or those that it has when it is stopped.
@@ -109,7 +109,7 @@ def write_report(
         args: The number of ``rounds``, and the files ``report`` and ``plot``.
         cases: What is timed, and what the JSON file has besides, as ``confirmed``.
         make_table: Makes a table of the figures of a case.
-        kind: What the file says is measured, in a word.
+        subject: What the file says is measured, in a word.
         command: The command as it is typed, without its arguments.
     """
     confirmed: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def write_report(
             show(*tables, _machine_line(about))
             if args.report:
                 report = {
-                    "kind": kind,
+                    "kind": subject,
                     "machine": about,
                     "command": " ".join([command, *sys.argv[1:]]),
                     "complete": complete,

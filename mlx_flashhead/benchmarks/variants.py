@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
 
     model: nn.Module
-    steps: Callable[..., Any] = generate_step
+    loop: Callable[..., Any] = generate_step
     generator: Callable[..., Any] = BatchGenerator
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
@@ -52,14 +52,14 @@ class Variant(NamedTuple):
         times: list[float] = []
         tokens: list[int] = []
         if batch == 1:
-            steps = self.steps(
+            decoded = self.loop(
                 mx.array(prompt),
                 self.model,
                 max_tokens=n_tokens + 1,
                 sampler=sampler,
                 logits_processors=make_processors(),
             )
-            for token, _ in steps:
+            for token, _ in decoded:
                 times.append(time.perf_counter())
                 tokens.append(int(token))
         else:
@@ -88,7 +88,7 @@ def with_flash_head(model: nn.Module, *, verify: bool) -> Variant:
     proposer = Proposer(model, DecodingSettings(verify=verify))
     return Variant(
         model,
-        steps=partial(verified_tokens, proposer=proposer, logprobs=False),
+        loop=partial(verified_tokens, proposer=proposer, logprobs=False),
         generator=partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False),
         make_sampler=make_sampler,
     )

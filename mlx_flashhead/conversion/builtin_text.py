@@ -1,4 +1,4 @@
-"""The built-in text, of many kinds, on which models are calibrated.
+"""The built-in text, of many genres, on which models are calibrated.
 
 It was written for this project except the first sentences of Caesar's De Bello Gallico, and
 Python's own modules and help topics. The files of `texts` name these modules and topics.
@@ -16,7 +16,7 @@ import numpy as np
 
 PYTHON = "python"
 DIALOGUE = "dialogue"
-# The kinds in their order, each with its parts of the whole; most are files of `texts`.
+# The genres in their order, each with its parts of the whole; most are files of `texts`.
 SHARES = {
     "prose": 1,
     "documentation": 1,
@@ -68,11 +68,11 @@ def read_parts(name: str) -> list[str]:
 
 
 def builtin_documents() -> dict[str, list[str]]:
-    """Documents by kind, but for dialogues, in a fixed order.
+    """Documents by genre, but for dialogues, in a fixed order.
 
     Modules and help topics that this Python lacks are left out.
     """
-    documents = {kind: read_parts(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
+    documents = {genre: read_parts(genre) for genre in SHARES if genre not in (PYTHON, DIALOGUE)}
     for name in read_parts("topics")[0].split():
         if name in topics:
             documents["documentation"].append(topics[name][:EXCERPT_CHARACTERS])
@@ -101,24 +101,24 @@ def dialogues() -> list[list[dict[str, str]]]:
 def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     """Windows of built-in text, without the token that begins a text.
 
-    Each kind has its share. The kinds take turns, so that a time limit shortens all of them.
+    Each genre has its share. The genres take turns, so that a time limit shortens all of them.
 
     Args:
         tokenizer: The model's tokenizer.
         positions: The most states of all windows together.
     """
     documents: dict[str, list[list[int]]] = {}
-    for kind, contents in builtin_documents().items():
-        documents[kind] = [list(tokenizer.encode(content)) for content in contents]
+    for genre, contents in builtin_documents().items():
+        documents[genre] = [list(tokenizer.encode(content)) for content in contents]
     if tokenizer.has_chat_template:
         chats = [tokenizer.apply_chat_template(chat, tokenize=True) for chat in dialogues()]
     else:
         chats = [tokenizer.encode(text.strip()) for text in read_parts(DIALOGUE)]
     documents[DIALOGUE] = [list(chat) for chat in chats]
     beginning = beginning_of_text(tokenizer)
-    ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
+    ends = np.cumsum([0, *(SHARES[genre] for genre in documents)])
     sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
-    # A window's turn comes at the share of its kind that is there before it.
+    # A window's turn comes at the share of its genre that is there before it.
     turns: list[tuple[float, list[int]]] = []
     for texts, size in zip(documents.values(), sizes, strict=True):
         left = size

@@ -74,7 +74,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
     Args:
         arguments: The fields of `options.ConvertOptions`, as ``mlx_flashhead.convert --help``
             describes them.
-        progress: Show bars and steps.
+        progress: Show bars, and what is done.
         options: More of them, by name; ``quant_predicate`` may be a function, as mlx-lm takes it.
 
     Returns:

@@ -71,7 +71,7 @@ def build_parts(
         ValueError: In one of the parts, if the model cannot have one.
     """
     rows = location.rows()
-    place = sources.place_of(rows)
+    place = sources.folder_of(rows)
     lock = yield from _locked(place, options)
     checkpoint = None
     try:

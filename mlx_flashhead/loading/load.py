@@ -63,7 +63,7 @@ def load(
             cannot be had, the model keeps its own, with a sentence.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         flash_head_always: Use the FlashHead even where it makes this model no faster here.
-        progress: Print steps and bars on standard error.
+        progress: Print what is done, and bars, on standard error.
 
     Returns:
         ``(model, tokenizer)``, and the configuration if ``return_config``.
@@ -146,7 +146,7 @@ def sharded_load(
         flash_head: A folder or a Hugging Face repository of a FlashHead.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
-        progress: Print steps and bars on standard error.
+        progress: Print what is done, and bars, on standard error.
 
     Returns:
         ``(model, tokenizer)``, and the configuration if ``return_config``.
@@ -206,7 +206,7 @@ def attach(
             that the model names.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         flash_head_always: Use the FlashHead even where it makes this model no faster here.
-        progress: Print steps and bars on standard error.
+        progress: Print what is done, and bars, on standard error.
 
     Returns:
         The FlashHead.

@@ -44,14 +44,14 @@ class ProgramLoops:
         parameters = signature(original)
 
         @wraps(original)
-        def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
+        def tokens(*arguments: Any, **named: Any) -> Iterator[Any]:
             call = parameters.bind(*arguments, **named)
             loop = self._models.decided(take, original, call)
             if loop is None:
                 loop = original(*arguments, **named)
             yield from loop
 
-        return steps
+        return tokens
 
     def _proposer(self, model: Any) -> Proposer:
         return Proposer(model, DecodingSettings(lookup=self._options.lookup))
@@ -87,14 +87,14 @@ class ProgramLoops:
         limit = given.pop("max_kv_size", None)
         if not given.get("prompt_cache"):
             given["prompt_cache"] = make_prompt_cache(model, limit)
-        steps = drafted_tokens(
+        tokens = drafted_tokens(
             **given,
             draft_model=drafter,
             proposer=self._proposer(model),
             announce=_announce_of(use),
         )
-        with closing(steps):
-            for token, logprobs, _ in steps:
+        with closing(tokens):
+            for token, logprobs, _ in tokens:
                 yield token, logprobs
 
     def drafted_loop(self, original: Any, call: BoundArguments) -> Iterator[Any] | None:
@@ -117,8 +117,8 @@ class ProgramLoops:
         is_built = get_flash_head(draft_model) is not None
         if is_built and not is_recognised(draft_model):
             return None
-        steps = drafted_tokens(**options, proposer=self._proposer(model), announce=use.announce)
-        return draft.follow(use.follow(steps))
+        tokens = drafted_tokens(**options, proposer=self._proposer(model), announce=use.announce)
+        return draft.follow(use.follow(tokens))
 
     def _drafted(self, drafter: TrainedDrafter, options: dict[str, Any]) -> Iterator[Any]:
         """A text with a trained drafter that was named to the program.

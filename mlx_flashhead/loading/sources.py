@@ -173,14 +173,14 @@ def _cached(folder: str) -> list[Path]:
     return [path for path in (home() / folder).glob("*") if pattern.fullmatch(path.name)]
 
 
-def place_of(rows: Matrix) -> Path:
-    """The place of these rows' FlashHead, which may not exist yet."""
+def folder_of(rows: Matrix) -> Path:
+    """The folder of these rows' FlashHead, which may not exist yet."""
     return home() / INDEX_FOLDER / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
-def unfinished_of(place: Path) -> Path:
-    """The folder with what an unfinished build of this place has computed."""
-    return home() / UNFINISHED / place.name
+def unfinished_of(folder: Path) -> Path:
+    """The folder with what an unfinished build of this FlashHead has computed."""
+    return home() / UNFINISHED / folder.name
 
 
 def speeds_of(config: FlashHeadConfig) -> Path:
@@ -200,10 +200,10 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
         rows: The head's rows (V, D) in token order.
         say: Takes a sentence if the FlashHead is damaged, which counts as missing.
     """
-    place = place_of(rows)
+    folder = folder_of(rows)
     try:
-        if place.is_dir():
-            return StoredHead(read_index(place), str(place))
+        if folder.is_dir():
+            return StoredHead(read_index(folder), str(folder))
     except (ValueError, OSError) as error:
         say(f"{str(error).partition(': ')[0]}: it is built again.")
     for entry in entries():
@@ -223,10 +223,10 @@ def check_writable() -> None:
     Raises:
         ValueError: If it could not.
     """
-    place = home() / INDEX_FOLDER
+    folder = home() / INDEX_FOLDER
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=place):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
@@ -235,12 +235,12 @@ def check_writable() -> None:
         ) from error
 
 
-def keep(index: FlashHeadIndex, place: Path) -> None:
+def keep(index: FlashHeadIndex, folder: Path) -> None:
     """Keeps a FlashHead in the cache, and forgets the speeds of the one that was in its place.
 
     Args:
         index: The FlashHead.
-        place: Its folder.
+        folder: Its folder, by `folder_of`.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -248,8 +248,8 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
     replaced = [index.config]
     # There may be none, or a damaged one.
     with suppress(ValueError, OSError):
-        replaced.append(files.read_settings(place))
-    with new_folder(place) as folder:
-        files.write_companion(folder, index)
+        replaced.append(files.read_settings(folder))
+    with new_folder(folder) as written:
+        files.write_companion(written, index)
     for config in replaced:
         speeds_of(config).unlink(missing_ok=True)

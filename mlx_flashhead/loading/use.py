@@ -128,19 +128,19 @@ class Use:
             self.used_at = time.monotonic()
 
     def follow(
-        self, steps: Generator[Any, None, None], mode: Mode | None = None
+        self, tokens: Generator[Any, None, None], mode: Mode | None = None
     ) -> Generator[Any, None, None]:
         """The tokens of a loop, decoded in the way ``mode``, or announced by the loop itself."""
-        with closing(steps):
+        with closing(tokens):
             while True:
                 # A token at a time, since loops may take turns.
                 with self.announcing():
-                    step = next(steps, None)
-                if step is None:
+                    token = next(tokens, None)
+                if token is None:
                     return
                 if mode is not None:
                     self.announce(mode)
-                yield step
+                yield token
 
     def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
         """The logits of a call that none of our loops has made."""

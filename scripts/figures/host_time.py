@@ -58,15 +58,15 @@ def _thread_seconds(
     penalties: dict[str, Any] | None = None,
 ) -> float:
     """This thread's mean seconds of a token."""
-    steps = variant.steps(
+    tokens = variant.loop(
         mx.array(prompt),
         variant.model,
         max_tokens=FIRST + N_TOKENS,
         sampler=variant.make_sampler(**sampling or {}),
         logits_processors=sample_utils.make_logits_processors(**penalties or {}),
     )
-    for _ in itertools.islice(steps, FIRST):
+    for _ in itertools.islice(tokens, FIRST):
         pass
     start = time.thread_time()
-    n_tokens = sum(1 for _ in steps)
+    n_tokens = sum(1 for _ in tokens)
     return (time.thread_time() - start) / max(n_tokens, 1)

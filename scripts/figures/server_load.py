@@ -258,7 +258,7 @@ def main() -> None:
             args,
             cases(args),
             make_table,
-            kind="server",
+            subject="server",
             command="python scripts/figures/server_load.py",
         )
 

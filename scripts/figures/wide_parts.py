@@ -148,10 +148,10 @@ def _texts(model: nn.Module, prompt: list[int]) -> Iterator[tuple[str, dict[str,
     ):
         make_processors = partial(sample_utils.make_logits_processors, repetition_penalty=penalty)
         proposer = Proposer(model, DecodingSettings(lookup="on"))
-        steps = partial(verified_tokens, proposer=proposer, logprobs=False)
+        loop = partial(verified_tokens, proposer=proposer, logprobs=False)
         run = 2 * prompt, 1, N_TOKENS, SAMPLERS[sampler], make_processors
         texts = []
-        for variant in (dense, dense._replace(model=model, steps=steps)):
+        for variant in (dense, dense._replace(model=model, loop=loop)):
             mx.random.seed(0)
             _, tokens = variant.decode(*run)
             texts.append(tokens)

@@ -32,7 +32,7 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
     outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
     arguments = argparse.Namespace(rounds=5, **outputs)
     with pytest.raises(type(stop)):
-        write_report(arguments, cases(seconds), make_table, kind="any", command="a command")
+        write_report(arguments, cases(seconds), make_table, subject="any", command="a command")
     shown = capsys.readouterr()
     assert ("of a form" in shown.out) == ("Stopped: " in shown.err) == (in_round > 1)
     if in_round == 1:

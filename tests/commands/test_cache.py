@@ -32,7 +32,7 @@ def keep(model, **changes):
     """Keeps a FlashHead of a model whose settings have changes."""
     index = tiny_index(model)
     index = replace(index, config=replace(index.config, **changes))
-    cache.keep(index, cache.place_of(find_head(model).rows()))
+    cache.keep(index, cache.folder_of(find_head(model).rows()))
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_identified_by_the_rows_of_the_model(folder, quick, tmp_path, monkeypatc
     assert len(cache.entries()) == 2
     monkeypatch.setattr(cache, "RECIPE", cache.RECIPE + 1)
     rows = find_head(mlx_lm.load(moved)[0]).rows()
-    assert cache.find(rows, pytest.fail) is None and not cache.place_of(rows).exists()
+    assert cache.find(rows, pytest.fail) is None and not cache.folder_of(rows).exists()
 
 
 def test_order_of_the_look_up(folder, companion):
@@ -83,7 +83,7 @@ def test_order_of_the_look_up(folder, companion):
         return get_flash_head(load(str(folder), **options)[0]).n_probes
 
     model = mlx_lm.load(str(folder))[0]
-    cache.keep(tiny_index(model, n_probes=6), cache.place_of(find_head(model).rows()))
+    cache.keep(tiny_index(model, n_probes=6), cache.folder_of(find_head(model).rows()))
     assert probes() == 6
     write_companion(folder, tiny_index(model, n_probes=5))
     assert probes() == 5  # in the model's folder
@@ -149,7 +149,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
     model = mlx_lm.load(str(folder))[0]
     rows = find_head(model).rows()
     index = tiny_index(model)
-    place = cache.place_of(rows)
+    place = cache.folder_of(rows)
     file = place / FILE_NAME
     settings = place / SETTINGS_NAME
     cache.keep(index, place)
