@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]  # works uninstalled too
+    # The script works uninstalled, too.
+    sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]
 
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
@@ -40,20 +41,29 @@ REFUSED = "refused"
 UNTESTED = "not tested"
 LM_CONFIGS = "architecture_configs.py"
 VLM_CONFIGS = "vlm_configs.py"
-SERVED = "`"  # begins a cell that names the head
+# A cell that names the head begins with this.
+SERVED = "`"
 STEPS = "several tokens a step"
-LENGTHS = 5, 12, 37  # tokens of prompts, the windows being of 8
-WIDTHS = 2, 3, 4  # tokens of a step
+# These are the tokens of prompts. The windows are of 8.
+LENGTHS = 5, 12, 37
+# So many tokens a step are tried.
+WIDTHS = 2, 3, 4
 HOLDS = {None: "no", False: "yes", True: "apart"}
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to tie an architecture's head."""
+    """One way to tie an architecture's head.
 
-    cell: str  # the head's path in backticks, or one of NO_SUCH_FORM, REFUSED, UNTESTED
-    reason: str = ""  # why it is not served
-    bits: int | None = None  # of the head after ``mlx_lm.convert -q``, if it is quantized
+    Attributes:
+        cell: The head's path in backticks, or one of NO_SUCH_FORM, REFUSED, UNTESTED.
+        reason: Why it is not served.
+        bits: The head's bits after ``mlx_lm.convert -q``, if it is quantized.
+    """
+
+    cell: str
+    reason: str = ""
+    bits: int | None = None
 
     @property
     def served(self) -> bool:
@@ -61,8 +71,10 @@ class Form:
         return self.cell.startswith(SERVED)
 
 
-Forms = dict[str, tuple[Form, Form]]  # untied and tied, by architecture
-Steps = dict[str, str]  # whether several tokens a step have the bits of single steps
+# By architecture, its untied and its tied form.
+Forms = dict[str, tuple[Form, Form]]
+# Whether several tokens a step have the bits of single steps.
+Steps = dict[str, str]
 
 
 def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
@@ -78,7 +90,8 @@ def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str
         model = build(name, tied=tied)
     except ImportError as error:
         return Form(REFUSED, f"mlx-lm cannot load it here ({error}).")
-    except Exception as error:  # an unknown architecture may fail in any way
+    except Exception as error:
+        # An unknown architecture may fail in any way.
         return Form(
             UNTESTED,
             f"tests/helpers/{configs} has no small configuration for it "
@@ -91,7 +104,10 @@ def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str
         check_plain_product(location)
     except UnsupportedHeadError as error:
         return Form(REFUSED, str(error))
-    bits = None if is_vlm(model) else find_head(quantized(model)).rows().bits
+    if is_vlm(model):
+        bits = None
+    else:
+        bits = find_head(quantized(model)).rows().bits
     return Form(f"`{location.path}`", bits=bits)
 
 
@@ -104,7 +120,8 @@ def survey(progress: bool = True) -> Forms:
 
 def vlm_survey(progress: bool = True) -> Forms:
     """Untied and tied form of every architecture of the installed mlx-vlm."""
-    from vlm_models import tiny_vlm, vlm_architectures  # which import mlx-vlm
+    # These import mlx-vlm.
+    from vlm_models import tiny_vlm, vlm_architectures
 
     names = tqdm(vlm_architectures(), desc="Architectures of mlx-vlm", disable=not progress)
     with emulated("mlx_vlm"):
@@ -131,7 +148,9 @@ def steps_of(name: str) -> str:
         return HOLDS[None]
     found = [form_that_holds(model, LENGTHS, WIDTHS)]
     found.append(form_that_holds(quantized(model), LENGTHS, WIDTHS))
-    return HOLDS[None if None in found else any(found)]
+    if None in found:
+        return HOLDS[None]
+    return HOLDS[any(found)]
 
 
 def recorded_steps() -> Steps:

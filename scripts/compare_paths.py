@@ -18,7 +18,8 @@ from unittest import mock
 import mlx.core as mx
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # works uninstalled too
+    # The script works uninstalled, too.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mlx_flashhead import get_flash_head, load, stream_generate
 from mlx_flashhead.common.command import command
@@ -31,7 +32,8 @@ PROMPTS = (
     "The three largest cities of France are",
     "Q: Why is the sky blue?\nA:",
 )
-SUMMATION = 1e-5  # of a logit: float32 sums in another order, or two steps of a coarser dtype
+# A logit may differ by so much: float32 sums in another order, or two steps of a coarser dtype.
+SUMMATION = 1e-5
 
 
 def compare(folder: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 40) -> bool:
@@ -93,7 +95,10 @@ def verdict(logits: mx.array, pair: tuple[int, int]) -> tuple[bool, str]:
     tie = abs(first - second) <= rounding
     chosen = f"{PATHS[0]} takes token {pair[0]} and {PATHS[1]} token {pair[1]}"
     logits_of = f"dense logits {first:.6f} and {second:.6f}"
-    return tie, f"{chosen}, {logits_of}: {'a tie' if tie else 'no tie'}"
+    kind = "no tie"
+    if tie:
+        kind = "a tie"
+    return tie, f"{chosen}, {logits_of}: {kind}"
 
 
 @command

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout in place of scripts/
+    # The checkout in place of scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     from mlx_flashhead.convert import main
 
     main()

@@ -36,7 +36,8 @@ from mlx_flashhead.models.install import dense_copy
 
 SMOLLM2 = "smollm2"
 GEMMA3 = "gemma3"
-MODELS = {  # name of scripts/fetch_model.py → folder, prompt
+# By the names of scripts/fetch_model.py: a model's folder and its prompt.
+MODELS = {
     GEMMA3: (
         Path("models/Gemma-3-270M"),
         "The keeper of the lighthouse had never seen such a storm.",
@@ -45,9 +46,12 @@ MODELS = {  # name of scripts/fetch_model.py → folder, prompt
 }
 TITLES = ("normal (dense) head", "FlashHead")
 SAMPLING = {"temp": 0.7, "top_p": 0.9, "seed": 1}
-RACE_SECONDS = 40.0  # after which a busy machine's dense form stops, and so does the other
-TIMING_SECONDS = 60.0  # for all rounds that are timed after the race
-FRAME_SECONDS = 0.08  # between two pictures of the race
+# After so long a busy machine's dense form stops, and so does the other.
+RACE_SECONDS = 40.0
+# All rounds that are timed after the race take so long.
+TIMING_SECONDS = 60.0
+# So long one picture of the race is shown.
+FRAME_SECONDS = 0.08
 
 
 @dataclass
@@ -60,7 +64,9 @@ class Run:
     @property
     def seconds(self) -> float:
         """From the first token to the last."""
-        return self.pieces[-1][0] if self.pieces else 0.0
+        if self.pieces:
+            return self.pieces[-1][0]
+        return 0.0
 
     def text(self, seconds: float = math.inf) -> str:
         """What had been written after some seconds."""
@@ -70,7 +76,9 @@ class Run:
         """Tokens per second, without the prompt."""
         n = sum(when <= seconds for when, _ in self.pieces)
         last = min(seconds, self.seconds)
-        return (n - 1) / last if n > 1 and last > 0 else 0.0
+        if n > 1 and last > 0:
+            return (n - 1) / last
+        return 0.0
 
 
 def write(
@@ -101,7 +109,8 @@ def race(
     ``show`` gets both runs, and the second one's time.
     """
     prompt_ids = encode(tokenizer, prompt)
-    for model in models:  # warms up
+    # This round warms up.
+    for model in models:
         list(write(model, tokenizer, prompt_ids, 4, Run()))
     runs = Run(), Run()
     for _ in write(models[0], tokenizer, prompt_ids, max_tokens, runs[0]):
@@ -170,7 +179,10 @@ def _time_again(
 def _table(runs: tuple[Run, Run], speeds: list[list[float]]):
     """The seconds of the race and the median speeds, as a table."""
     n_runs = len(speeds[0])
-    title = None if n_runs == 1 else f"speed: median of {n_runs} runs"
+    if n_runs == 1:
+        title = None
+    else:
+        title = f"speed: median of {n_runs} runs"
     table = new_table(title, ("", *TITLES, "faster"))
     seconds = [run.seconds for run in runs]
     medians = [median(values) for values in speeds]
@@ -185,7 +197,10 @@ def _agreement(head, dense: Run, flash: Run) -> str:
     pairs = zip(dense.token_ids, flash.token_ids, strict=False)
     n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     whole = dense.token_ids == flash.token_ids
-    same = "the same, token for token" if whole else f"the same for {n_same} tokens"
+    if whole:
+        same = "the same, token for token"
+    else:
+        same = f"the same for {n_same} tokens"
     return (
         f"The two texts are {same} ({len(dense.token_ids)} tokens). FlashHead scored "
         f"{head.n_probes:,} of {head.n_clusters:,} clusters for each proposal and verified every "
@@ -235,7 +250,9 @@ def picture_of_race(runs: tuple[Run, Run], seconds: float | None, columns: int) 
 
     A text that is complete has its own time, whatever the clock of the race says.
     """
-    clocks = (math.inf, 0.0) if seconds is None else (seconds, seconds)
+    clocks = (seconds, seconds)
+    if seconds is None:
+        clocks = (math.inf, 0.0)
     width = (columns - 1) // 2
     height = max(8, 3 + len(runs[0].text()) // max(1, width - 6))
     return Columns(
@@ -253,7 +270,9 @@ def picture_of_race(runs: tuple[Run, Run], seconds: float | None, columns: int) 
 def _subtitle(run: Run, clock: float, *, is_complete: bool) -> str:
     """The time and the speed of a text; the time is the end's when its last token is shown."""
     figures = f"{min(clock, run.seconds):.1f} s, {run.speed(clock):.1f} tokens/s"
-    return f"done in {figures}" if is_complete and clock > run.seconds else figures
+    if is_complete and clock > run.seconds:
+        return f"done in {figures}"
+    return figures
 
 
 def make_parser() -> Parser:

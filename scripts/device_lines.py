@@ -81,9 +81,13 @@ SETTINGS = "[run]\nsource = mlx_flashhead\n"
 
 
 class Place(NamedTuple):
-    """A statement of the package."""
+    """A statement of the package.
 
-    file: str  # below the package
+    Attributes:
+        file: Its path below the package.
+    """
+
+    file: str
     line: int
 
     @property
@@ -131,7 +135,8 @@ def questions() -> Iterator[tuple[Place, range]]:
                 lines = range(function.lineno, (function.end_lineno or 0) + 1)
                 for statement in ast.walk(function):
                     if isinstance(statement, ast.stmt) and any(map(_asks, _own_parts(statement))):
-                        found[statement.lineno] = lines  # the innermost function comes last
+                        # The innermost function comes last.
+                        found[statement.lineno] = lines
         for line, lines in sorted(found.items()):
             yield Place(file, line), lines
 
@@ -189,7 +194,10 @@ def main() -> None:
             lines |= {each for each in unrun(coverages, place.file) if each.line in function}
     print(f"\n== {len(asked)} places ask for the device. A test of {MAC} that reaches each:")
     for place, names in tests.items():
-        print(f"{place}\n    {names[0] if names else place.reason or 'NONE'}")
+        found = place.reason or "NONE"
+        if names:
+            found = names[0]
+        print(f"{place}\n    {found}")
     print(f"\n== {len(lines)} lines of their functions, or behind them, are run by no test:")
     for place in sorted(lines):
         print(f"{place}\n    {place.reason or 'NO REASON'}")

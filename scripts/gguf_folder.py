@@ -49,7 +49,8 @@ SIZES = {
 SPECIAL_TOKEN = 3
 USER_DEFINED_TOKEN = 4
 SPACE = "▁"
-ROWS_AT_ONCE = 8192  # that are dequantized, between two moves of the bar
+# So many rows are dequantized between two moves of the bar.
+ROWS_AT_ONCE = 8192
 # Source: the pre_tokenizer in tokenizer.json of Qwen/Qwen2.5-Coder-1.5B-Instruct.
 QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -59,12 +60,18 @@ QWEN_PIECES = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What an architecture makes of a GGUF file."""
+    """What an architecture makes of a GGUF file.
 
-    config: dict[str, Any]  # its entries of config.json
+    Attributes:
+        config: The architecture's entries of config.json.
+        special: Ids of "bos", "eos", "pad" and "unk".
+        names: The names of a layer's modules at Hugging Face, by those in the file.
+    """
+
+    config: dict[str, Any]
     tokenizer: Tokenizer
-    special: dict[str, int]  # ids of "bos", "eos", "pad" and "unk"
-    names: dict[str, str]  # of a layer's modules at Hugging Face, by those in the file
+    special: dict[str, int]
+    names: dict[str, str]
 
 
 def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
@@ -145,7 +152,8 @@ def read_weights(
         elif architecture == "llama" and ".attn_k." in tensor.name:
             weight = half_split_rows(weight, config["num_key_value_heads"])
         elif architecture == "gemma3_text" and tensor.name.endswith("norm.weight"):
-            weight = weight - 1  # llama.cpp multiplies by it as it is, Gemma by one more
+            # llama.cpp multiplies by it as it is, and Gemma by one more.
+            weight = weight - 1
         name = hugging_face_name(tensor.name, names)
         if tensor.name != "token_embd.weight" or name not in weights:
             weights[name] = mx.array(weight).astype(dtype)
@@ -204,7 +212,8 @@ def gemma_conversion(metadata: dict[str, Any]) -> Conversion:
         "sliding_window": metadata["gemma3.attention.sliding_window"],
         "sliding_window_pattern": 6,
     }
-    special = {"bos": 2, "eos": 1, "pad": 0, "unk": 3}  # as trained
+    # The model was trained with these.
+    special = {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
     return Conversion(config, gemma_tokenizer(metadata, special), special, GEMMA_NAMES)
 
 
@@ -233,7 +242,8 @@ def tokenizer_config(
         length: The greatest number of tokens.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}  # takes tokenizer.json as it is
+    # This class takes tokenizer.json as it is.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for kind, token_id in special.items():
         config[f"{kind}_token"] = tokens[token_id]
     config["clean_up_tokenization_spaces"] = False

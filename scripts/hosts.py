@@ -56,10 +56,12 @@ TIMES = re.compile(r"^.*(tokens-per-sec|[Tt]okens per| tok/s |Peak memory).*$", 
 START = Path(__file__).parent / "host_start"
 CHECK_LINE = re.compile(r"^Checked .*$", re.MULTILINE)
 REFUSAL = re.compile(r"\d{3}: ")
-BUSY = 503  # from a server that takes one client at a time
+# A server that takes one client at a time answers with it.
+BUSY = 503
 N_CLIENTS = 8
 N_TOKENS = 24
-SECONDS = 240  # until a server answers
+# A server has so long to answer.
+SECONDS = 240
 # Packages of pictures, sound and pages.
 HEAVY = ("torch", "torchvision", "mflux", "gradio", "opencv-python", "mlx-whisper", "librosa", "av")
 WEATHER = {
@@ -213,7 +215,9 @@ def command_of(host: Host, environment: Environment, under: bool) -> list[str]:
     """The words that start a program, under ``run`` or as it is."""
     program = environment.folder / "bin" / host.words[0]
     words = [str(program), *host.words[1:]]
-    return [str(environment.python), *UNDER, host.head, *words] if under else words
+    if under:
+        return [str(environment.python), *UNDER, host.head, *words]
+    return words
 
 
 def variables_of(host: Host, environment: Environment, place: Path) -> dict[str, str]:
@@ -231,7 +235,9 @@ def running(words: list[str], variables: dict[str, str], place: Path) -> Iterato
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    words = [str(port) if word == "PORT" else word for word in words]
+    words = list(words)
+    if "PORT" in words:
+        words[words.index("PORT")] = str(port)
     server: dict[str, Any] = {"port": port, "said": ""}
     with tempfile.TemporaryFile("w+") as output:
         started = subprocess.Popen(
@@ -284,7 +290,9 @@ def ask(port: int, model: str, messages: list[dict[str, str]], settings: dict[st
     while True:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                return read_stream(answer) if settings.get("stream") else read_whole(answer)
+                if settings.get("stream"):
+                    return read_stream(answer)
+                return read_whole(answer)
         except urllib.error.HTTPError as error:
             if error.code != BUSY or time.monotonic() > end:
                 return f"{error.code}: {error.read().decode()[:300]}"
@@ -385,18 +393,24 @@ def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
     try:
         environment.make()
         row["mlx_lm"] = environment.version_of("mlx-lm")
-        texts = texts_of_server if host.serves else texts_of_command
+        texts = texts_of_command
+        if host.serves:
+            texts = texts_of_server
         plain, _ = texts(host, environment, place, False)
         ours, output = texts(host, environment, place, True)
         differing = [name for name, text in plain.items() if ours[name] != text]
-        again = texts(host, environment, place, False)[0] if differing else plain
+        again = plain
+        if differing:
+            again = texts(host, environment, place, False)[0]
         default = default_of(host, environment, place)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return row | {"result": f"not run here: {str(error).splitlines()[-1][:200]}"}
     # What the program by itself does not repeat, in spite of the seed, cannot be compared.
     repeated = [name for name, text in plain.items() if again[name] == text]
     for name in differing:
-        words = "differs" if name in repeated else "is not repeated"
+        words = "is not repeated"
+        if name in repeated:
+            words = "differs"
         print(f"{host.name}, {name}: {words}", file=sys.stderr)
         print(f"  {plain[name][-300:]!r}\n  {ours[name][-300:]!r}", file=sys.stderr)
     verified, n_tokens = counts_of(output)
@@ -426,9 +440,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['program']} | {version} | | | | | {row['result']} |")
             continue
         same = f"{row['same']} of {row['texts']}"
-        same += f", {row['not_repeated']} drawn anew" if row["not_repeated"] else ""
+        if row["not_repeated"]:
+            same += f", {row['not_repeated']} drawn anew"
         share = f"{row['verified']:,} of {row['tokens']:,}"
-        default = "{:,} of {:,}".format(*row["default"]) if "default" in row else ""
+        default = ""
+        if "default" in row:
+            default = "{:,} of {:,}".format(*row["default"])
         said = "; ".join(row["said"])
         lines.append(
             f"| {row['program']} | {version} | {row['mlx_lm']} | {same} | {share} | {default} "
@@ -452,7 +469,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("hosts", nargs="*", metavar="HOST", choices=[[], *(h.name for h in HOSTS)])
     args = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    known = []
+    if RESULTS.exists():
+        known = json.loads(RESULTS.read_text())
     rows = {row["program"]: row for row in known}
     for host in HOSTS:
         if args.hosts and host.name not in args.hosts:

@@ -20,7 +20,8 @@ COLUMNS = 46
 CHARACTER = 7.8
 LINE = 18
 MARGIN = 16
-PAUSE_SECONDS = 4.0  # before the animation begins again
+# So long the animation waits before it begins again.
+PAUSE_SECONDS = 4.0
 COLORS = ("#8b949e", "#3fb950")
 
 
@@ -48,7 +49,8 @@ def picture(runs: tuple[Run, Run], caption: str) -> str:
 
 def wrapped(run: Run) -> list[list[tuple[float, str]]]:
     """The lines of a panel, each of words with the time at which they are complete."""
-    times = [when for when, piece in run.pieces for _ in piece]  # of each character
+    # The time of each character.
+    times = [when for when, piece in run.pieces for _ in piece]
     lines: list[list[tuple[float, str]]] = [[]]
     for match in re.finditer(r"\n|\S+", run.text()):
         word = match[0]

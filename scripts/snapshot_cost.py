@@ -25,22 +25,28 @@ KINDS = ("window", "state", "trimmed")
 
 def filled(kind: str, n_layers: int, heads: int, window: int, width: int) -> list[Any]:
     """Caches of a kind that hold as many values: those with a window are past it."""
-    caches: list[Any]
-    if kind == "state":
-        caches = [ArraysCache(2) for _ in range(n_layers)]
-        for cache in caches:
-            cache.cache = [mx.zeros((1, heads, window, width), mx.bfloat16) for _ in range(2)]
-    elif kind == "trimmed":
-        caches = [KVCache() for _ in range(n_layers)]
-    else:
-        caches = [RotatingKVCache(max_size=window, keep=0) for _ in range(n_layers)]
-    for cache in caches * (kind != "state"):
-        for _ in range(1 if kind == "trimmed" else 2):
-            rows = mx.zeros((1, heads, window, width), mx.bfloat16)
-            cache.update_and_fetch(rows, rows)
+    caches = [_filled_one(kind, (1, heads, window, width)) for _ in range(n_layers)]
     for _ in range(3):
         step(caches, heads, width)
     return caches
+
+
+def _filled_one(kind: str, shape: tuple[int, ...]) -> Any:
+    """The cache of a layer, with arrays of this shape."""
+    rows = mx.zeros(shape, mx.bfloat16)
+    if kind == "state":
+        state = ArraysCache(2)
+        state.cache = [rows, mx.zeros(shape, mx.bfloat16)]
+        return state
+    if kind == "trimmed":
+        trimmed = KVCache()
+        trimmed.update_and_fetch(rows, rows)
+        return trimmed
+    cache = RotatingKVCache(max_size=shape[2], keep=0)
+    # The second window turns the first one out.
+    cache.update_and_fetch(rows, rows)
+    cache.update_and_fetch(rows, rows)
+    return cache
 
 
 def step(caches: Sequence[Any], heads: int, width: int) -> None:
@@ -56,7 +62,9 @@ def step(caches: Sequence[Any], heads: int, width: int) -> None:
 
 def arrays_of(cache: Any) -> list[mx.array]:
     """What a layer's cache holds."""
-    return list(cache.cache) if isinstance(cache, ArraysCache) else [cache.keys, cache.values]
+    if isinstance(cache, ArraysCache):
+        return list(cache.cache)
+    return [cache.keys, cache.values]
 
 
 def cost(caches: Sequence[Any], heads: int, width: int, *, held: bool) -> tuple[float, int]:
@@ -71,7 +79,9 @@ def cost(caches: Sequence[Any], heads: int, width: int, *, held: bool) -> tuple[
     fastest = float("inf")
     n_bytes = 0
     for _ in range(REPEATS):
-        snapshot = copied_layers(list(caches)) if held else None
+        snapshot = None
+        if held:
+            snapshot = copied_layers(list(caches))
         mx.clear_cache()
         before = mx.get_active_memory()
         start = time.perf_counter()
@@ -97,7 +107,9 @@ def main() -> None:
         print(f"{kind}: {args.layers} layers hold {held_bytes / 1e6:.1f} MB")
         for held in (False, True):
             seconds, n_bytes = cost(caches, args.heads, args.width, held=held)
-            name = "with a snapshot" if held else "without"
+            name = "without"
+            if held:
+                name = "with a snapshot"
             print(f"{name:>16}: {n_bytes / 1e6:5.1f} MB more, {1000 * seconds:.2f} ms a step")
 
 

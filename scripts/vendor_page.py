@@ -9,15 +9,14 @@ Needs ``npm``.
     python scripts/vendor_page.py katex@0.19.1    # this version of one of them, and lists it
 """
 
+import argparse
 import base64
 import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,26 @@ def take_files(package: bytes, wanted: dict[str, Any], folder: Path) -> None:
             (folder / place).write_bytes(content)
 
 
-def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
-    """Fetches every listed package.
+def _package_and_version(text: str) -> tuple[str, str]:
+    """A type: a package and its version, such as ``katex@0.19.1``."""
+    name, _, version = text.rpartition("@")
+    if not name or not version:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME@VERSION, such as katex@0.19.1")
+    return name, version
 
-    Args:
-        arguments: Packages and the versions that they are to have, such as ``katex@0.19.1``.
-    """
+
+def main() -> None:
+    """Fetches every listed package."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    what = "the version that a package is to have, such as katex@0.19.1"
+    parser.add_argument(
+        "updates", nargs="*", metavar="NAME@VERSION", type=_package_and_version, help=what
+    )
+    updates = dict(parser.parse_args().updates)
     packages = json.loads((FOLDER / LIST).read_text())
-    updates = dict(argument.rsplit("@", 1) for argument in arguments)
-    if unknown := updates.keys() - packages.keys():
-        raise SystemExit(f"{min(unknown)} is not in {LIST}: choose among {', '.join(packages)}.")
+    unknown = updates.keys() - packages.keys()
+    if unknown:
+        parser.error(f"{min(unknown)} is not in {LIST}: choose among {', '.join(packages)}")
     for name, entry in packages.items():
         version = updates.get(name, entry["version"])
         package = fetch(entry.get("package", name), version)

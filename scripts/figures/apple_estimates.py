@@ -32,12 +32,15 @@ from step_times import (
 from wide_times import CONTEXT, WIDTHS, cost, lookup_gain
 
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
-GUESSED_CHIP = "m4"  # of the README's columns of guessed tokens
+# The README's columns of guessed tokens are for this chip.
+GUESSED_CHIP = "m4"
 README_CHIPS = ("m4", "m5", "m4-pro", "m4-max")
 README_DENSE = ("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.8-27b")
 README_EXPERTS = ("gemma-4-26b-a4b", "qwen3.5-35b-a3b")
-README_MODELS = (*README_DENSE, *README_EXPERTS)  # what people run, small to large
-CHAT = (0.75, 0.5, 0.33)  # shares of drafts that are assumed for a chat, by depth
+# These are what people run, small to large.
+README_MODELS = (*README_DENSE, *README_EXPERTS)
+# A chat is assumed to accept these shares of drafts, by depth.
+CHAT = (0.75, 0.5, 0.33)
 EXPERTS = ("lfm2-8b-a1b", "ling-mini", "gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
 MODELS = (
     *("gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-4-e2b", "gemma-4-e4b", "qwen3-0.6b"),
@@ -46,7 +49,8 @@ MODELS = (
     *EXPERTS,
 )
 REPEATS = (*README_DENSE, "gemma-4-31b", "llama-3.1-8b", "gpt-oss-20b", *README_EXPERTS)
-SHORT = 512  # tokens, within the windows of Gemma-3-4B
+# A context of so many tokens is within the windows of Gemma-3-4B.
+SHORT = 512
 COSTS = (
     *(("gemma-3-4b", SHORT), ("gemma-3-4b", CONTEXT), ("llama-3.1-8b", CONTEXT)),
     *(("qwen3.8-27b", CONTEXT), ("gemma-4-26b-a4b", CONTEXT), ("qwen3.5-35b-a3b", CONTEXT)),
@@ -56,7 +60,9 @@ FINER = tuple(model for model in MODELS if model not in ("llama-3.1-8b", "gpt-os
 
 def shown(value: float) -> str:
     """The cell of a gain."""
-    return f"{value:.2f}" if value >= PAYS else "dense"
+    if value >= PAYS:
+        return f"{value:.2f}"
+    return "dense"
 
 
 def table(*columns: str, chips: tuple[str, ...] = CHIPS) -> list[str]:
@@ -67,7 +73,9 @@ def table(*columns: str, chips: tuple[str, ...] = CHIPS) -> list[str]:
 
 def head_bits(model: str) -> tuple[int, ...]:
     """The heads that are shown; gpt-oss is not made with others."""
-    return (4, 8) if models()[model].expert_bits else (4, 8, 16)
+    if models()[model].expert_bits:
+        return (4, 8)
+    return (4, 8, 16)
 
 
 def speed_page() -> list[str]:
@@ -80,7 +88,9 @@ def speed_page() -> list[str]:
     lines = table("model", "head")
     for model in MODELS:
         for head in head_bits(model):
-            name = models()[model].name if head == 4 else ""
+            name = ""
+            if head == 4:
+                name = models()[model].name
             lines.append(line(name, f"{head} bits", *cells(model, head)))
         ranges = [sampled_gains(model, chip) for chip in CHIPS]
         sampled = ("–".join(dict.fromkeys(map(shown, ends))) for ends in ranges)
@@ -120,14 +130,18 @@ def readme() -> list[str]:
             gains = [at_least_dense(gain(model, chip, head)) for chip in README_CHIPS]
             gains.append(at_least_dense(lookup_gain(model, GUESSED_CHIP, head)))
             gains.append(drafter_range(model, GUESSED_CHIP, head))
-            name = models()[model].name if head == 8 else ""
+            name = ""
+            if head == 8:
+                name = models()[model].name
             lines.append(line(name, f"{head} bits", *gains))
     return lines
 
 
 def at_least_dense(value: float) -> str:
     """The cell of a gain where a model that keeps its dense head is as fast as it was."""
-    return f"{value:.2f}" if value >= PAYS else "1.00"
+    if value >= PAYS:
+        return f"{value:.2f}"
+    return "1.00"
 
 
 def drafter_range(model: str, chip: str, head: int) -> str:
@@ -156,7 +170,9 @@ def trained_drafters() -> list[str]:
     lines = table("model, head of 4 bits", "shares of the drafts, by depth")
     for model, drafter in drafters().items():
         for name, shares in (("published", drafter.shares), ("a chat, assumed", CHAT)):
-            title = models()[model].name if name == "published" else ""
+            title = ""
+            if name == "published":
+                title = models()[model].name
             said = f"{', '.join(f'{share:g}' for share in shares)} ({name})"
             lines.append(line(title, said, *(cell(model, chip, shares) for chip in CHIPS)))
     return lines
@@ -185,7 +201,10 @@ def finer_head() -> list[str]:
     lines = table("model", "head, bits")
     for model in FINER:
         for head in (8, 16):
-            name = "" if head == 16 else models()[model].name
+            if head == 16:
+                name = ""
+            else:
+                name = models()[model].name
             lines.append(line(name, str(head), *(cell(model, chip, head) for chip in CHIPS)))
     return lines
 
@@ -195,7 +214,9 @@ def repeats() -> list[str]:
     lines = table("model", "head")
     for model in REPEATS:
         for head in (4, 8):
-            name = models()[model].name if head == 4 else ""
+            name = ""
+            if head == 4:
+                name = models()[model].name
             gains = (shown(lookup_gain(model, chip, head)) for chip in CHIPS)
             lines.append(line(name, f"{head} bits", *gains))
     return lines
@@ -212,7 +233,8 @@ def wide_costs() -> list[str]:
     return lines
 
 
-BLOCKS = {  # page and marker: lines
+# By page and marker: the lines of a block.
+BLOCKS = {
     ("docs/speed.md", "estimates"): speed_page,
     ("docs/speed.md", "fit"): fit_text,
     ("docs/speed.md", "repeats"): repeats,

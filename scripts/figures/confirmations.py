@@ -50,12 +50,15 @@ CLUSTER_SIZE = 16
 SIZES = ((4096, 1024), (4099, 1024), (4096, 576))
 WIDTHS = (576, 1024, 2048)
 N_ROWS = 4096
-SMALL = ("smollm2",)  # shapes of heads that a CPU times
+# A CPU times heads of these shapes.
+SMALL = ("smollm2",)
 N_STATES = 8
 REPEATS = 5
-TOO_MANY_THREADS = 2048  # for any pipeline: the refusal names the number that it allows
+# No pipeline allows so many: the refusal names the number that it allows.
+TOO_MANY_THREADS = 2048
 ALLOWED = re.compile(r"allowed threads per threadgroup \((\d+)\)")
-ANSWER = 48  # tokens
+# Tokens.
+ANSWER = 48
 
 
 def confirmed(model: str) -> Iterator[tuple[str, Any]]:
@@ -85,7 +88,8 @@ def confirmed(model: str) -> Iterator[tuple[str, Any]]:
     yield "products", list(products(WIDTHS))
     if gpu_is_default():
         yield "heads", list(head_times(tuple(SHAPES), bits=(4, 16)))
-    else:  # whose products of 4 bits take seconds
+    else:
+        # A CPU's products of 4 bits take seconds.
         yield "heads", list(head_times(SMALL, bits=(16,)))
     yield "host", host_times(loaded, prompt)
     if not is_vlm(loaded):
@@ -134,7 +138,8 @@ class CountedKernels:
         try:
             mx.eval(kernel(**call | wide))
         except (RuntimeError, ValueError) as error:
-            if said := ALLOWED.search(str(error)):
+            said = ALLOWED.search(str(error))
+            if said is not None:
                 self.limits[name] = int(said[1])
 
 
@@ -194,7 +199,9 @@ def sums(
     for form in forms:
         if form.metal is None:
             continue
-        dtypes = (mx.float32,) if form.bits == 32 else (mx.bfloat16, mx.float16)
+        dtypes = (mx.bfloat16, mx.float16)
+        if form.bits == 32:
+            dtypes = (mx.float32,)
         for n_rows, hidden_size in sizes:
             for dtype in dtypes:
                 rows = random_rows(form, n_rows, hidden_size, dtype)

@@ -30,25 +30,36 @@ from pages import CHECKOUT, line, with_block
 from simulated_texts import drawn, time_of_policy, time_of_width
 from step_times import models
 
-HEAD = 4  # bits
+# Bits.
+HEAD = 4
 SHARES = (0.93, 0.85, 0.75, 0.6, 0.5, 0.4, 0.3, 0.1)
-FALL = 0.9  # of a share to the one of the next depth
-PERIOD = 64  # tokens after which shares change within a text
+# The share of the next depth, relative to a depth's.
+FALL = 0.9
+# After so many tokens the shares change within a text.
+PERIOD = 64
 GOOD = 0.9
 BAD = 0.25
 RECORDED = CHECKOUT / "docs" / "benchmarks" / "trained-drafter.json"
 PAGE = CHECKOUT / "docs" / "speed.md"
 
-Runs = list[np.ndarray]  # of each text: right drafts in a row behind each token
+# Of each text, the number of right drafts in a row behind each token.
+Runs = list[np.ndarray]
 
 
 def changing(n_tokens: int, seed: int) -> np.ndarray:
     """A text whose drafts are good and bad by turns."""
     parts = []
     for number in range(0, n_tokens, PERIOD):
-        share = (GOOD, BAD)[number // PERIOD % 2]
-        parts.append(drawn([share] * MAX_GUESSES, PERIOD, (seed, number)))
+        parts.append(drawn(_good_or_bad(number // PERIOD), PERIOD, (seed, number)))
     return np.concatenate(parts)[:n_tokens]
+
+
+def _good_or_bad(number: int) -> list[float]:
+    """Shares of all depths, which are good for an even number and bad for an odd one."""
+    share = GOOD
+    if number % 2 == 1:
+        share = BAD
+    return by_depth((share,))
 
 
 def texts_of(n_texts: int, n_tokens: int) -> dict[str, Runs]:
@@ -56,7 +67,7 @@ def texts_of(n_texts: int, n_tokens: int) -> dict[str, Runs]:
     numbers = range(n_texts)
     kinds: dict[str, Runs] = {}
     for share in SHARES:
-        shares = [share] * MAX_GUESSES
+        shares = by_depth((share,))
         kinds[f"{share:g}"] = [drawn(shares, n_tokens, (1, i)) for i in numbers]
     falling = [0.75 * FALL**depth for depth in range(MAX_GUESSES)]
     kinds["0.75, falling"] = [drawn(falling, n_tokens, (2, i)) for i in numbers]
@@ -64,9 +75,7 @@ def texts_of(n_texts: int, n_tokens: int) -> dict[str, Runs]:
         drawn(by_depth(CHAT), n_tokens, (3, i)) for i in numbers
     ]
     kinds["good and bad within a text"] = [changing(n_tokens, i) for i in numbers]
-    kinds["good and bad texts"] = [
-        drawn([(GOOD, BAD)[i % 2]] * MAX_GUESSES, n_tokens, (4, i)) for i in numbers
-    ]
+    kinds["good and bad texts"] = [drawn(_good_or_bad(i), n_tokens, (4, i)) for i in numbers]
     return kinds
 
 

@@ -32,29 +32,42 @@ from step_times import (
 )
 from wide_times import CONTEXT, single_us, wide_us, wrong_us
 
-BODY = 4  # bits
-INPUT_KERNELS = 5  # of a drafter: two norms, their concatenation, a projection, a norm at the end
-LAYER_KERNELS = 17  # and of each of its layers
-DENSE_CHOICE = 2  # the product and its best token
-FEW_ROWS = 0.1 - 1 / 16  # of a head's rows that a draft reads, beside the centroids of 16 rows each
+# Bits.
+BODY = 4
+# A drafter has two norms, their concatenation, a projection, and a norm at the end.
+INPUT_KERNELS = 5
+# Each of its layers has so many kernels.
+LAYER_KERNELS = 17
+# They are the product and its best token.
+DENSE_CHOICE = 2
+# A draft reads this share of a head's rows, beside the centroids of 16 rows each.
+FEW_ROWS = 0.1 - 1 / 16
 
 
 class Drafter(NamedTuple):
-    """A drafter of a model, and the shares of its drafts that others have published."""
+    """A drafter of a model, and the shares of its drafts that others have published.
+
+    Attributes:
+        weights: The weights that a draft reads, beside a head.
+        own_head: Weights of a head of its own, else 0.
+        shares: Accepted shares by depth. Deeper ones are assumed to be as the last.
+    """
 
     model: str
     drafter: str
-    weights: int  # that a draft reads, beside a head
+    weights: int
     bits: int
     layers: int
-    own_head: int  # weights of a head of its own, else 0
-    shares: tuple[float, ...]  # by depth; deeper ones are assumed to be as the last
+    own_head: int
+    shares: tuple[float, ...]
     measured_on: str
     source: str
 
     def head_bytes(self, model: Model, head: int) -> float:
         """The bytes of the dense head that scores its drafts."""
-        return self.own_head * BYTES[16] if self.own_head else model.head * BYTES[head]
+        if self.own_head:
+            return self.own_head * BYTES[16]
+        return model.head * BYTES[head]
 
 
 @cache
@@ -69,7 +82,8 @@ def drafters() -> dict[str, Drafter]:
 
 def by_depth(shares: tuple[float, ...]) -> list[float]:
     """Shares of all depths, of which the deeper ones are as the last."""
-    return [*shares, *[shares[-1]] * MAX_GUESSES][:MAX_GUESSES]
+    deeper = [shares[-1] for _ in range(MAX_GUESSES - len(shares))]
+    return [*shares[:MAX_GUESSES], *deeper]
 
 
 def draft_us(model: Model, drafter: Drafter, chip: Chip, head: int, few: bool) -> float:
@@ -87,7 +101,10 @@ def draft_us(model: Model, drafter: Drafter, chip: Chip, head: int, few: bool) -
     kernels = INPUT_KERNELS + LAYER_KERNELS * drafter.layers
     if few:
         clusters = model.vocab_size / 16
-        centroids = dense / 16 * BYTES[4] / BYTES[16 if drafter.own_head else head] + 4 * clusters
+        bits = head
+        if drafter.own_head:
+            bits = 16
+        centroids = dense / 16 * BYTES[4] / BYTES[bits] + 4 * clusters
         us += chip.us(centroids + FEW_ROWS * dense / GATHER)
         scores = clusters * (1 + 16 * FEW_ROWS)
         us += 4 * scores / GROUP_GB_S / 1e3 + BARRIERS * BARRIER_US
@@ -118,4 +135,6 @@ def drafted_gain(
     chances = by_depth(shares)
     alone = dense_us(*of, context=CONTEXT) / single_us(*of)
     width = best_width(chances, costs)
-    return alone * (gain(width, chances, costs) if width > 1 else 1.0), width
+    if width > 1:
+        alone *= gain(width, chances, costs)
+    return alone, width

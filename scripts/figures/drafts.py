@@ -39,17 +39,22 @@ from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.templates import prompt_of
 
-REQUESTS = Path(__file__).with_name("requests.txt")  # calibration has others
+# Calibration has other requests.
+REQUESTS = Path(__file__).with_name("requests.txt")
 DENSE = "dense, 100.0 %"
 SETTINGS = {
     "greedy": {},
     "greedy, JSON": {},
     "0.8, top-p 0.95": {"temp": 0.8, "top_p": 0.95},
 }
-SHARES = (0.07, 0.08, 0.09, 0.1)  # of the dense head's bytes
-FEW_SHARES = (0.1,)  # where a draw sorts the vocabulary
-DRAFTS = (2, 4, 8)  # of a round
-WRITTEN_TOKENS = 240  # of answers whose tokens are counted too
+# A draft reads these shares of the dense head's bytes.
+SHARES = (0.07, 0.08, 0.09, 0.1)
+# These are enough where a draw sorts the vocabulary.
+FEW_SHARES = (0.1,)
+# The numbers of drafts of a round.
+DRAFTS = (2, 4, 8)
+# So long are answers whose tokens are counted, too.
+WRITTEN_TOKENS = 240
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -88,7 +93,9 @@ def main() -> None:
         right: dict[str, list[np.ndarray]] = {}
         for seed, request in enumerate(tqdm(requests[: args.requests], desc=name)):
             sampler = make_sampler(**arguments, seed=seed)
-            grammar = grammar_processor(tokenizer, json_schema=SCHEMA) if "JSON" in name else None
+            grammar = None
+            if "JSON" in name:
+                grammar = grammar_processor(tokenizer, json_schema=SCHEMA)
             prompt = prompt_of(tokenizer, request)
             answer = write(target, tokenizer, prompt, args.tokens, sampler, grammar)
             masks = masks_of(grammar, prompt, answer, head.vocab_size)
@@ -103,9 +110,19 @@ def main() -> None:
 
 def write(target, tokenizer, prompt, n_tokens, sampler, grammar) -> list[int]:
     """The tokens of the target's answer."""
-    options = {"logits_processors": None if grammar is None else [grammar], "logprobs": False}
-    options |= {"max_tokens": n_tokens, "sampler": sampler}
-    return [response.token for response in stream_generate(target, tokenizer, prompt, **options)]
+    processors = None
+    if grammar is not None:
+        processors = [grammar]
+    responses = stream_generate(
+        target,
+        tokenizer,
+        prompt,
+        max_tokens=n_tokens,
+        sampler=sampler,
+        logits_processors=processors,
+        logprobs=False,
+    )
+    return [response.token for response in responses]
 
 
 class Drafter:
@@ -144,7 +161,10 @@ class Drafter:
         share = bytes_read(head).share(n_probes) + LATEST / vocab_size
         logits = mx.where(mx.array(latest), exact, flash(n_probes))
         yield f"default, {100 * share:.1f} %, {n_probes}", draw(logits)
-        for share in SHARES if draw.quick else FEW_SHARES:
+        shares = FEW_SHARES
+        if draw.quick:
+            shares = SHARES
+        for share in shares:
             name = f"{100 * share:.1f} %"
             n_listed = round(share * vocab_size)
             yield f"list, {name}", draw(listed(n_listed))
@@ -292,7 +312,10 @@ def rounds_of(right: np.ndarray, n_drafts: int) -> tuple[int, int]:
     place = n_rounds = n_accepted = 0
     while place < len(right):
         run = right[place : place + n_drafts]
-        hits = len(run) if run.all() else int(np.argmin(run))
+        if run.all():
+            hits = len(run)
+        else:
+            hits = int(np.argmin(run))
         n_accepted += hits
         n_rounds += 1
         place += hits + 1

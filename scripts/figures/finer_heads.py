@@ -46,7 +46,8 @@ BODY_BITS = 4
 GROUP = 64
 TEXT = CHECKOUT / "tests" / "data" / "heldout.txt"
 PAGE = CHECKOUT / "docs" / "finer-head.md"
-CHUNK_LOGITS = 1 << 24  # at once, which bounds memory
+# So many logits are computed at once, which bounds memory.
+CHUNK_LOGITS = 1 << 24
 
 
 def rounded(weight: mx.array, bits: int) -> mx.array:
@@ -124,7 +125,9 @@ def with_head(folder: Path, bits: int, work: Path) -> Path:
     small = work / f"{folder.name}-4bit-head{bits}"
     if not small.exists():
         path = find_head(load_dense(folder, lazy=True)[0]).path
-        head = {"bits": bits, "group_size": GROUP} if bits != 16 else False
+        head = False
+        if bits != 16:
+            head = {"bits": bits, "group_size": GROUP}
         body = {"bits": BODY_BITS, "group_size": GROUP}
         choose = partial(chosen, path, head, body)
         mlx_lm.convert(str(folder), str(small), quantize=True, quant_predicate=choose)
@@ -133,7 +136,9 @@ def with_head(folder: Path, bits: int, work: Path) -> Path:
 
 def chosen(head_path: str, head: dict | bool, body: dict, path: str, *_) -> dict | bool:
     """How mlx-lm quantizes a layer."""
-    return head if path == head_path else body
+    if path == head_path:
+        return head
+    return body
 
 
 def table(figures: dict) -> Iterator[str]:
@@ -141,7 +146,7 @@ def table(figures: dict) -> Iterator[str]:
     yield line(
         *("model", "head", "MB", "perplexity", "KL", "same best token"), "dense", "FlashHead"
     )
-    yield line(*["---"] * 8)
+    yield line(*("---" for _ in range(8)))
     for name, by_form in figures["quality"].items():
         speeds = figures["speed"].get(name, {})
         name += f", {by_form['unquantized']['positions']:,} positions"
@@ -152,16 +157,19 @@ def table(figures: dict) -> Iterator[str]:
                 cells = [f"{each:.2f}" for each in timed["tokens_per_second"].values()]
                 if timed.get("keeps_dense_head"):
                     cells[1] = "stays dense"
-            exact = form == "unquantized"
-            yield line(
-                name,
-                form if exact else f"{form} bits",
-                "" if exact else f"{row['head_mb']:.0f}",
-                f"{row['perplexity']:.1f}",
-                "" if exact else f"{row['kl']:.3f}",
-                "" if exact else f"{row['same']:.1%}".replace("%", " %"),
-                *cells,
-            )
+            perplexity = f"{row['perplexity']:.1f}"
+            if form == "unquantized":
+                yield line(name, form, "", perplexity, "", "", *cells)
+            else:
+                yield line(
+                    name,
+                    f"{form} bits",
+                    f"{row['head_mb']:.0f}",
+                    perplexity,
+                    f"{row['kl']:.3f}",
+                    f"{row['same']:.1%}".replace("%", " %"),
+                    *cells,
+                )
             name = ""
 
 
@@ -182,7 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     file = Path(args.json)
-    figures = json.loads(file.read_text()) if file.exists() else {"quality": {}, "speed": {}}
+    figures = {"quality": {}, "speed": {}}
+    if file.exists():
+        figures = json.loads(file.read_text())
     for folder in args.models:
         if args.quality:
             figures["quality"][folder.name] = quality(folder, args.positions)

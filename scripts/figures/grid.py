@@ -77,7 +77,10 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         about |= {"date": machine()["date"]}
         for request, batch in settings:
             case = about | {"request": request, "batch": batch}
-            tokens = args.tokens if batch == 1 else args.tokens // 2
+            if batch == 1:
+                tokens = args.tokens
+            else:
+                tokens = args.tokens // 2
             prompt = tokenizer.encode(PROMPT)
             processors = partial(make_processors, request, tokenizer)
             run = prompt, batch, tokens, SAMPLING[request], processors
@@ -143,6 +146,9 @@ def make_table(cases: list[dict]):
     headings = ("model", "bits", "request", "batch", "ratio", "quartiles", DENSE, TUNED, "")
     table = new_table("Ratio of each turn, and tokens/s", headings, left=4)
     for case in cases:
+        stays = ""
+        if case["keeps_dense_head"]:
+            stays = "stays dense"
         table.add_row(
             case["model"],
             f"{case['bits']}",
@@ -150,21 +156,30 @@ def make_table(cases: list[dict]):
             f"{case['batch']}",
             *spread_cells(case["ratio"], 3),
             *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
-            "stays dense" if case["keeps_dense_head"] else "",
+            stays,
         )
     return table
+
+
+def _ratio(case: dict | None) -> str:
+    if case is None:
+        return ""
+    return f"{case['ratio']['median']:.2f}"
 
 
 def page_lines(cases: list[dict]) -> Iterator[str]:
     """Markdown: a line for each model, precision and batch, a column for each kind of request."""
     yield line("model", "bits", "texts", *REQUESTS)
-    yield line(*["---"] * (3 + len(REQUESTS)))
+    yield line(*("---" for _ in range(3 + len(REQUESTS))))
     by_case = {(c["model"], c["bits"], c["batch"], c["request"]): c for c in cases}
     for model, bits, batch in dict.fromkeys(key[:3] for key in by_case):
         row = [by_case.get((model, bits, batch, request)) for request in REQUESTS]
-        ratios = ["" if case is None else f"{case['ratio']['median']:.2f}" for case in row]
+        ratios = [_ratio(case) for case in row]
         stays = any(case is not None and case["keeps_dense_head"] for case in row)
-        precision = f"{bits}, stays dense" if stays else f"{bits}"
+        if stays:
+            precision = f"{bits}, stays dense"
+        else:
+            precision = f"{bits}"
         yield line(model, precision, f"{batch}", *ratios)
 
 
@@ -182,7 +197,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     file = Path(args.json)
     began = time.monotonic()
-    cases = json.loads(file.read_text())["cases"] if file.exists() else []
+    cases = []
+    if file.exists():
+        cases = json.loads(file.read_text())["cases"]
     total = len(args.models) * len(BITS) * len(REQUESTS) * len(BATCHES)
     for _ in measure(args, cases):
         about = {"kind": "grid", "machine": machine(), "command": " ".join(sys.argv)}

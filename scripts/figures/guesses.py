@@ -41,18 +41,24 @@ from wide_times import WIDTHS, cost
 
 TASKS = Path(__file__).with_name("guess_tasks.toml")
 TEMPERATURES = (0.0, 0.7)
-ACCEPTED_AT = 4  # the width whose accepted guesses are shown
-PAYING = "gemma-3-4b", "m4"  # whose costs say where a guess pays
+# The accepted guesses of this width are shown.
+ACCEPTED_AT = 4
+# The costs of this model on this chip say where a guess pays.
+PAYING = "gemma-3-4b", "m4"
 PAGE = CHECKOUT / "docs" / "speed.md"
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-guesses"
 
 
 class Replay(NamedTuple):
-    """The steps of a text behind its first token, which the prompt's own step gives."""
+    """The steps of a text behind its first token, which the prompt's own step gives.
+
+    Attributes:
+        wide: The numbers of steps of several tokens, by their width.
+    """
 
     tokens: int
     steps: int
-    wide: dict[int, int]  # steps of several tokens, by their width
+    wide: dict[int, int]
     guessed: int
     accepted: int
 
@@ -121,10 +127,14 @@ def replay(prompt: Sequence[int], answer: Sequence[int], policy: Always | WhereP
     lookup = Lookup(prompt)
     wide: Counter[int] = Counter()
     steps = guessed = accepted = 0
-    n_known = 0  # of the answer, which are in the lookup
-    place = 1  # of the token that the next step chooses
-    n_unknown = 1  # of the tokens before that
-    watched: tuple[int, int, int] | None = None  # what was not guessed: length, place and token
+    # So many tokens of the answer are in the lookup.
+    n_known = 0
+    # The place of the token that the next step chooses.
+    place = 1
+    # So many tokens before that are not in the lookup yet.
+    n_unknown = 1
+    # What was not guessed has a length, a place and a token.
+    watched: tuple[int, int, int] | None = None
     while place < len(answer):
         lookup.extend(answer[n_known : place - n_unknown])
         n_known = place - n_unknown
@@ -133,12 +143,15 @@ def replay(prompt: Sequence[int], answer: Sequence[int], policy: Always | WhereP
             policy.note(watched[0], int(right), not right)
             watched = None
         length, found = lookup.find(MAX_WIDTH)
-        width = policy.width(length, n_unknown) if length else 1
+        width = 1
+        if length:
+            width = policy.width(length, n_unknown)
         guess = found[n_unknown:][: width - 1]
         pairs = zip(guess, answer[place:], strict=False)
         n_right = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         steps += 1
-        place += n_right + 1  # the step's own choice follows what was right
+        # The step's own choice follows what was right.
+        place += n_right + 1
         guessed += len(guess)
         accepted += n_right
         if guess:
@@ -146,7 +159,9 @@ def replay(prompt: Sequence[int], answer: Sequence[int], policy: Always | WhereP
             policy.note(length, n_right, n_right < len(guess))
         elif length:
             watched = length, n_known, found[0]
-        n_unknown = 0 if guess else 1
+        n_unknown = 1
+        if guess:
+            n_unknown = 0
     return Replay(len(answer) - 1, steps, dict(wide), guessed, accepted)
 
 
@@ -229,7 +244,9 @@ def tokens_a_step(case: dict) -> Iterator[str]:
 def share_accepted(case: dict) -> str:
     """The share of the guesses that were accepted."""
     of = case["widths"][str(ACCEPTED_AT)]
-    return percent(of["accepted"] / of["guessed"], 0) if of["guessed"] else "no guess"
+    if of["guessed"]:
+        return percent(of["accepted"] / of["guessed"], 0)
+    return "no guess"
 
 
 def make_table(cases: list[dict]):
@@ -251,7 +268,12 @@ def page_lines(cases: list[dict]) -> Iterator[str]:
     """Markdown: a line for each task, for each model the tokens a step, greedy and sampled."""
     by_case = {(case["task"], case["model"], case["temperature"]): case for case in cases}
     columns = list(dict.fromkeys(key[1:] for key in by_case))
-    titles = (f"{model}, {f'{heat:g}' if heat else 'greedy'}" for model, heat in columns)
+    titles = []
+    for model, heat in columns:
+        draw = "greedy"
+        if heat:
+            draw = f"{heat:g}"
+        titles.append(f"{model}, {draw}")
     yield line("task", *titles)
     yield line("---", *("---" for _ in columns))
     for task in dict.fromkeys(case["task"] for case in cases):
@@ -261,7 +283,8 @@ def page_lines(cases: list[dict]) -> Iterator[str]:
 
 def plot(cases: list[dict], path: str) -> None:
     """Draws the tokens a step of each task, the mean of its greedy and its sampled text."""
-    from matplotlib.figure import Figure  # which may be absent
+    # It may be absent.
+    from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(case["model"] for case in cases))
     names = [task["name"] for task in tasks()]

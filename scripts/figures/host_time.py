@@ -18,7 +18,8 @@ from mlx_flashhead.models.compat.mlx_lm import sample_utils
 from mlx_flashhead.models.install import dense_copy
 
 N_TOKENS = 64
-FIRST = 16  # tokens of a text that are not timed: until verifications take many
+# So many tokens of a text are not timed: after them a verification takes many.
+FIRST = 16
 RUNS = 3
 PENALTY = {"repetition_penalty": 1.1}
 

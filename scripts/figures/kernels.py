@@ -30,12 +30,14 @@ from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 
 TABLE = Path(__file__).with_name("apple_estimates") / "models.csv"
-VIEWS = {  # operations that change shapes alone
+# These operations change shapes alone.
+VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "Depends", "ExpandDims", "Flatten"),
     *("Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
 }
 PRODUCTS = ("Matmul", "QuantizedMatmul")
-EMBEDDING = 1  # rows that are gathered are dequantized by one more kernel
+# Rows that are gathered are dequantized by one more kernel.
+EMBEDDING = 1
 
 # Sizes that all architectures share; the layers' number and kinds follow below.
 SIZES = {
@@ -158,7 +160,10 @@ def gated_delta(
     q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *rest: Any, **options: Any
 ) -> tuple[mx.array, mx.array]:
     """One kernel, with an output and a state of their shapes."""
-    state = rest[2] if len(rest) > 2 else options.get("state")
+    if len(rest) > 2:
+        state = rest[2]
+    else:
+        state = options.get("state")
     if state is None:
         state = mx.zeros((*v.shape[:1], *v.shape[2:], k.shape[-1]))
     inputs = [q, k, a, b]
@@ -209,7 +214,10 @@ def _count(logits: mx.array) -> Kernels:
         paths = (longest[before] for before in inputs.get(node, ()))
         path = max(paths, key=len, default=())
         name = names.get(node)
-        longest[node] = path if name is None or name in VIEWS else (*path, name)
+        if name is None or name in VIEWS:
+            longest[node] = path
+        else:
+            longest[node] = (*path, name)
     path = max(longest.values(), key=len)
     before_head = max(place for place, name in enumerate(path) if name in PRODUCTS)
     kernels = sum(name not in VIEWS for name in names.values()) - (len(path) - before_head)
@@ -220,17 +228,20 @@ def _graph(array: mx.array) -> tuple[dict[str, str], dict[str, list[str]]]:
     """The names of the operations, and what each operation and each array follows."""
     names: dict[str, str] = {}
     inputs: dict[str, list[str]] = defaultdict(list)
-    latest: dict[str, str] = {}  # two operations may have the same address, one after the other
+    # Two operations may have the same address, one after the other.
+    latest: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.dot"
         mx.export_to_dot(str(file), array)
         lines = file.read_text(encoding="utf-8").splitlines()
     for text in lines:
-        if found := re.match(r'\{ (\d+) \[label ="([^"]+)"', text):
-            latest[found[1]] = f"{found[1]}, {len(names)}"
-            names[latest[found[1]]] = found[2]
-        elif found := re.match(r"(\S+) -> (\S+)$", text):
-            before, node = (end.strip('"') for end in found.groups())
+        label = re.match(r'\{ (\d+) \[label ="([^"]+)"', text)
+        arrow = re.match(r"(\S+) -> (\S+)$", text)
+        if label is not None:
+            latest[label[1]] = f"{label[1]}, {len(names)}"
+            names[latest[label[1]]] = label[2]
+        elif arrow is not None:
+            before, node = (end.strip('"') for end in arrow.groups())
             inputs[latest.get(node, node)].append(latest.get(before, before))
     return names, inputs
 

@@ -16,11 +16,15 @@ HOST = "127.0.0.1"
 
 
 class ServerProcess(NamedTuple):
-    """A server under way."""
+    """A server under way.
+
+    Attributes:
+        errors: What the server writes to standard error.
+    """
 
     port: int
     pid: int
-    errors: IO[str]  # what it writes to standard error
+    errors: IO[str]
 
     def log(self) -> list[str]:
         """The lines that it has written to standard error."""

@@ -32,9 +32,11 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, show
 from server_load import ANSWER_SECONDS, SENTENCE, TOPICS
 
-MINUTE = 60.0  # seconds
+# In seconds.
+MINUTE = 60.0
 SHARE_THAT_LEAVES = 0.2
-MOST_SHOWN = 5  # problems, or answers that differ
+# So many problems, or answers that differ, are shown.
+MOST_SHOWN = 5
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
 
@@ -69,24 +71,33 @@ CHATS: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},
     "n_probes": {"n_probes": 16},
 }
-LENGTHS = (0, 3, 24)  # sentences before the question
+# So many sentences stand before the question.
+LENGTHS = (0, 3, 24)
 
 
 class Question(NamedTuple):
-    """A request that is repeated, streamed or not."""
+    """A request that is repeated, streamed or not.
+
+    Attributes:
+        body: JSON of all fields but those that ask for a stream.
+    """
 
     model: str
     kind: str
     path: str
-    body: str  # JSON of all fields but those that ask for a stream
+    body: str
 
 
 class Text(NamedTuple):
-    """One of the texts of an answer, without what is new in each answer, such as ids."""
+    """One of the texts of an answer, without what is new in each answer, such as ids.
+
+    Attributes:
+        calls: Names and arguments.
+    """
 
     content: str
     reasoning: str
-    calls: tuple[tuple[str, str], ...]  # names and arguments
+    calls: tuple[tuple[str, str], ...]
     finish_reason: str | None
 
 
@@ -113,9 +124,12 @@ class MixedLoad:
         self._n_clients = n_clients
         self._n_tokens = n_tokens
         self._alone: dict[Question, Answer] = {}
-        self._left_out: dict[str, str] = {}  # why, by model and kind
-        self._lock = Lock()  # of all below
-        self._n_answered: Counter[str] = Counter()  # by kind
+        # The reasons by model and kind.
+        self._left_out: dict[str, str] = {}
+        # It guards all fields below.
+        self._lock = Lock()
+        # The numbers of answers by kind.
+        self._n_answered: Counter[str] = Counter()
         self._n_as_alone: Counter[str] = Counter()
         self._n_hung_up = 0
         self._problems: list[str] = []
@@ -147,10 +161,12 @@ class MixedLoad:
             ]
             try:
                 ended.wait(seconds)
-            finally:  # also at Ctrl-C
+            finally:
+                # This ends the clients at Ctrl-C, too.
                 ended.set()
         for client in clients:
-            client.result()  # or its error
+            # This raises the client's error.
+            client.result()
 
     def _ask_until(self, ended: Event, random: Random) -> None:
         """A client: asks one question after the other."""
@@ -158,7 +174,9 @@ class MixedLoad:
         while not ended.is_set():
             question = random.choice(several)
             stream = random.random() < 0.6
-            patience = random.uniform(0, 1) if random.random() < SHARE_THAT_LEAVES else None
+            patience = None
+            if random.random() < SHARE_THAT_LEAVES:
+                patience = random.uniform(0, 1)
             try:
                 answer = ask(self._server.port, question, stream=stream, patience=patience)
                 self._count(question, answer)
@@ -295,18 +313,8 @@ def ask(port: int, question: Question, *, stream: bool, patience: float | None =
     fields = json.loads(question.body)
     if stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
-    timeout = ANSWER_SECONDS if patience is None else max(0.01, patience)
-    leaves_at = time.monotonic() + timeout
-    lines = []
     try:
-        with closing(HTTPConnection(HOST, port, timeout=timeout)) as client:
-            headers = {"Content-Type": "application/json"}
-            client.request("POST", question.path, json.dumps(fields), headers)
-            response = client.getresponse()
-            for line in response:
-                lines.append(line)
-                if patience is not None and time.monotonic() >= leaves_at:
-                    raise HungUpError
+        status, lines = _sent(port, question.path, fields, patience)
     except HTTPException as error:
         raise ValueError(f"the answer broke off: {error!r}") from error
     except TimeoutError:
@@ -314,11 +322,33 @@ def ask(port: int, question: Question, *, stream: bool, patience: float | None =
             raise
         raise HungUpError from None
     content = b"".join(lines)
-    if response.status == 400:
+    if status == 400:
         raise RefusedError(json.loads(content)["error"]["message"])
-    if response.status != 200:
-        raise ValueError(f"{response.status}: {content.decode(errors='replace')}")
-    return read_stream(lines) if stream else read_whole(json.loads(content))
+    if status != 200:
+        raise ValueError(f"{status}: {content.decode(errors='replace')}")
+    if stream:
+        return read_stream(lines)
+    return read_whole(json.loads(content))
+
+
+def _sent(
+    port: int, path: str, fields: dict[str, Any], patience: float | None
+) -> tuple[int, list[bytes]]:
+    """Sends a request. Returns the response's status and lines."""
+    timeout = ANSWER_SECONDS
+    if patience is not None:
+        timeout = max(0.01, patience)
+    leaves_at = time.monotonic() + timeout
+    lines = []
+    with closing(HTTPConnection(HOST, port, timeout=timeout)) as client:
+        headers = {"Content-Type": "application/json"}
+        client.request("POST", path, json.dumps(fields), headers)
+        response = client.getresponse()
+        for line in response:
+            lines.append(line)
+            if patience is not None and time.monotonic() >= leaves_at:
+                raise HungUpError
+    return response.status, lines
 
 
 def read_whole(answer: dict[str, Any]) -> Answer:
@@ -373,7 +403,9 @@ def servers(models: list[str], kv_bits: int | None) -> dict[str, list[str]]:
     """The flags of the servers that are put under load, by name."""
     first, *further = models
     flags = ["--model", first, "--build-first", "--flash-head-always"]
-    several = ["--allow-models", *further] if further else []
+    several = []
+    if further:
+        several = ["--allow-models", *further]
     found = {"all models": [*flags, *several]}
     if kv_bits is not None:
         quantized = ["--kv-bits", str(kv_bits), "--quantized-kv-start", "0"]

@@ -51,7 +51,10 @@ def main() -> None:
     models = {"plain": ("llama", {}), "window": ("gemma3_text", WINDOW), "states": ("lfm2", STATES)}
     for name, (arch, further) in models.items():
         path = folder / name
-        hidden_size = 128 if name == "plain" else 64  # two heads of 64, which --kv-bits needs
+        # --kv-bits needs heads of 64: two of them.
+        hidden_size = 64
+        if name == "plain":
+            hidden_size = 128
         write_model(
             path,
             arch=arch,

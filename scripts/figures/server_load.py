@@ -33,19 +33,27 @@ from mlx_flashhead.models.fetch import resolve
 
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
-LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
-HANGS_UP = 5  # one in so many clients
+# So many sentences stand before each question.
+LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)
+# One in so many clients hangs up.
+HANGS_UP = 5
 ANSWER_SECONDS = 600
 
 
 class Reply(NamedTuple):
-    """An answer to a question, as far as it came."""
+    """An answer to a question, as far as it came.
+
+    Attributes:
+        n_tokens: Tokens by the server's count; None if the client hung up.
+        first_seconds: Seconds to the first text.
+        problem: What happened to an answer that was lost.
+    """
 
     question: str
     text: str = ""
-    n_tokens: int | None = None  # by the server's count; None if the client hung up
-    first_seconds: float | None = None  # to the first text
-    problem: str | None = None  # of an answer that was lost
+    n_tokens: int | None = None
+    first_seconds: float | None = None
+    problem: str | None = None
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
@@ -80,7 +88,11 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
 
 def head_flags(args: argparse.Namespace) -> list[str]:
     """The flags of a server whose FlashHead is there and used: its build is not to be measured."""
-    flags = ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
+    flags = ["--flash-head-always"]
+    if args.no_build:
+        flags.append("--no-build")
+    else:
+        flags.append("--build-first")
     if args.n_probes is not None:
         flags += ["--n-probes", str(args.n_probes)]
     if args.flash_head is not None:
@@ -133,7 +145,9 @@ def visit(
     seconds = time.monotonic() - began
     replies += answers
     n_tokens = sum(reply.n_tokens or 0 for reply in answers)
-    return seconds / n_tokens if n_tokens else math.inf
+    if n_tokens:
+        return seconds / n_tokens
+    return math.inf
 
 
 def summary(
@@ -158,7 +172,9 @@ def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -
     complete = [reply for reply in replies if reply.n_tokens is not None]
     problems = [reply.problem for reply in replies if reply.problem is not None]
     first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
-    times = {"median": median(first) if first else None, "worst": max(first, default=None)}
+    times: dict[str, float | None] = {"median": None, "worst": None}
+    if first:
+        times = {"median": median(first), "worst": max(first)}
     return {
         "answered": len(complete),
         "hung_up": len(replies) - len(complete) - len(problems),
@@ -181,7 +197,12 @@ def make_table(result: dict[str, Any]) -> Table:
     headings = ("server", "tokens/s", "first s", "worst", "as alone")
     table = new_table(title.format(**result), headings, caption + "\n".join(lost))
     for server, load in loads.items():
-        times = ("–" if s is None else f"{s:.2f}" for s in load["first_seconds"].values())
+        times = []
+        for seconds in load["first_seconds"].values():
+            cell = "–"
+            if seconds is not None:
+                cell = f"{seconds:.2f}"
+            times.append(cell)
         speed = f"{load['tokens_per_second']['median']:.1f}"
         same = f"{load['as_alone']} of {load['answered']}"
         table.add_row(server, speed, *times, same)

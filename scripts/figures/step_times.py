@@ -34,28 +34,49 @@ from typing import NamedTuple
 import numpy as np
 
 DATA = Path(__file__).with_name("apple_estimates")
-BYTES = {4: 0.5625, 5: 0.6875, 6: 0.8125, 8: 1.0625, 16: 2.0}  # per weight, in groups of 64
-BYTES[4.25] = 0.53125  # mxfp4
-DENSE_KERNELS = 4  # the product, logsumexp, the log-probabilities, argmax
-DENSE_GROUPS = 2  # of these, one threadgroup over all logits each
-FLASH_HEAD_KERNELS = 4  # route, select, score, sample
-GATHER = 387 / 514  # of a plain read, gather_qmm on an M3 Ultra: mlx issue 4509
-GROUP_GB_S = 13  # of one threadgroup: a logsumexp of 262,144 logits in 40 µs
+# The bytes of a weight by its bits, in groups of 64.
+BYTES = {4: 0.5625, 5: 0.6875, 6: 0.8125, 8: 1.0625, 16: 2.0}
+# This is mxfp4.
+BYTES[4.25] = 0.53125
+# They are the product, logsumexp, the log-probabilities and argmax.
+DENSE_KERNELS = 4
+# So many of these have one threadgroup over all logits.
+DENSE_GROUPS = 2
+# They are route, select, score and sample.
+FLASH_HEAD_KERNELS = 4
+# gather_qmm reaches this share of a plain read on an M3 Ultra: mlx issue 4509.
+GATHER = 387 / 514
+# One threadgroup reads so fast: a logsumexp of 262,144 logits in 40 µs.
+GROUP_GB_S = 13
 BARRIER_US = 1
-BARRIERS = 8  # of select and sample, one threadgroup each
-PAYS = 1.03  # below, a model stays dense
-STATES = 32  # a tile of MLX's matrix kernels
-WAIT_US = 300e3  # the longest wait for text
-VERIFY_LAUNCHES = 4  # the product, its bounds, and two that judge (test_verification_costs.py)
-JOINED = 7  # states that one launch of a join takes
-WASTED = {"greedy": 0.01, "sampled": 0.03}  # of the steps, after a rejection
-DOUBTS = 0.01  # of the tokens, decided by one more dense row: ten times as many as are rejected
-SORT_US = {"least": 1000 / 248_000, "most": 1300 / 248_000}  # mlx-lm's top-p, per token of the V
-HOST_US = {"m1": 4.9, "m2": 4.3, "m3": 3.7, "m4": 3.0, "m5": 2.7}  # of mlx-lm's loop, a kernel
-HOST_BOUND = 0.9  # of a step: what takes the host longer waits for it
-HOST_MORE = {"greedy": 180, "sampled": 450}  # microseconds of FlashHead's loop on an M1
-SIZES = (1, 2, 4, 8, 16, 32)  # of a product
-WIDE_READS = {1: 1, 2: 1.01, 4: 1.47, 8: 3.03}  # of the rows by so many states: mlx 3852
+# Select and sample, of one threadgroup each, have so many.
+BARRIERS = 8
+# A model that gains less stays dense.
+PAYS = 1.03
+# It is a tile of MLX's matrix kernels.
+STATES = 32
+# It is the longest wait for text.
+WAIT_US = 300e3
+# They are the product, its bounds, and two that judge (test_verification_costs.py).
+VERIFY_LAUNCHES = 4
+# One launch of a join takes so many states.
+JOINED = 7
+# This share of the steps is wasted, after a rejection.
+WASTED = {"greedy": 0.01, "sampled": 0.03}
+# One more dense row decides this share of the tokens: ten times as many as are rejected.
+DOUBTS = 0.01
+# mlx-lm's top-p takes so long for each token of the V.
+SORT_US = {"least": 1000 / 248_000, "most": 1300 / 248_000}
+# mlx-lm's loop takes so long for a kernel.
+HOST_US = {"m1": 4.9, "m2": 4.3, "m3": 3.7, "m4": 3.0, "m5": 2.7}
+# If the host takes more than this share of a step, the step waits for it.
+HOST_BOUND = 0.9
+# FlashHead's loop takes so many microseconds more on an M1.
+HOST_MORE = {"greedy": 180, "sampled": 450}
+# A product has one of these numbers of states.
+SIZES = (1, 2, 4, 8, 16, 32)
+# A product of so many states reads the rows so often: mlx 3852.
+WIDE_READS = {1: 1, 2: 1.01, 4: 1.47, 8: 3.03}
 
 
 class Model(NamedTuple):
@@ -63,6 +84,13 @@ class Model(NamedTuple):
 
     ``cache_values`` are the keys and values of a token in all layers, ``full_values`` in those that
     keep all tokens. A window has so many slots in so many layers, a linear attention a state.
+
+    Attributes:
+        body: The weights that a token reads, its experts among them.
+        experts: Those of them that are weights of routed experts.
+        expert_bits: The bits of these where they have a format of their own, else 0.
+        window_values: Keys and values of a token in a layer with a window.
+        state_values: The state of a layer, in float32.
     """
 
     name: str
@@ -70,18 +98,18 @@ class Model(NamedTuple):
     hidden_size: int
     n_layers: int
     kernels: int
-    body: int  # weights that a token reads, its experts among them
-    experts: int  # of these, weights of routed experts
-    expert_bits: float  # where they have a format of their own, else 0
+    body: int
+    experts: int
+    expert_bits: float
     softcap: bool
     cache_values: int
     n_probes: int
     full_values: int
     window: int
     window_layers: int
-    window_values: int  # of a token in a layer
+    window_values: int
     state_layers: int
-    state_values: int  # of a layer, in float32
+    state_values: int
 
     @property
     def head(self) -> int:
@@ -90,7 +118,9 @@ class Model(NamedTuple):
 
     def body_bytes(self, per_weight: float) -> float:
         """What a token reads of the body, as if it were one plain read."""
-        per_expert_weight = BYTES[self.expert_bits] if self.expert_bits else per_weight
+        per_expert_weight = per_weight
+        if self.expert_bits:
+            per_expert_weight = BYTES[self.expert_bits]
         return (self.body - self.experts) * per_weight + self.experts * per_expert_weight / GATHER
 
     def window_bytes(self, context: int) -> float:
@@ -133,14 +163,31 @@ class Chip(NamedTuple):
         return self.name.endswith("ultra")
 
     @property
+    def matrix_states(self) -> int:
+        """From so many states on MLX takes its matrix kernels.
+
+        Below there is a read for each state. M3 and later have a kernel for 8.
+        """
+        if not self.old:
+            return 13
+        if self.ultra:
+            return 12
+        return 6
+
+    @property
     def gb_s(self) -> float:
         """The bandwidth that a step gets, in GB/s."""
-        return self.peak_gb_s * constants()["ultra" if self.ultra else "bandwidth"]
+        share = "bandwidth"
+        if self.ultra:
+            share = "ultra"
+        return self.peak_gb_s * constants()[share]
 
     @property
     def launch_us(self) -> float:
         """The time that each kernel adds, in microseconds."""
-        return constants()["old launch" if self.old else "launch"]
+        if self.old:
+            return constants()["old launch"]
+        return constants()["launch"]
 
     @property
     def host_us(self) -> float:
@@ -167,7 +214,9 @@ def rows(name: str) -> list[dict]:
     """The rows of a table, with numbers as such."""
 
     def value(text: str) -> float | str:
-        return float(text) if re.fullmatch(r"[\d.]+", text) else text
+        if re.fullmatch(r"[\d.]+", text):
+            return float(text)
+        return text
 
     with (DATA / f"{name}.csv").open(encoding="utf-8") as file:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
@@ -230,7 +279,12 @@ def parts(speed: dict) -> tuple[list[float], float]:
     read = model.body_bytes(per_weight) + model.head * per_weight + model.logit_bytes
     us = (read + 2 * model.cache_values * speed["context"]) / chip.peak_gb_s / 1e3
     kernels = model.kernels + model.dense_kernels
-    factors = us * (not chip.ultra), us * chip.ultra, kernels * (not chip.old), kernels * chip.old
+    # Each speed has one of the two bandwidths, and one of the two launches.
+    factors = [us, 0, kernels, 0]
+    if chip.ultra:
+        factors[:2] = [0, us]
+    if chip.old:
+        factors[2:] = [0, kernels]
     share = speed["tokens_per_second"] / 1e6
     return [share * factor for factor in factors], share * groups_us(model)
 
@@ -323,18 +377,24 @@ def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
     size = next(size for size in SIZES if size >= k)
     read = chip.us(model.head * BYTES[head])
     matrix = 2 * STATES * model.head / chip.tflops / 1e6
-    vectors = (12 if chip.ultra else 6) if chip.old else 13
     product = max(read, matrix)
-    if size < vectors and head < 16:  # a read for each state; M3 and later have a kernel for 8
-        product = read * (size if chip.old else WIDE_READS[size])
-    passes = (2 if text == "greedy" else 4) * 2 * size * model.vocab_size
+    if size < chip.matrix_states and head < 16:
+        product = read * size
+        if not chip.old:
+            product = read * WIDE_READS[size]
+    passes = 4
+    if text == "greedy":
+        passes = 2
+    passed_bytes = passes * 2 * size * model.vocab_size
     launches = VERIFY_LAUNCHES + -(-k // JOINED)
-    return product + chip.us(passes) + launches * chip.launch_us
+    return product + chip.us(passed_bytes) + launches * chip.launch_us
 
 
 def body_bits(model: str, head: int) -> int:
     """4, or those of the file: gpt-oss beside a head of 8 bits has 8 in all but its experts."""
-    return 8 if models()[model].expert_bits and head == 8 else 4
+    if models()[model].expert_bits and head == 8:
+        return 8
+    return 4
 
 
 def gain(model: str, chip: str, head: int) -> float:

@@ -24,8 +24,10 @@ from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.wide.step import WIDTHS, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs, have_same_bits
 
-N_TOKENS = 64  # of a text
-Results = dict[str, list[mx.array]]  # of a model's parts, by name, in the order of their calls
+# Of a text.
+N_TOKENS = 64
+# What a model's parts return, by name, in the order of their calls.
+Results = dict[str, list[mx.array]]
 
 
 def wide_figures(model: nn.Module, prompt: list[int]) -> dict[str, Any]:
@@ -44,7 +46,10 @@ def wide_figures(model: nn.Module, prompt: list[int]) -> dict[str, Any]:
     caches = make_prompt_cache(model)
     costs = established_costs(steps, caches)
     apart = steps.established[layout_of(caches)].apart
-    texts = {} if not costs else dict(_texts(model, prompt))
+    if not costs:
+        texts = {}
+    else:
+        texts = dict(_texts(model, prompt))
     return {
         "established": list(costs),
         "costs": costs,
@@ -114,8 +119,13 @@ def _recording(cls: Any, results: list[mx.array]) -> type:
 def _kind(part: nn.Module) -> str:
     """A part's class, and the shape of its weights where it has some."""
     weight = dict.get(part, "weight")
-    bits = f", {part.bits} bits" if hasattr(part, "bits") else ""
-    shape = "" if weight is None else f" {'x'.join(map(str, weight.shape))}{bits}"
+    bits = ""
+    if hasattr(part, "bits"):
+        bits = f", {part.bits} bits"
+    if weight is None:
+        shape = ""
+    else:
+        shape = f" {'x'.join(map(str, weight.shape))}{bits}"
     return f"{type(part).__name__}{shape}"
 
 
@@ -127,7 +137,8 @@ def _pairs(
     Nothing for a part that is called otherwise, or that makes no value for each position.
     """
     n_calls = len(wides)
-    if len(singles) == n_calls:  # once per position in both
+    # The part is called once per position in both.
+    if len(singles) == n_calls:
         yield from zip(wides, singles, strict=True)
     elif len(singles) == n_calls * width:
         for i, wide in enumerate(wides):

@@ -36,17 +36,27 @@ from step_times import (
     models,
 )
 
-CONTEXT = 2048  # tokens before the text: a file that is edited, past the end of usual windows
-SHARED = 2  # instructions a weight, whatever the number of states: to unpack it
-AT_ONCE = 4  # rows of a simdgroup, of 4 and 8 affine bits (head/row_products.py)
-EACH = 1.25 + 3 / AT_ONCE  # for each state: to multiply and add; to load and convert its value
-REACHED = 0.65  # of the peak: fits what MLX's `qmv_wide` takes for 4 and 8 states
-LAYER_LAUNCHES = 2  # of each token in a layer, an attention and where its result goes
-COPY_LAUNCHES = 4  # more where a window is copied: keys and values are copied and written
-STATE_LAUNCHES = 2  # to make a linear attention's state anew
-WIDTHS = (2, 4, 8)  # tokens of a step
+# So many tokens stand before the text: a file that is edited, past the end of usual windows.
+CONTEXT = 2048
+# To unpack a weight takes so many instructions, whatever the number of states.
+SHARED = 2
+# A simdgroup has so many rows, of 4 and 8 affine bits (head/row_products.py).
+AT_ONCE = 4
+# So many instructions each state takes: to multiply and add, to load and convert its value.
+EACH = 1.25 + 3 / AT_ONCE
+# This share of the peak fits what MLX's `qmv_wide` takes for 4 and 8 states.
+REACHED = 0.65
+# Each token has so many in a layer: an attention and where its result goes.
+LAYER_LAUNCHES = 2
+# There are more where a window is copied: keys and values are copied and written.
+COPY_LAUNCHES = 4
+# So many launches make a linear attention's state anew.
+STATE_LAUNCHES = 2
+# So many tokens a step are tried.
+WIDTHS = (2, 4, 8)
 FIGURES = CHECKOUT / "docs" / "benchmarks" / "guesses.json"
-MODEL = "Qwen2.5-Coder-1.5B-Instruct"  # does what the tasks ask
+# This model does what the tasks ask.
+MODEL = "Qwen2.5-Coder-1.5B-Instruct"
 
 
 class Steps(NamedTuple):
@@ -85,7 +95,9 @@ def wide_launches(model: Model, width: int, context: int) -> int:
 
     Layers with a linear attention are counted like others, which fits what was measured.
     """
-    copied = model.window_layers if context > model.window else 0
+    copied = 0
+    if context > model.window:
+        copied = model.window_layers
     return width * (LAYER_LAUNCHES * model.n_layers + COPY_LAUNCHES * copied)
 
 
@@ -136,7 +148,9 @@ def single_us(model: Model, chip: Chip, body: int, head: int, context: int = CON
     """A single step, with FlashHead where it pays."""
     dense = dense_us(model, chip, body, head, context=context)
     flash = flash_us(model, chip, body, head, context=context)
-    return flash if dense / flash >= PAYS else dense
+    if dense / flash >= PAYS:
+        return flash
+    return dense
 
 
 def cost(model: str, chip: str, head: int, width: int, context: int = CONTEXT) -> float:

@@ -38,7 +38,9 @@ def system() -> Any:
 
 def open_library(name: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Opens a library as `ctypes.CDLL` does, but for libSystem."""
-    return system() if "libSystem" in str(name) else REAL_LIBRARY(name, *args, **kwargs)
+    if "libSystem" in str(name):
+        return system()
+    return REAL_LIBRARY(name, *args, **kwargs)
 
 
 def seed() -> None:

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("mlx_vlm")
 
 import trained_drafter
+from drafter_training import chain, new_drafter
 from pages import CHECKOUT, with_block
-from trained_drafter import chain, figures_of, new_drafter, steps_of
+from trained_drafter import figures_of, steps_of
 
 SIZES = {
     "hidden_size": 32,
