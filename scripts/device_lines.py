@@ -66,7 +66,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ): MLX_LM_0_31,
     (
         "benchmarks/reporting.py",
-        'blas = "OpenBLAS"',
+        'return "OpenBLAS"',
     ): "only where OpenBLAS is preloaded",
     (
         "head/rounding.py",

@@ -35,7 +35,7 @@ public struct FlashSettings {
         ]
     }
 
-    /// The key of a position, as `position_key` in `head/draw.py` makes it.
+    /// The key of a position, as `position_key` in `head/draws/noise.py` makes it.
     private func key(_ position: UInt64) -> [UInt32] {
         let word = mixed(mixed(seed) &+ position)
         return [UInt32(word >> 32), UInt32(truncatingIfNeeded: word)]
