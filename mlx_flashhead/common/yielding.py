@@ -6,6 +6,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+
+from threadpoolctl import ThreadpoolController
 
 NICENESS = 10
 # Apple's classes of threads, in <sys/qos.h>.
@@ -30,6 +33,29 @@ def yielding() -> Iterator[None]:
     finally:
         if sys.platform == "darwin":
             _set_class(_USER_INITIATED)
+
+
+# The number of threads is the process's: two blocks would give it back in the wrong order.
+_one_block = threading.Lock()
+
+
+@contextmanager
+def one_thread_less() -> Iterator[None]:
+    """A block in which numpy multiplies with a thread less, and leaves a processor to others.
+
+    The threads of a BLAS do not wait for others as the one that calls it does. Apple's Accelerate
+    chooses their number itself. A second block waits for the end of the first.
+    """
+    with _one_block:
+        threads = _blas_threads()
+        number = max((each["num_threads"] for each in threads.info()), default=1)
+        with threads.limit(limits=max(1, number - 1)):
+            yield
+
+
+@cache
+def _blas_threads() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _set_class(number: int) -> None:

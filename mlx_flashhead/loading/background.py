@@ -19,7 +19,7 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from ..common.command import sentence
-from ..common.yielding import yielding
+from ..common.yielding import one_thread_less, yielding
 from ..conversion import Progress
 from ..conversion.build import STEP_SECONDS
 from ..conversion.forecast import Forecast, Pace
@@ -135,11 +135,11 @@ class Build:
     def _run(self) -> None:
         try:
             with yielding():
-                while self._more and not self.closed:
-                    if self.gate():
-                        self._more = self._advance()
-                    else:
-                        time.sleep(POLL_SECONDS)
+                while self.stored is None and self._may_go_on():
+                    self._build_part()
+            # A speed is measured as a text is written: it does not yield.
+            while self._may_go_on():
+                self._more = self._advance()
         except BaseException as error:  # whatever it is, the model goes on with its normal head
             self.error = error
             if self._measures:
@@ -147,6 +147,22 @@ class Build:
         finally:
             self._parts.close()  # which lets the copy go
             mx.clear_streams()  # which must go before their thread ends
+
+    def _may_go_on(self) -> bool:
+        """Waits for the gate. Returns whether there is another part."""
+        while self._more and not self.closed:
+            if self.gate():
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def _build_part(self) -> None:
+        """Does a part of the build, and leaves a processor to those who wait for nothing of it."""
+        if not self._measures:
+            self._more = self._advance()
+            return
+        with one_thread_less():
+            self._more = self._advance()
 
     @property
     def has_ended(self) -> bool:

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,50 @@ def test_text_before_between_and_after_is_the_dense_models(loaded, build_of):
     assert build.take_over(model) is get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
     assert len(cache.entries()) == 1 and build_of(model, tokenizer) is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_build_beside_leaves_a_processor_to_others(loaded, build_of, monkeypatch, beside):
+    """Only while it builds: its speed is measured as a text is written."""
+    leaves_one = False
+    of_building = []
+    of_measuring = []
+    parts = background.build_parts
+
+    @contextmanager
+    def one_thread_less():
+        nonlocal leaves_one
+        leaves_one = True
+        yield
+        leaves_one = False
+
+    def built(*arguments, **options):
+        stored = yield from noted(parts(*arguments, **options), of_building)
+        return stored
+
+    def noted(steps, seen):
+        while True:
+            seen.append(leaves_one)
+            try:
+                yield next(steps)
+            except StopIteration as end:
+                return end.value
+
+    def tune(*_):
+        yield from noted(iter([None]), of_measuring)
+
+    monkeypatch.setattr(background, "one_thread_less", one_thread_less)
+    monkeypatch.setattr(background, "build_parts", built)
+    monkeypatch.setattr(background, "tune_head", tune)
+    if beside:
+        build = build_of(*loaded)
+        while build.gate.let():
+            pass
+    else:
+        build_now(*loaded, Path("model"), OPTIONS)
+    # The first part says how long it takes, before there is a thread.
+    assert len(of_building) > 10 and set(of_building[1:]) == {beside}
+    assert not any(of_measuring) and bool(of_measuring) == beside
 
 
 @pytest.mark.parametrize("tunes", [True, False])
