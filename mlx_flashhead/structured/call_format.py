@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .lark import LarkRules, any_of, literal_of, matching, one_of
-from .schemas import LIMITS, Document, is_text, type_of
+from .schema_keywords import LIMITS
+from .schemas import Document, is_text, type_of
 
 _NULL = r"\s*(?i:null)\s*"
 _PARTS = ("array", "object")

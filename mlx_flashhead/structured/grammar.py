@@ -32,6 +32,8 @@ _SENTENCES = (
     ),
     ("Too many items", "it is too ambiguous to be followed: simplify it"),
     ("too large|fuel exhausted|too many expr", "it is too large to be followed: simplify it"),
+    ("recursion limit exceeded", "it is nested too deeply: simplify it"),
+    ("'multipleOf' has too many digits", '"multipleOf" has too many digits: take a rounder number'),
     ("NoExtension", "no text fits it: check that it can end"),
     (r"^\s*error: (.+)", r"\1"),
     (r"\A(?:at )?\d+\(\d+\): *(?:failed to compile JSON schema: )?(.*?)[.:]?$", r"\1"),
@@ -67,7 +69,11 @@ class Grammar:
             document = Document(schema)
             whole = document.by_itself(document.root)
             source = json.dumps({"name": "form", "json_schema": whole})
-        except (RecursionError, ValueError) as error:
+        except RecursionError:
+            raise ValueError(
+                "The JSON schema is wrong: it is nested too deeply: simplify it."
+            ) from None
+        except ValueError as error:
             raise ValueError(f"The JSON schema is wrong: {error}.") from None
         return cls._checked("JSON schema", source)
 

@@ -6,9 +6,12 @@ is a schema by itself, with this definition beside it.
 
 import json
 import math
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
 from urllib.parse import unquote
+
+from .endings import ROOT, Endings
+from .schema_keywords import COMBINED, KEYWORDS, LIMITS, LIMITS_OF, check_keyword
 
 # Lists and objects of one schema, and its references and alternatives.
 MAX_PARTS = 50_000
@@ -16,25 +19,17 @@ MAX_PARTS = 50_000
 # format of calls writes them one by one.
 MAX_CHARACTERS = 1_000_000
 # llguidance has a state for each remainder of a division. Zeros at a divisor's end cost nothing.
-MAX_DIVISOR = 100_000
+MAX_DIVISOR = 10_000
 # Beyond this llguidance's numbers are apart by more than one.
 MAX_BOUND = 2**53 - 1
+# llguidance writes fractions of so many digits as they are.
+N_DIGITS = 15
+# References within references whose schemas are put in their places.
+MAX_NESTED = 50
 # Formats of strings that llguidance follows. Others are notes, as JSON Schema has it.
 STRING_FORMATS = (
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
 )
-# Keywords that limit values, by the type that they limit, of those that llguidance follows.
-_LIMITS_OF = {
-    "object": ("properties", "required", "additionalProperties", "patternProperties",
-               "minProperties", "maxProperties"),
-    "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
-    "string": ("minLength", "maxLength", "pattern"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-}  # fmt: skip
-_COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
-LIMITS = {"type", "enum", "const"}.union(_COMBINED, *_LIMITS_OF.values())
-# Keywords by their letters, for those that are written in another way.
-_BY_LETTERS = {name.lower(): name for name in (*LIMITS, "format", "uniqueItems", "propertyNames")}
 _TYPES = {
     str: "string", bool: "boolean", int: "integer", float: "number",
     type(None): "null", list: "array", dict: "object",
@@ -42,9 +37,12 @@ _TYPES = {
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.
 _OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
-_ROOT = "#/$defs/root"
 _VALUES = ("enum", "const", "required")
+# Exclusive bounds, the others, and the sign of what lies inside.
+_SIDES = (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1))
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+# From here on fractions have too few digits to tell numbers apart.
+_LARGE = 10 ** (N_DIGITS - 1)
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 # What moves references, or is llguidance's own, or a note.
 _LEFT_OUT = (
@@ -81,7 +79,8 @@ class Document:
         # References whose schemas are being put in their places.
         self._within: list[str] = []
         self.root: dict[str, Any] = self._prepared(schema)
-        self._check_end()
+        self._n_parts = 0
+        Endings(self.root, self._at, self._count).check()
 
     def by_itself(self, schema: Any) -> dict[str, Any]:
         """A part of the root as llguidance reads it."""
@@ -112,12 +111,12 @@ class Document:
             if isinstance(part.get("type"), list):
                 left += [{**part, "type": each} for each in reversed(part["type"])]
             elif limits == {"$ref"}:
-                left.append(_pointed(self.root, part["$ref"].removeprefix(_ROOT)))
+                left.append(_pointed(self.root, part["$ref"].removeprefix(ROOT)))
             elif limits in ({"anyOf"}, {"oneOf"}):
                 left += reversed(part[limits.pop()])
             elif limits == {"allOf"} and len(part["allOf"]) == 1:
                 left += part["allOf"]
-            elif limits & _COMBINED:
+            elif limits & COMBINED:
                 return None
             elif limits & {"enum", "const"}:
                 found += _enumerations(part)
@@ -194,8 +193,10 @@ class Document:
         Raises:
             ValueError: If llguidance would take seconds for it.
         """
-        if not _is_number(value) or value <= 0:
+        if not _is_number(value):
             return
+        if value <= 0:
+            raise ValueError(f'"multipleOf" is {value}: it must be more than 0')
         digits = Decimal(repr(value)).normalize().as_tuple().digits
         self._divisor = math.lcm(self._divisor, int("".join(map(str, digits))))
         if self._divisor > MAX_DIVISOR:
@@ -204,27 +205,37 @@ class Document:
                 f"{MAX_DIVISOR:,}, zeros at its end not counted: take smaller ones"
             )
 
-    def _prepared(self, schema: Any) -> Any:
-        """A schema, or a list of some, as llguidance reads it."""
+    def _prepared(self, schema: Any, *, in_note: bool = False) -> Any:
+        """A schema, or a list of some, as llguidance reads it.
+
+        Args:
+            schema: What the client sent.
+            in_note: Whether it stands below a keyword that is not JSON Schema's, where names mean
+                what somebody else says. References may point there.
+        """
         if not isinstance(schema, list | dict):
             self._count_value(schema)
             return schema
         self._count()
         if isinstance(schema, list):
-            return [self._prepared(part) for part in schema]
+            return [self._prepared(part, in_note=in_note) for part in schema]
         made = {}
         for name, value in schema.items():
             self.count_characters(len(name))
-            _check_keyword(name, value)
+            if not in_note:
+                check_keyword(name)
+            _check_bound(name, value)
             if name in _VALUES:
                 self._count_value(value)
                 made[name] = value
             elif name in _SCHEMAS_BY_NAME and isinstance(value, dict):
-                made[name] = {key: self._prepared(part) for key, part in value.items()}
+                made[name] = {
+                    key: self._prepared(part, in_note=in_note) for key, part in value.items()
+                }
             elif name == "oneOf" and isinstance(value, list):
                 made[name] = [self._in_place(part) for part in value]
             elif name not in _LEFT_OUT:
-                made[name] = self._prepared(value)
+                made[name] = self._prepared(value, in_note=in_note or name not in KEYWORDS)
         self._count_divisor(made.get("multipleOf"))
         _mend(made)
         return made
@@ -238,51 +249,15 @@ class Document:
             return self._prepared(schema)
         if reference in self._within:
             return self._prepared(schema)
+        if len(self._within) == MAX_NESTED:
+            raise ValueError("it is nested too deeply: simplify it")
         self._within.append(reference)
         found = self._in_place(_pointed(self.given, reference[1:]))
         self._within.pop()
         return found
 
-    def _check_end(self) -> None:
-        """Raises a ValueError if no value has an end, since what it requires refers to itself.
-
-        A reference is taken for endless until what it points at is seen to end without it.
-        """
-        self._n_parts = 0
-        # References. It becomes longer by those that one of them meets.
-        met: list[str] = []
-        # Whether that is known of a reference.
-        ending: dict[str, bool] = {}
-        while not self._ends(self.root, met, ending):
-            known = len(met), sum(ending.values())
-            # Forth, to all that they meet.
-            for reference in met:
-                ending[reference] = self._ends(self._at(reference), met, ending)
-            for reference in reversed(met):
-                ending[reference] = self._ends(self._at(reference), met, ending)
-            if known == (len(met), sum(ending.values())):
-                raise ValueError("no text fits it, since what it requires refers to itself")
-
     def _at(self, reference: str) -> Any:
-        return _pointed(self.root, reference.removeprefix(_ROOT))
-
-    def _ends(self, schema: Any, met: list[str], ending: dict[str, bool]) -> bool:
-        """Whether a value of a schema may have an end, as far as that is known of references."""
-        self._count()
-        if not isinstance(schema, dict):
-            return True
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and reference.startswith(_ROOT):
-            if reference not in ending:
-                ending[reference] = False
-                met.append(reference)
-            if not ending[reference]:
-                return False
-        for name in ("anyOf", "oneOf"):
-            parts = _listed(schema, name)
-            if parts and not any(self._ends(part, met, ending) for part in parts):
-                return False
-        return all(self._ends(part, met, ending) for part in _needed(schema))
+        return _pointed(self.root, reference.removeprefix(ROOT))
 
 
 def _as_object(schema: Any) -> dict[str, Any]:
@@ -294,34 +269,8 @@ def _as_object(schema: Any) -> dict[str, Any]:
     return {"enum": []}
 
 
-def _listed(schema: dict[str, Any], name: str) -> list[Any]:
-    """A list of a schema; empty if it has none."""
-    value = schema.get(name)
-    if isinstance(value, list):
-        return value
-    return []
-
-
-def _needed(schema: dict[str, Any]) -> list[Any]:
-    """The schemas of what each value of a schema has in it, and of what it must also follow."""
-    if isinstance(schema.get("allOf"), list):
-        return [*schema["allOf"], *_needed({**schema, "allOf": None})]
-    if schema.get("type") == "object":
-        properties = schema.get("properties")
-        required = schema.get("required")
-        if isinstance(properties, dict) and isinstance(required, list):
-            return [properties[name] for name in required if name in properties]
-    if schema.get("type") == "array" and isinstance(schema.get("minItems"), int):
-        items = [*_listed(schema, "prefixItems"), schema.get("items")]
-        return items[: schema["minItems"]]
-    return []
-
-
-def _check_keyword(name: str, value: Any) -> None:
-    """Raises a ValueError if a keyword is mistyped, or its number cannot be kept to."""
-    meant = _BY_LETTERS.get(name.replace("_", "").replace("-", "").lower(), name)
-    if meant != name:
-        raise ValueError(f'"{name}" is no keyword of JSON Schema: write "{meant}"')
+def _check_bound(name: str, value: Any) -> None:
+    """Raises a ValueError if a keyword is a bound whose number cannot be kept to."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in _BOUNDS and is_number and abs(value) > MAX_BOUND:
         raise ValueError(
@@ -334,7 +283,7 @@ def _mend(made: dict[str, Any]) -> None:
     """Changes what llguidance refuses, or follows in part."""
     reference = made.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
-        made["$ref"] = _ROOT + reference[1:]
+        made["$ref"] = ROOT + reference[1:]
     names = made.get("propertyNames")
     notes = {
         "format": isinstance(made.get("format"), str) and made["format"] not in STRING_FORMATS,
@@ -344,10 +293,15 @@ def _mend(made: dict[str, Any]) -> None:
     for name, says_nothing in notes.items():
         if says_nothing:
             del made[name]
-    _mend_exclusive(made, "exclusiveMinimum", "minimum", 1)
-    _mend_exclusive(made, "exclusiveMaximum", "maximum", -1)
+    for exclusive, bound, sign in _SIDES:
+        _mend_exclusive(made, exclusive, bound, sign)
+        if _is_number(made.get(bound)):
+            made[bound] = _rounded(made[bound], sign)
     fewest = made.get("minProperties")
-    n_required = len(_listed(made, "required"))
+    required = made.get("required")
+    n_required = 0
+    if isinstance(required, list):
+        n_required = len(required)
     # llguidance lets a name come twice.
     if isinstance(fewest, int) and fewest > n_required + 1:
         raise ValueError('"minProperties" of several that are not required is not supported')
@@ -367,9 +321,31 @@ def _mend_exclusive(made: dict[str, Any], name: str, bound: str, sign: int) -> N
         limit = made.get(bound)
     known = made.get(bound, limit)
     if _is_number(limit) and _is_number(known):
-        inside = limit + sign * max(1e-9, abs(limit) * 2**-52)
-        made[bound] = sign * max(sign * inside, sign * known)
+        step: float = max(1e-9, abs(limit) * 2**-52)
+        is_whole = limit == int(limit)
+        if is_whole and (made.get("type") == "integer" or abs(limit) >= _LARGE):
+            limit = int(limit)
+            step = 1
+        made[bound] = sign * max(sign * (limit + sign * step), sign * known)
         del made[name]
+
+
+def _rounded(limit: float, sign: int) -> float:
+    """A bound in digits that llguidance writes as they are, a little further inside if need be.
+
+    Args:
+        limit: The bound.
+        sign: 1 for a minimum, -1 for a maximum.
+    """
+    if limit == int(limit):
+        return int(limit)
+    rounding = ROUND_FLOOR
+    if sign == 1:
+        rounding = ROUND_CEILING
+    rounded = Context(N_DIGITS, rounding).plus(Decimal(repr(limit)))
+    if rounded == int(rounded):
+        return int(rounded)
+    return float(rounded)
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -387,7 +363,7 @@ def type_of(schema: dict[str, Any]) -> str:
         return "enum"
     if schema.get("type"):
         return schema["type"]
-    for implied, names in _LIMITS_OF.items():
+    for implied, names in LIMITS_OF.items():
         if schema.keys() & {*names}:
             return implied
     return "any"

@@ -13,7 +13,7 @@ from mlx_flashhead.structured.schemas import MAX_PARTS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 LIMITS = [0, 1, -1, 5, 10, 14, 99, 100, 123, -7, 0.5, 0.75, -1.5, 1.25, 20, 0.1, -0.05, -100]
-LIMITS += [10**15, 2**53 - 1, 1 - 2**53]
+LIMITS += [10**15, 2**53 - 1, 1 - 2**53, 2.0**53 - 1, -1e15 - 0.5, 966548903076634.2]
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
@@ -30,11 +30,12 @@ def test_numbers_within_bounds():
     """No other number is written."""
     draw = random.Random(0)
     n_followed = 0
-    for _ in range(100):
+    for _ in range(150):
         schema = {name: draw.choice(LIMITS) for name in BOUNDS if draw.random() < 0.4}
         kind = draw.choice(["integer", "number"])
         texts = {f"{draw.randint(-3000, 3000) / 10**n:.{n}f}" for n in range(4) for _ in range(8)}
-        texts |= {str(limit + more) for limit in schema.values() for more in (-1, 0, 1)}
+        for limit in schema.values():
+            texts |= {str(Decimal(repr(limit)) + Decimal(more)) for more in ("-1", "0", "0.1", "1")}
         try:
             written = {f'{{"a": {text}}}': text for text in texts}
             accepted = accepts_one_of(of(a={"type": kind, **schema}), written)
@@ -72,11 +73,23 @@ def as_json(text):
     return json.dumps({"a": text}, ensure_ascii=False)
 
 
+ITSELF = {"$ref": "#/$defs/a"}
+
+
+def nested_references(n):
+    """References to alternatives, of which one refers to alternatives, and so on."""
+    defs = {f"d{i}": {"oneOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(n)}
+    last = {f"d{n}": {"type": "string"}}
+    return of(a={"oneOf": [{"$ref": "#/$defs/d0"}]}) | {"$defs": defs | last}
+
+
 ENDLESS = {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#/$defs/a"}}}
 LISTED = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/b"}}
 REFUSED = [
     (of(a={"multipleOf": 1_000_003}), '"multipleOf" 1000003 makes the least common multiple'),
-    (of(a={"multipleOf": 997}, b={"multipleOf": 99.1}), "of all of them larger than 100,000"),
+    (of(a={"multipleOf": 9973}, b={"multipleOf": 99.1}), "of all of them larger than 10,000"),
+    (of(a={"multipleOf": 0}), '"multipleOf" is 0: it must be more than 0'),
+    (of(a={"multipleOf": 10**15}), '"multipleOf" has too many digits: take a rounder number'),
     (of(a={"maximum": 2**53}), '"maximum" is 9007199254740992: it must be within'),
     (of(a={"exclusiveMinimum": -1e300}), '"exclusiveMinimum" is -1e+300: it must be within'),
     ({"$ref": "#/$defs/a", "$defs": {"a": ENDLESS}}, "what it requires refers to itself"),
@@ -84,8 +97,23 @@ REFUSED = [
         {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [ENDLESS, LISTED]}, "b": ENDLESS}},
         "what it requires refers to itself",
     ),
+    *[
+        ({"$ref": "#/$defs/a", "$defs": {"a": schema}}, "what it requires refers to itself")
+        for schema in (
+            {"allOf": [{"type": "object", "properties": {"a": ITSELF}}, {"required": ["a"]}]},
+            {"type": ["object"], "properties": {"a": ITSELF}, "required": ["a"]},
+            {"type": "object", "additionalProperties": ITSELF, "minProperties": 1},
+            {"type": "object", "patternProperties": {"^a": ITSELF}, "required": ["a"]}
+            | {"additionalProperties": False},
+            {"type": "array", "items": [ITSELF], "minItems": 1},
+        )
+    ],
+    (nested_references(60), "it is nested too deeply: simplify it"),
+    (nested_references(2000), "it is nested too deeply: simplify it"),
     (of(a={"minlength": 3}), '"minlength" is no keyword of JSON Schema: write "minLength"'),
     (of(a={"any_of": [{}]}), '"any_of" is no keyword of JSON Schema: write "anyOf"'),
+    (of(a={"enums": ["a"]}), '"enums" is no keyword of JSON Schema: write "enum"'),
+    (of(a={"maxLenght": 3}), '"maxLenght" is no keyword of JSON Schema: write "maxLength"'),
     (of(a={"enum": ["x" * 1_000_001]}), "more than 1,000,000 characters"),
     ({"not": {}}, '"not" is not supported'),
     ({"properties": {"a": {"contains": {}}}}, '"contains" is not supported'),
@@ -236,6 +264,8 @@ ACCEPTED = [
     (of(a={"type": "string", "minLength": 2, "maxLength": 3}), ['{"a": "é\\n"}'], ['{"a": "x"}']),
     (of(a={"format": "date"}), ['{"a": "2024-02-29"}'], ['{"a": "2024-02-30"}']),
     (of(a={"format": "phone"}), ['{"a": "1"}', '{"a": 1}'], []),
+    (of(a={"discriminator": {"propertyName": "types", "mapping": {"enums": "b"}}}), ["{}"], []),
+    (of(a={"multipleOf": 8192, "type": "number"}), ['{"a": 16384}'], ['{"a": 16383}']),
     (of(a={"enum": [1, "b", None]}), ['{"a": "b"}', '{"a": null}'], ['{"a": 2}']),
     (of(a={"type": ["string", "null"]}), ['{"a": null}'], ['{"a": 1}']),
     (of(a={"prefixItems": [{"const": 1}, {"const": 2}], "items": False}), ['{"a": [1]}'], []),
