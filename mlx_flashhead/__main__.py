@@ -16,7 +16,7 @@ COMMANDS = {
     "upload": "publish such a folder on the Hugging Face Hub",
     "export": "write the head's kernels and arrays for an app on an iPad or a Mac",
     "evaluate": "measure how close unverified choices come to the normal head's",
-    "benchmark": "measure speed: of a head, a model, a server",
+    "benchmark": "measure speed: of a head or a model",
 }
 
 
