@@ -6,7 +6,7 @@
 Two runs are measured by coverage: the tests as they are, on a CPU, and those of ``tests/mac``, on a
 pretended GPU. Each place that asks for the device must be reached by one of ``tests/mac``, which
 takes it as a Mac does. Each line of the functions that ask, and of the files in ``BEHIND``, must be
-run by a test, or has its reason in ``NOT_RUN``.
+run by a test, or has its reason in ``NOT_RUN``. Needs the extra ``test``.
 """
 
 import argparse

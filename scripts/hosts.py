@@ -13,6 +13,7 @@ docs/benchmarks/hosts.json and into the table of docs/integrations.md. Ends with
 differs.
 
 A last start under `run` counts the tokens of one request, or one command, without any settings.
+Needs the extra ``vlm``.
 """
 
 import argparse

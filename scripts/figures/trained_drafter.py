@@ -13,7 +13,8 @@ tokens each state says how many drafts in a row the target would accept, by the 
 the few clusters of FlashHead that score a draft. Draft and target draw with the same noise.
 
 MLX's own products are slow on a CPU, hence OpenBLAS. What is written and trained stays in the work
-folder, and a second run begins with it; the drafter there is one that mlx-vlm loads.
+folder, and a second run begins with it; the drafter there is one that mlx-vlm loads. Needs the
+extra ``vlm``.
 """
 
 import json
