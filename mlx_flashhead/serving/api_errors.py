@@ -37,7 +37,10 @@ class ApiError(ValueError):
         """The same error where a field has another name."""
         if field == name or not (self.field and field.startswith(self.field)):
             return self
-        return ApiError(str(self).replace(field, name), name, status=self.status, code=self.code)
+        message = str(self).replace(field, name)
+        if message.startswith(self.field):
+            message = name + message.removeprefix(self.field)
+        return ApiError(message, name, status=self.status, code=self.code)
 
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""

@@ -35,6 +35,9 @@ from .turns import Turns
 LOADING = "The model is being loaded: try again in a moment."
 # A stream whose model is being loaded has a comment each second.
 _TICK_SECONDS = 1.0
+# A stream says that it is alive after so many seconds. Node gives up after 300, some proxies after
+# 60. A call of a tool is sent when it is complete.
+_SILENT_SECONDS = 10.0
 # The bodies that wait for a model may have so many bytes together.
 _MAX_WAITING_BYTES = 32 << 20
 # Without the second header nginx holds events back.
@@ -256,16 +259,20 @@ class Completion:
                 yield comment
             await self.read()
 
-    async def _next_event(self) -> tuple[int, PromptProgress | Token]:
-        """The next event of the engine, with the index of its text.
+    async def _next_event(self) -> tuple[int, PromptProgress | Token] | None:
+        """The next event of the engine, with the index of its text; None if it does not come soon.
 
         Raises:
             ApiError: If the answer has failed, or the server ends.
             ClientDisconnect: If the client leaves.
         """
-        index, event = await self._queue.get()
-        while event is None:
-            index, event = await self._queue.get()
+        event = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SILENT_SECONDS):
+                while event is None:
+                    index, event = await self._queue.get()
+        if event is None:
+            return None
         if isinstance(event, ApiError | ClientDisconnect):
             raise event
         if isinstance(event, BaseException):
@@ -280,25 +287,36 @@ class Completion:
         answer = self._answer
         # The request has been read, so there is an answer.
         assert answer is not None
-        has_begun = False
-        while not answer.is_complete:
-            index, event = await self._next_event()
-            events: list[StreamEvent] = []
-            if not has_begun:
-                events += answer.begin()
-            has_begun = True
-            if isinstance(event, PromptProgress):
-                yield f": prompt {event.done}/{event.total}"
-            else:
-                events += answer.add(index, await self._with_calls(event))
-            for each in events:
-                yield each
+        silent_since = time.monotonic()
+        async for parts in self._additions(answer):
+            if not parts and time.monotonic() - silent_since >= _SILENT_SECONDS:
+                parts = [self._dialect.silence]
+            for part in parts:
+                silent_since = time.monotonic()
+                yield part
         yield f": decoding {self._decoding()}"
         speed = speed_of(self._jobs)
         if speed is not None:
             yield f": {speed:.2f} tokens/s"
         for each in answer.end():
             yield each
+
+    async def _additions(self, answer: Answer) -> AsyncIterator[list[str | StreamEvent]]:
+        """What each event of the engine adds to an answer; nothing now and then if none comes."""
+        has_begun = False
+        while not answer.is_complete:
+            parts: list[str | StreamEvent] = []
+            found = await self._next_event()
+            if found is not None:
+                index, event = found
+                if not has_begun:
+                    parts += answer.begin()
+                has_begun = True
+                if isinstance(event, PromptProgress):
+                    parts.append(f": prompt {event.done}/{event.total}")
+                else:
+                    parts += answer.add(index, await self._with_calls(event))
+            yield parts
 
     async def _with_calls(self, token: Token) -> Token:
         """The token with its calls in OpenAI's form. A text that is none is content after all."""

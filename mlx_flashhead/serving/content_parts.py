@@ -117,10 +117,10 @@ class Parts(ABC):
         for call in token.calls:
             events += self._end_part()
             events += self._call(call["id"], **call["function"])
-        if token.finish_reason is not None:
-            events += self._end_part()
         self.finish_reason = token.finish_reason
         self.stop_text = token.stop_text
+        if token.finish_reason is not None:
+            events += self._end_part()
         return events
 
     def _grow(self, kind: str, text: str) -> list[StreamEvent]:

@@ -56,6 +56,8 @@ class Dialect:
         forms: Fields of which grammars are made, which takes long.
         form: The field with a schema that an answer follows.
         any_model: Whether clients name models of their own, whatever is served.
+        silence: What a stream sends where an answer grows by nothing that it shows, so that no
+            client and no proxy gives up: a comment, or an event that clients know.
         count_object: The name of what counts a prompt's tokens, if it has one.
     """
 
@@ -66,4 +68,5 @@ class Dialect:
     forms: tuple[str, ...]
     form: str = "response_format.json_schema"
     any_model: bool = False
+    silence: str | StreamEvent = ": working"
     count_object: str | None = None

@@ -5,6 +5,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -144,8 +145,11 @@ async def refuse_other_api(request: HttpRequest) -> Response:
     """Refuses a path of another API, and names what answers it here.
 
     Raises:
-        ApiError: Always.
+        ApiError: Always, but for a path that takes another method.
+        HTTPException: For such a path.
     """
     path = request.scope["path"]
+    if path in _COUNTS:
+        raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
     first, *_ = path.removeprefix("/v1").strip("/").split("/")
     raise ApiError(f"{path[:80]} is not served here: {_REMEDIES[first]}.", status=404)

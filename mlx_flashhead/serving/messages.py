@@ -166,7 +166,9 @@ def _chat_messages(fields: _MessageFields) -> list[dict[str, Any]]:
             turn.content = [_TextBlock(turn.content)]
         for block in turn.content:
             _add_block(conversation, turn.role, block)
-    if conversation.messages and conversation.messages[-1]["role"] == "assistant":
+    if not conversation.messages:
+        raise field_error("messages", "have no content: send a text.")
+    if conversation.messages[-1]["role"] == "assistant":
         raise field_error(
             "messages", "end with the assistant, whose text is not continued: end with the user."
         )
@@ -328,4 +330,5 @@ MESSAGES = Dialect(
     forms=("tools", "output_config"),
     form="output_config.format",
     any_model=True,
+    silence=_event("ping"),
 )

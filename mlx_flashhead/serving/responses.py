@@ -235,11 +235,17 @@ def _functions(tools: list[_Tool], namespace: str | None = None) -> list[dict[st
             functions.append({"type": "function", "function": function})
         elif tool.type == "namespace" and namespace is None and tool.name:
             functions += _functions(tool.tools or [], tool.name)
+        elif tool.type == "function":
+            raise ApiError(
+                'tools: a function has no name: send {"type": "function", "name": "…", '
+                '"parameters": {…}}.',
+                "tools",
+            )
         elif tool.type != "web_search" or tool.external_web_access is not False:
             # Codex offers a search without access to the web unasked, of which nothing is missed.
             raise ApiError(
-                f"tools: {shown(tool.type)} is a tool that this server does not have, or a "
-                "function without a name: send functions.",
+                f"tools: {shown(tool.type)} is a tool that this server does not have: send "
+                "functions.",
                 "tools",
             )
     return functions
@@ -376,8 +382,9 @@ class ResponseAnswer(Parts):
         return self._event("response.output_item.added", output_index=index, item=dict(item))
 
     def _end_item(self, **changes: Any) -> StreamEvent:
-        """The event of the last item, which becomes complete with some changes."""
-        self.parts[-1] = {**self.parts[-1], "status": "completed", **changes}
+        """The event of the last item, which ends with some changes."""
+        status = "incomplete" if self.finish_reason == "length" else "completed"
+        self.parts[-1] = {**self.parts[-1], "status": status, **changes}
         index = len(self.parts) - 1
         item = self.parts[-1]
         return self._event("response.output_item.done", output_index=index, item=item)

@@ -1,6 +1,7 @@
 """The endpoints with an engine that a test plays: while it loads, computes, fails, or ends."""
 
 import json
+import re
 import time
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -114,6 +115,42 @@ def test_a_request_waits_for_its_model(engine, loading, send, tiny, stream):
     else:
         status, body = answer(connection)
         assert (status, json.loads(body)["choices"][0]["text"]) == (200, "A")
+
+
+@pytest.mark.parametrize(
+    "path, fields, said",
+    [
+        ("/v1/completions", {"prompt": "x"}, ": working"),
+        ("/v1/responses", {"input": "x"}, ": working"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "x"}]},
+            'event: ping\ndata: {"type":"ping"}',
+        ),
+    ],
+)
+def test_a_stream_in_which_nothing_is_shown_says_that_it_is_alive(
+    engine, send, monkeypatch, path, fields, said
+):
+    """Before the first token, and while tokens come that make nothing, as those of a call."""
+    monkeypatch.setattr(completions, "_SILENT_SECONDS", 0.05)
+    connection = send(path, stream=True, max_tokens=9, **fields)
+    job = engine.next_job()
+    time.sleep(0.2)
+    job.emit(Token("A"))
+    for _ in range(8):
+        time.sleep(0.02)
+        job.emit(Token())
+    job.emit(Token("B", finish_reason="stop"))
+    _, body = answer(connection)
+    before, after = re.split('"(?:text|delta)": *"A"', body)
+    assert said in before.replace('": "', '":"')
+    assert said in after.replace('": "', '":"')
+
+
+def test_a_count_takes_another_method(send):
+    status, body = answer(send("/v1/messages/count_tokens"))
+    assert status == 405 and "which takes POST" in body
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -121,6 +121,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ),
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", '"user" or "assist'),
         ({"messages": []}, "messages", "a list of 1 to 4,096"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "have no content: send a t"),
         ({"messages": [USER, {"role": "assistant", "content": "{"}]}, "messages", "not continued"),
         ({"system": [{"type": "text"}]}, "system", "system[0].text is missing"),
         ({"max_tokens": 0}, "max_tokens", "1 to 2147483647"),

@@ -115,8 +115,9 @@ def test_fields_have_the_names_of_chats():
         ({"text": {"format": {"type": "json_schema"}}}, "text", 'send "schema" with it'),
         *(
             ({"tools": [{"type": kind}]}, "tools", f'"{kind}" is a tool that this server does not')
-            for kind in ("web_search", "file_search", "mcp", "custom", "local_shell", "function")
+            for kind in ("web_search", "file_search", "mcp", "custom", "local_shell")
         ),
+        ({"tools": [{"type": "function"}]}, "tools", "a function has no name: send"),
         ({"tools": [NAMESPACE | {"tools": [NAMESPACE]}]}, "tools", '"namespace" is a tool that'),
     ],
 )
@@ -197,6 +198,7 @@ def test_an_answer_that_is_cut_or_fails_says_so(tiny):
     events, whole = events_of(tiny, [Token("a", finish_reason="length")], max_output_tokens=1)
     assert events[-1].name == "response.incomplete" and whole["status"] == "incomplete"
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert [item["status"] for item in whole["output"]] == ["incomplete"]
     body = {"input": "x"}
     answer = ResponseAnswer([Job(checked(tiny, chat_fields(body)), Prompt([5]))], body)
     (event,) = answer.fail(ApiError("Too much.", code="context_length_exceeded"))
