@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
-from tqdm import tqdm
 
 from fetch_model import fetch
 from mlx_flashhead import get_flash_head, load, make_sampler, stream_generate
 from mlx_flashhead.common.arguments import Parser, whole_number
+from mlx_flashhead.common.bars import Bar
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
 from mlx_flashhead.decoding.policy import policy_of
@@ -168,11 +168,13 @@ def _time_again(
     if not rounds:
         return speeds
     n_tokens = len(runs[0].token_ids)
-    for _ in tqdm(range(rounds), desc="Timing both again, in turns", unit="round", leave=False):
-        for column, form in enumerate(models):
-            again = Run()
-            list(write(form, tokenizer, prompt_ids, n_tokens, again))
-            speeds[column].append(again.speed())
+    with Bar("Timing both again, in turns", rounds, leave=False) as bar:
+        for _ in range(rounds):
+            for column, form in enumerate(models):
+                again = Run()
+                list(write(form, tokenizer, prompt_ids, n_tokens, again))
+                speeds[column].append(again.speed())
+            bar.update()
     return speeds
 
 

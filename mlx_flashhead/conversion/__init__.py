@@ -8,11 +8,9 @@ result.
 from collections.abc import Generator
 from typing import NamedTuple, TypeVar
 
-from tqdm import tqdm
+from ..common.bars import Bar
 
 Result = TypeVar("Result")
-# Units differ by stage, so a bar names none.
-FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 class Progress(NamedTuple):
@@ -46,7 +44,7 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
     Returns:
         The task's result.
     """
-    bar = tqdm(disable=True)
+    bar = Bar("", 0, disable=True)
     shown = ""
     try:
         while True:
@@ -55,7 +53,7 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
                 # A stage may end before its total, by its time limit.
                 bar.total = bar.n
                 bar.close()
-                bar = tqdm(total=part.total, desc=part.stage, bar_format=FORM, disable=not progress)
+                bar = Bar(part.stage, part.total, disable=not progress)
                 shown = part.stage
             bar.update(min(part.added, part.total - bar.n))
     except StopIteration as end:

@@ -1,8 +1,12 @@
 """Puts a stored FlashHead on a model, with the settings for this machine."""
 
+from collections.abc import Iterator
+
 import mlx.nn as nn
 
+from ..common.bars import Bar
 from ..decoding.measuring.rehearsal import rehearse
+from ..decoding.measuring.tuning import LEAST_MEASUREMENTS
 from ..decoding.policy import policy_of
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
@@ -14,6 +18,7 @@ from .sources import StoredHead
 from .tuned import tune_head
 
 MEASURING = "Measuring its speed on this machine …"
+END = object()
 
 
 def install_stored(
@@ -64,8 +69,18 @@ def install_stored(
         logit_map_of(model)
         head.measure_rounding(hidden_dtype(model))
         rehearse(model)
-    for step, _ in enumerate(tune_head(model, index, options)):
-        # There is more to come than the first step.
-        if step == 0:
-            options.say(MEASURING)
+    _measure(tune_head(model, index, options), options)
     return head
+
+
+def _measure(measurements: Iterator[None], options: HeadOptions) -> None:
+    """Takes measurements, and shows how far they are; nothing where there are none."""
+    if next(measurements, END) is END:
+        return
+    options.say(MEASURING)
+    with Bar("Measuring", LEAST_MEASUREMENTS, disable=not options.progress, leave=False) as bar:
+        bar.update()
+        for _ in measurements:
+            # Turns that disagree are followed by others.
+            bar.total = max(bar.total, bar.n + 1)
+            bar.update()

@@ -7,6 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_flashhead import get_flash_head
+from mlx_flashhead.common.bars import Bar
+from mlx_flashhead.decoding.measuring.tuning import LEAST_MEASUREMENTS
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading import installing, tuned
 from mlx_flashhead.loading.estimated_gain import free_head_gain
@@ -96,6 +98,33 @@ def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, load
     assert not policy_of(head).dense and not left
     assert "makes this model 1.50 times as fast here" in said[-1]
     loaded()  # nothing is measured again
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("n_more", [0, 8])
+def test_measuring_has_a_bar(loaded, monkeypatch, capsys, progress, n_more):
+    """It ends full, also where turns disagree and more of them follow."""
+    n_measurements = LEAST_MEASUREMENTS + n_more
+    ends = []
+
+    def tune(model, rejected):
+        yield from [None] * n_measurements
+        return FAST
+
+    class Noted(Bar):
+        def close(self):
+            ends.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    monkeypatch.setattr(tuned, "tune", tune)
+    monkeypatch.setattr(installing, "Bar", Noted)
+    _, said = loaded(progress=progress)
+    assert installing.MEASURING in said
+    shown = capsys.readouterr().err
+    assert ("Measuring:   0%" in shown) == progress
+    if progress:
+        assert set(ends) == {(n_measurements, n_measurements)}
 
 
 def test_measurements_belong_to_an_index(measure, dense, loaded, flash_head_home):

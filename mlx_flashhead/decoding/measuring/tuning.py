@@ -33,6 +33,8 @@ from ..text import Text
 # Turns are taken until their gains agree: as many at least, and none after so many seconds.
 TURNS = 3
 SECONDS = 10.0
+# One says how many tokens may wait. A turn has dense and proposed ones, greedy and sampled.
+LEAST_MEASUREMENTS = 1 + 4 * TURNS
 # The range of the gains in the middle, relative to their median, within which they agree.
 AGREEMENT = 0.1
 # Of the tokens of a verification, those behind a rejected one: simulated with the risks of 512
