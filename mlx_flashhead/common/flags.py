@@ -230,6 +230,11 @@ def check_draft_flags(parser: Any, args: Namespace) -> None:
         parser.error("--mtp and --draft-model both guess the next tokens: give one of them")
     if getattr(args, "draft_probes", None) is not None and args.draft_model is None:
         parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
+    guesses = bool(args.mtp) or args.draft_model is not None
+    for name in ("no_verify", "draw_probes"):
+        if guesses and getattr(args, name, False):
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} verifies no guesses: leave --draft-model and --mtp out")
 
 
 def add_source_options(group: Any, no_build: str | None = None) -> None:

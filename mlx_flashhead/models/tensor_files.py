@@ -15,11 +15,11 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from .fetch import hub_errors
+from .fetch import hub_errors, resolve
 
 ENDING = ".safetensors"
 INDEX = "model.safetensors.index.json"
@@ -200,11 +200,8 @@ def read_json(source: str, name: str) -> dict[str, Any]:
     path = Path(os.path.expanduser(source))
     file = path / name
     if not path.exists():
-        with hub_errors(source):
-            try:
-                file = Path(huggingface_hub.hf_hub_download(source, name))
-            except errors.RemoteEntryNotFoundError:
-                return {}
+        # A single file's download would try again for 23 seconds where there is no network.
+        file = resolve(source, files=[name]) / name
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_bytes())
         if isinstance(content, dict):

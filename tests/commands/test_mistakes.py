@@ -75,6 +75,7 @@ MISTAKES = [
     ("generate --model model --regex a --draw-probes --temp 1", "leave it out"),
     ("server --model ./absent", "There is no folder ./absent"),
     ("server --model x --draft-probes 2", "add --draft-model"),
+    ("server --model x --draft-model y --no-verify", "--no-verify verifies no guesses"),
     ("server --model model --lan --token-file absent/token", "there is no folder absent"),
     ("server --model x --log-level loud", "--log-level: invalid choice: 'LOUD'"),
     ("server --model x --lan --host 127.0.0.1", "127.0.0.1 is this machine alone: leave it out"),

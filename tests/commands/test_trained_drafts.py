@@ -50,7 +50,7 @@ DOORS = {"a drafter": ("model", "--draft-model", "drafter"), "its own": ("with_m
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     "options",
-    [(), ("--no-build",), ("--temp", 0.8, "--seed", 4), ("--regex", "[a-z ]{9,40}")],
+    [(), ("--no-build",), ("--dense",), ("--temp", 0.8, "--seed", 4), ("--regex", "[a-z ]{9,40}")],
 )
 def test_generate(run, place, monkeypatch, door, options):
     monkeypatch.chdir(place)
@@ -65,7 +65,7 @@ def test_generate(run, place, monkeypatch, door, options):
     guessed, drafts = output.splitlines()[-2:]
     assert guessed.startswith("Guessed: ") and "MTP, 3 deep" in guessed
     assert drafts.startswith("Drafts: MTP with ")
-    assert ("FlashHead" in drafts) == ("--no-build" not in options)
+    assert ("FlashHead" in drafts) == (not {"--no-build", "--dense"}.intersection(options))
 
 
 @pytest.mark.parametrize("flags", [("--draft-model", "drafter"), ()])
@@ -90,6 +90,9 @@ def test_mistakes(refused, place, monkeypatch):
     monkeypatch.chdir(place)
     given = ("generate", "--model", "model", *ASK)
     assert "give one of them" in refused(*given, "--mtp", "--draft-model", "drafter")
+    for flags in (("--no-verify",), ("--temp", 1, "--draw-probes")):
+        said = refused(*given, *flags, "--mtp")
+        assert f"{flags[-1]} verifies no guesses: leave --draft-model and --mtp out" in said
     said = refused(*given, "--draft-model", "drafter", "--draft-probes", 2)
     assert "leave --draft-probes out" in said
     assert "name one with --mtp" in refused(*given, "--mtp")

@@ -3,10 +3,12 @@
 import importlib
 import json
 import sys
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx_lm
 import pytest
+from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
 pytest.importorskip("mlx_vlm")
@@ -231,6 +233,22 @@ def refusal(folder, source=True):
         own(folder, source)
     assert not [*own_drafter.home().rglob("*.safetensors")]
     return str(caught.value)
+
+
+def test_without_a_network_nobody_waits(original, monkeypatch):
+    """For a single file the Hub's client would try again for 23 seconds."""
+    address = "http://127.0.0.1:9"  # nothing listens there
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in (
+        ("ENDPOINT", address),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", template),
+        ("HF_HUB_OFFLINE", False),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    slept = Mock()
+    monkeypatch.setattr("time.sleep", slept)
+    assert "the Hugging Face Hub cannot be reached" in refusal(original.with_name("coarse"))
+    assert not slept.called
 
 
 def test_mistakes_are_one_sentence_each(hub, original, tmp_path, monkeypatch):
