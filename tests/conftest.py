@@ -60,7 +60,8 @@ def real_model_folder() -> Path:
     cache = Path(os.environ.get("MLX_FLASHHEAD_TEST_CACHE") or usual)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "smollm2.lock"):  # the tests run in several processes
+        # The tests run in several processes.
+        with FileLock(cache / "smollm2.lock"):
             return fetch("smollm2", cache / "smollm2")
     except (ValueError, OSError) as error:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
@@ -107,7 +108,8 @@ def run(monkeypatch, capsys):
 def _nothing_is_tuned() -> Iterator[None]:
     """A tiny model would stay dense, after seconds of measuring: no test would show a FlashHead."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_FLASHHEAD_TUNING", "off")  # of programs that the tests start, too
+        # It counts for programs that the tests start, too.
+        patch.setenv("MLX_FLASHHEAD_TUNING", "off")
         yield
 
 
@@ -129,7 +131,8 @@ def _compiled(request) -> Iterator[None]:
 def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     """Where FlashHeads are stored: for each test a place of its own, never the user's."""
     home = tmp_path_factory.mktemp("flash_heads") / "home"
-    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
+    # A test may undo its own patches.
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_FLASHHEAD_HOME", str(home))
         yield home
 
@@ -157,6 +160,7 @@ def hub(monkeypatch, tmp_path_factory):
             ("HF_TOKEN_PATH", str(cache / "token")),
         ):
             monkeypatch.setattr(huggingface_hub.constants, name, value)
-        huggingface_hub.close_session()  # its settings are those of when it was opened
+        # Its settings are those of when it was opened.
+        huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()

@@ -52,9 +52,13 @@ def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_says_what_the_dense_model_says(loaded, as_json):
     texts = []
-    n_tokens = 16 if as_json else 8
+    n_tokens = 8
+    if as_json:
+        n_tokens = 16
     for dense in (False, True):
-        processors = [grammar_processor(loaded[1], json_schema=SCHEMA)] if as_json else None
+        processors = None
+        if as_json:
+            processors = [grammar_processor(loaded[1], json_schema=SCHEMA)]
         options = {"logits_processors": processors, "max_tokens": n_tokens, "dense": dense}
         texts.append(generate(*loaded, PROMPT, **options))
     assert texts[0] == texts[1]
@@ -64,16 +68,18 @@ def test_says_what_the_dense_model_says(loaded, as_json):
 def test_the_kernels_write_what_the_dense_model_writes(converted, loaded, monkeypatch):
     """On a Mac they run on the GPU, elsewhere on the emulator."""
     prompt = "def fibonacci(n):\n    if n < 2:\n        return n\n    return"
-    monkeypatch.setattr(
-        "mlx_flashhead.loading.installing.rehearse", lambda model: None
-    )  # on tiny ones
+    # The other tests rehearse, with tiny models.
+    monkeypatch.setattr("mlx_flashhead.loading.installing.rehearse", lambda model: None)
     with kernels(check=False) as emulator:
         if emulator is not None:
-            mx.disable_compile()  # emulated kernels run at once, which they cannot in a trace
+            # Emulated kernels run at once, which they cannot in a trace.
+            mx.disable_compile()
         model, tokenizer = load(str(converted[0]), backend="metal", n_probes=96)
-        policy_of(get_flash_head(model)).depth = 6.0  # which leaves clusters out
+        # This leaves clusters out.
+        policy_of(get_flash_head(model)).depth = 6.0
         if emulator is not None:
-            emulator.dispatches.clear()  # those of the check on installation
+            # They are those of the check on installation.
+            emulator.dispatches.clear()
         found = generate(model, tokenizer, prompt, max_tokens=4)
     assert found == generate(*loaded, prompt, max_tokens=4, dense=True) and len(found) > 8
     if emulator is not None:

@@ -21,8 +21,10 @@ def foreign_names(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names |= {each.asname or each.name for each in node.names}
         elif isinstance(node, ast.ImportFrom) and "compat" in (node.module or ""):
-            names |= {each.asname or each.name for each in node.names}  # mlx-lm's names
-    return names - {"sys"}  # a command's own streams and hooks
+            # These are mlx-lm's names.
+            names |= {each.asname or each.name for each in node.names}
+    # These are a command's own streams and hooks.
+    return names - {"sys"}
 
 
 def root(node: ast.AST) -> str:
@@ -46,7 +48,9 @@ def replaced(source: str) -> list[int]:
         if isinstance(node, ast.Assign | ast.Delete):
             targets = [t for t in node.targets if isinstance(t, ast.Attribute)]
         elif isinstance(node, ast.AugAssign | ast.AnnAssign):
-            targets = [node.target] if isinstance(node.target, ast.Attribute) else []
+            targets = []
+            if isinstance(node.target, ast.Attribute):
+                targets = [node.target]
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in CHANGES:
             targets = [node.args[0]]
         if any(root(target) in foreign for target in targets):

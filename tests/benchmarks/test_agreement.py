@@ -70,7 +70,8 @@ def test_eos_clusters_are_among_the_probes(tokenizer):
 
 def test_default_probes_and_the_model_s_own(tokenizer):
     model = installed_model(n_probes=7)
-    for counts, expected in ((None, [7]), ([9, 3, 9], [3, 9])):  # the usual ones exceed C
+    # The usual ones exceed C.
+    for counts, expected in ((None, [7]), ([9, 3, 9], [3, 9])):
         found = measure_agreement(model, tokenizer, TEXT, positions=20, probe_counts=counts)
         assert (found["n_probes"], found["positions"], [*rows_by(found)]) == (7, 20, expected)
     assert get_flash_head(model).unverified_probes == 7
@@ -80,8 +81,13 @@ def test_default_probes_and_the_model_s_own(tokenizer):
 def test_bytes_by_hand(bits):
     """Stage 1 and p clusters of 8 rows, relative to V rows."""
     head = get_flash_head(installed_model(bits=bits, tied=False))
-    row = 64 * 4 if bits is None else 64 + 2 * 2 * 4  # floats; or bytes, scales and offsets
-    centroid = 64 // 2 + 2 * 2 * 2 + 4  # 4-bit weights, two 16-bit scales and offsets, the bias
+    # A row is floats, or bytes, scales and offsets.
+    if bits is None:
+        row = 64 * 4
+    else:
+        row = 64 + 2 * 2 * 4
+    # A centroid has 4-bit weights, two 16-bit scales and offsets, and the bias.
+    centroid = 64 // 2 + 2 * 2 * 2 + 4
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
         assert bytes_read(head).share(n_probes) == pytest.approx(expected)

@@ -24,7 +24,8 @@ from tiny_models import VOCAB_SIZE, tiny_model
 def test_the_first_token_is_not_timed(monkeypatch, batch):
     """No end of text ends a run, and the first token is not counted."""
     times = iter(np.cumsum([7, 4, 4, 1, 3]))
-    clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
+    # mlx-lm looks at the real clock.
+    clock = SimpleNamespace(perf_counter=lambda: next(times))
     monkeypatch.setattr(variants, "time", clock)
     shapes = []
 
@@ -34,7 +35,8 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
 
     variant = Variant(tiny_model(), make_sampler=lambda: sampler)
     seconds, tokens = variant.decode([1, 2], batch, 4, {})
-    assert (seconds, len(tokens)) == (3, 5)  # (4 + 4 + 1 + 3) / 4
+    # They are (4 + 4 + 1 + 3) / 4 seconds.
+    assert (seconds, len(tokens)) == (3, 5)
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 

@@ -125,7 +125,8 @@ def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
 
 
 def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_trimmed(loaded):
-    model = tiny_model("qwen3", vocab_size=VOCAB_SIZE)  # mlx-lm makes its cache
+    # mlx-lm makes its cache.
+    model = tiny_model("qwen3", vocab_size=VOCAB_SIZE)
     conversation = Conversation(model, loaded[1], max_kv_size=24)
     for text in ("A question of some length", "Another one"):
         answer(conversation, text)
@@ -143,10 +144,12 @@ def test_a_prompt_that_is_cached_completely_is_answered_up_to_the_end_of_text(co
     conversation.replace([])
     assert answer(conversation, "Hello") == right
     last = conversation.answers[-1]
-    assert last.n_cached == last.n_prompt - 1  # one is left to go through the model
+    # One is left to go through the model.
+    assert last.n_cached == last.n_prompt - 1
     check_cache(conversation)
     biased = mx.zeros((conversation.tokenizer.vocab_size,))
-    biased[1] = 1e4  # the end-of-text token
+    # 1 is the end-of-text token.
+    biased[1] = 1e4
     assert answer(conversation, "Hello", sampler=lambda p: mx.argmax(p + biased, axis=-1)) == ""
     assert conversation.answers[-1].finish == "stop"
     assert conversation.messages[-1] == {"role": "assistant", "content": ""}
@@ -183,7 +186,8 @@ def test_a_conversation_is_written_and_read_and_replaces_nothing_else(tmp_path):
     assert json.loads(file.read_text())["model"] == "a model"
     assert "Grüße" in file.read_text()
     file.write_text(json.dumps([message | {"name": "x"} for message in SAVED]))
-    assert read_conversation(file) == SAVED  # a list alone, without other keys
+    # The file holds a list alone, without other keys.
+    assert read_conversation(file) == SAVED
 
 
 USER, ANSWER = SAVED[1:]

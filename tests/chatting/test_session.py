@@ -47,7 +47,8 @@ def test_the_figures_say_how_far_a_speed_can_be_trusted(session, known, said):
     [
         (True, False, "[FlashHead is ready. Its speed is still being measured.]"),
         (False, False, "[FlashHead is ready: verified, "),
-        (False, True, None),  # which the measurement has said
+        # The measurement has said it.
+        (False, True, None),
     ],
 )
 def test_a_head_that_was_built_meanwhile(loaded, session, is_building, stays_dense, said):

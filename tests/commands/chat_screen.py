@@ -10,13 +10,16 @@ from pathlib import Path
 import pexpect
 import pyte
 
-ROWS = 200  # nothing scrolls away
-TIMEOUT = 60  # seconds
+# Nothing scrolls away.
+ROWS = 200
+# In seconds.
+TIMEOUT = 60
 UP = "\x1b[A"
 ESC_ENTER = "\x1b\r"
 CTRL_C = "\x03"
 CTRL_D = "\x04"
-CTRL_U = "\x15"  # drops the line that is typed
+# It drops the line that is typed.
+CTRL_U = "\x15"
 
 
 class ChatScreen:
@@ -35,7 +38,8 @@ class ChatScreen:
             timeout=TIMEOUT,
         )
         self.child.delaybeforesend = 0
-        self.screen.write_process_input = self.child.send  # where the cursor is, when asked
+        # The screen says where the cursor is, when it is asked.
+        self.screen.write_process_input = self.child.send
         self.greeting = self._until_prompt(-1)
 
     def lines(self, first: int = 0) -> list[str]:

@@ -95,7 +95,8 @@ def running_server(
     place: Path, *words, ready: str, under: tuple = ("mlx_flashhead.run", "--flash-head", "head")
 ) -> Iterator[RunningServer]:
     """A server that runs ``under`` another program, from its line ``ready`` on until Ctrl-C."""
-    with socket.socket() as taken:  # the port behind 0 is not printed, so a free one is chosen
+    # The port behind 0 is not printed, so a free one is chosen.
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     server = RunningServer(port)

@@ -73,7 +73,7 @@ def test_evaluate_prints_and_writes(run, converted, text, tmp_path):
     assert figures["positions"] == 100 and figures["n_clusters"] == N_CLUSTERS
     few, _, all_of_them = figures["rows"]
     assert few["agreement"] < all_of_them["agreement"] == 1
-    # the table shows the figures that the file has
+    # The table shows the figures that the file has.
     assert f"{100 * few['agreement']:.2f} %" in output
     assert f"{100 * few['bytes_share']:.1f} %" in output
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

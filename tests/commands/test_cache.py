@@ -23,7 +23,8 @@ from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
 
-STRANGE = "[b]Two\x1b[2J"  # which must not control the terminal
+# Such a name must not control the terminal.
+STRANGE = "[b]Two\x1b[2J"
 SLOW = Tuning(gain=0.9, sampled_gain=0.8, dense_seconds=0.1)
 FAST = replace(SLOW, gain=1.5)
 
@@ -69,7 +70,8 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch):
     bad = kept["Three"].path
     good = kept["owner/One"].path
-    good.with_name(f"{'0' * 24}-1").write_text("")  # a file
+    # A file has the name of a folder.
+    good.with_name(f"{'0' * 24}-1").write_text("")
     settings = json.loads((good / SETTINGS_NAME).read_text())
     settings["recipe"]["model"] = ["a", 1]
     settings["report"] = {"agreement": "high"}
@@ -161,7 +163,8 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
 def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
     options = {"calibration_positions": 300, "calibration_seconds": 1e-6}
     monkeypatch.setattr(build, "IndexOptions", partial(build.IndexOptions, **options))
-    monkeypatch.setattr(calibration, "READ_TOKENS", 64)  # a window at a time
+    # The text is read a window at a time.
+    monkeypatch.setattr(calibration, "READ_TOKENS", 64)
     load(str(write_model(tmp_path / "model")))
     errors = capsys.readouterr().err
     assert "This machine was busy, so the build was cut short, after " in errors
@@ -176,7 +179,10 @@ def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, by_name):
     speeds = cache.speeds_of(entry.config)
     speeds.parent.mkdir()
     speeds.write_text("{}")
-    name = model.name if by_name else entry.path.name[:8]
+    if by_name:
+        name = model.name
+    else:
+        name = entry.path.name[:8]
     code, output, errors = run("cache", "--rebuild", name)
     assert (code, output) == (0, "")
     assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
@@ -199,7 +205,8 @@ def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     code, _, errors = run("cache", "--rebuild", model)
     assert code == 130 and errors.endswith("Interrupted.\n")
     assert contents(entry.path) == before
-    assert load(str(model), progress=False)  # nothing is locked
+    # Nothing is locked.
+    assert load(str(model), progress=False)
 
 
 def test_a_missing_index_is_built_once(run, refused, tmp_path, quick):

@@ -106,7 +106,8 @@ def test_a_conversation_at_a_terminal(start, converted, folder):
 def test_lines_are_edited_and_several_are_one_question(start, folder):
     (folder / "my-talk.json").write_text("[]")
     chat = start()
-    paste = "\x1b[200~/first\r\nsecond\n  third\x1b[201~"  # as a terminal tells
+    # A terminal tells of a paste in this way.
+    paste = "\x1b[200~/first\r\nsecond\n  third\x1b[201~"
     by_key = ("by key" + ESC_ENTER, "…"), ("and key", "… and key")
     in_quotes = ('"""/in\r', "…"), ("\r", "…"), ('quotes"""', '… quotes"""')
     for question in (((paste, "…   third"),), by_key, in_quotes):
@@ -134,13 +135,15 @@ def test_an_answer_on_a_narrow_screen_is_stopped(start, folder):
         chat.type("Which days?", "> Which days?")
         row = chat.screen.cursor.y + 1
         chat.type("\r")
-        chat.wait(lambda row=row: chat.lines(row)[6])  # some of the answer is there
+        # Some of the answer is there.
+        chat.wait(lambda row=row: chat.lines(row)[6])
         lines = [f"{line} " for line in chat.lines(row)[:4]]
         assert lines == ["".join(DAYS[i : i + 3]) for i in range(0, 12, 3)]
         chat.type("/st")
         chat.wait(lambda row=row: chat.lines(row)[10])
         first = chat.screen.cursor.y + 1
-        chat.type(CTRL_C, "> /st")  # which is not lost
+        # What was typed is not lost.
+        chat.type(CTRL_C, "> /st")
         answer = "\n".join(chat.lines(first)[: chat.screen.cursor.y - first])
         chat.type(CTRL_U, ">")
         assert re.search(r"\[\d+ tokens,[^]]*\sstopped\]", answer)
@@ -200,7 +203,8 @@ def test_every_command_over_pipes(typed, converted, folder):
     answers, said = typed(lines, "--model", converted, "--system-prompt", "Be brief.")
     assert re.search(".*".join(re.escape(wanted) for _, wanted in turns), said, re.DOTALL)
     assert all(f"  {command} " in said for command in session.COMMANDS)
-    assert said.count("tokens/s") == 6  # /stats has one more
+    # /stats has one more.
+    assert said.count("tokens/s") == 6
     assert "\x1b" not in said and said.count("A new conversation") == 2
     right = Conversation(*mlx_flashhead.load(str(converted)), system_prompt="Be brief.")
     hello, *others = (

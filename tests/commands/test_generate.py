@@ -50,7 +50,8 @@ def generated(run):
 
     def generated(*arguments):
         code, output, errors = run("generate", *ASK, *arguments)
-        assert code == 0 and errors in ("", f"{SENTENCE}\n")  # the second where steps are tried
+        # The second one is printed where steps are tried.
+        assert code == 0 and errors in ("", f"{SENTENCE}\n")
         return output
 
     return generated
@@ -67,9 +68,11 @@ def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
     expected = mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
     arguments = ("generate", "--model", converted, "--max-tokens", 8, "--prompt")
     monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
-    for text in ("One day", "-"):  # which is standard input
+    # "-" is standard input.
+    for text in ("One day", "-"):
         assert run(*arguments, text, "--verbose", "F") == (0, expected, "")
-    for text in ("", "-"):  # standard input is at its end
+    # Standard input is at its end.
+    for text in ("", "-"):
         code, output, errors = run(*arguments, text)
         assert (code, output) == (2, "") and errors.startswith("error: --prompt is empty: give a t")
     code, verbose, errors = run(*arguments, "One day")
@@ -91,7 +94,8 @@ def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
 def test_flags_are_the_functions_arguments(generated, converted, right, flags, sampling, options):
     found = generated("--model", converted, "--seed", 3, *flags)
     mx.random.seed(3)
-    model, tokenizer = mlx_flashhead.load(str(converted))  # an empty model's weights are drawn
+    # An empty model's weights are drawn.
+    model, tokenizer = mlx_flashhead.load(str(converted))
     options |= {"max_tokens": TOKENS, "sampler": mlx_flashhead.make_sampler(**sampling)}
     assert found == mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n" != right
 
@@ -99,7 +103,8 @@ def test_flags_are_the_functions_arguments(generated, converted, right, flags, s
 def test_dense_is_mlx_lms_output(run, dense, converted):
     arguments = ("--prompt", "One day", "--max-tokens", 8, "--verbose", "F", "--model")
     _, expected, _ = run(importlib.import_module("mlx_lm.generate"), *arguments, dense)
-    for folder in (converted, dense):  # without a FlashHead there is nothing to convert first
+    # Without a FlashHead there is nothing to convert first.
+    for folder in (converted, dense):
         assert run("generate", *arguments, folder, "--dense") == (0, expected, "")
 
 
@@ -143,7 +148,8 @@ def test_draft_models(run, generated, refused, dense, converted, right, monkeypa
             r"Guessed: [0-6] of 6 tokens( \(draft model, \d deep, \d+ %\))?, [2-6] steps", guessed
         )
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
-    assert heads[0].n_probes == 1  # of 17: a tenth of the bytes
+    # 1 of 17 is a tenth of the bytes.
+    assert heads[0].n_probes == 1
     assert heads[1].n_probes == 2 and heads[2] is None
     for draft, said in (((dense,), "has no FlashHead"), ((converted,), "n_probes is 9999")):
         assert said in refused("generate", *target, *draft, "--draft-probes", 9999, *ASK)
@@ -171,7 +177,8 @@ def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):
     prompt_cache = tmp_path / "cache.safetensors"
     flags = ("--model", converted, "--prompt", "Once", "--prompt-cache-file", prompt_cache)
     run(importlib.import_module("mlx_lm.cache_prompt"), *flags)
-    del sys.modules["mlx_lm.cache_prompt"]  # a process that has it gets no FlashHead under `run`
+    # A process that has it gets no FlashHead under `run`.
+    del sys.modules["mlx_lm.cache_prompt"]
     found = generated("--prompt-cache-file", prompt_cache)
     assert generated("--prompt-cache-file", prompt_cache, "--model", converted) == found
     model, tokenizer, _ = load_dense(dense)
@@ -253,7 +260,7 @@ def test_regular_expression_and_grammar(generated, converted, tmp_path, monkeypa
     assert re.fullmatch("[0-9]{4}(ab)+c\n", generated(*arguments, "--regex", "[0-9]{4}(ab)+c"))
     (tmp_path / "grammar").write_text('start: "yes" | "no"\n')
     assert generated(*arguments, "--grammar", tmp_path / "grammar") in ("yes\n", "no\n")
-    # an answer does not act on a terminal
+    # An answer does not act on a terminal.
     pattern = "a\\x1b\\[2Jb"
     assert generated(*arguments, "--regex", pattern) == "a\x1b[2Jb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

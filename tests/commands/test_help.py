@@ -30,9 +30,10 @@ BENEATH = {
 
 
 def parser_of(name):
-    module = (
-        server_options if name == "server" else importlib.import_module(f"mlx_flashhead.{name}")
-    )
+    if name == "server":
+        module = server_options
+    else:
+        module = importlib.import_module(f"mlx_flashhead.{name}")
     return module.make_parser()
 
 
@@ -62,9 +63,12 @@ def said_default(action, text):
         return None
     word = match[1].partition(", which")[0]
     try:
-        return action.type(word) if action.type else word
+        if action.type:
+            return action.type(word)
+        return word
     except (argparse.ArgumentTypeError, ValueError, KeyError):
-        return None  # words, such as "the model's"
+        # The default is words, such as "the model's".
+        return None
 
 
 def has_no_default(action):
@@ -79,8 +83,13 @@ def test_the_default_in_a_help_is_the_codes(name, action):
     said = said_default(action, text)
     flag = action.option_strings[0]
     if not has_no_default(action):
-        default = list(action.default) if isinstance(action.default, tuple) else action.default
-        read = action.type(default) if action.type and isinstance(default, str) else default
+        if isinstance(action.default, tuple):
+            default = list(action.default)
+        else:
+            default = action.default
+        read = default
+        if action.type and isinstance(default, str):
+            read = action.type(default)
         assert said in (default, read, str(default)), f"{name} {flag}: {text}"
     elif flag in BENEATH and said is not None:
         assert said == BENEATH[flag]

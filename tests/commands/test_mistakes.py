@@ -35,7 +35,8 @@ MISTAKES = [
     ("chat --model https://huggingface.co/owner/name/tree/main", "give OWNER/NAME, owner/name."),
     ("chat --model dense --dense --n-probes 3", "has no FlashHead"),
     ("chat --model model --n-probes 18", "1 to 17"),
-    ("convert --model dense", "exists already"),  # --mlx-path is mlx_model
+    # --mlx-path is mlx_model by default.
+    ("convert --model dense", "exists already"),
     (f"convert --model dense --mlx-path {'long' * 100}", "File name too long"),
     (f"{NEW} --target-agreement 2", "--target-agreement is 2: give a number above 0, at most 1"),
     (f"{NEW} -q -d", "either --quantize or --dequantize, not both"),
@@ -46,7 +47,7 @@ MISTAKES = [
     ("export --model model --output head.bin", "must end in .safetensors"),
     ("export --model model --output absent/head.safetensors", "there is no folder absent"),
     ("export --model model --output new.safetensors --n-probes 18", "1 to 17"),
-    # programs that load every file there would refuse the model
+    # Programs that load every file there would refuse the model.
     ("export --model model --output model/new.safetensors", "lies in a model's folder"),
     ("generate --model x --draft-probes 2", "add --draft-model"),
     ("generate --model x --draw-probes", "--temp above 0"),

@@ -88,7 +88,8 @@ def test_programs_get_the_flash_head(place, capsys):
     programs = ["program.py model", "own_loop.py", f"-m {text}", f"-m {text} --draft-model model"]
     programs += ["-m mlx_lm.benchmark --model model -p 8 -g 4 -n 1"]
     programs += ["-m mlx_lm.chat --model model --max-tokens 4"]
-    if find_spec("datasets"):  # which the oldest does not install
+    # Scripts/oldest.txt does not install it.
+    if find_spec("datasets"):
         programs.append(
             "-m mlx_lm.perplexity --model model --data-path data --sequence-length 16 "
             "--num-samples 2 --batch-size 1"
@@ -105,7 +106,8 @@ def test_programs_get_the_flash_head(place, capsys):
     assert len(programs) == 6 or "Perplexity: " in output[6]
     assert DENSE not in "".join(errors)
     loads = [said.count("With FlashHead: model") for said in errors]
-    assert loads == [3, 1, 1, 2, *[1] * (len(programs) - 4)]  # a draft has one, too
+    # A draft has one, too.
+    assert loads == [3, 1, 1, 2, *[1] * (len(programs) - 4)]
 
 
 def test_a_model_that_is_not_there(place):
@@ -261,7 +263,10 @@ print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20, sampler=unknow
 def test_the_tokens_are_counted_at_the_end(place):
     (place / "checks.py").write_text(CHECKS)
     code, output, errors = start(place, *HEAD, "--check", "checks.py")
-    first, second = output.splitlines() if output.count("\n") == 2 else (output, output)
+    if output.count("\n") == 2:
+        first, second = output.splitlines()
+    else:
+        first, second = (output, output)
     assert code == 0 and first == second
     reason = "dense: its sampler, or one of its processors, cannot be verified"
     assert f"Text of model: {reason}." in errors
@@ -327,12 +332,13 @@ def test_a_first_use_answers_and_is_prepared_for_the_next_one(place):
         child.expect(pexpect.EOF)
         child.close()
         assert child.exitstatus == 0
-        # without the bar, which is drawn again and again in one line
+        # Without the bar, which is drawn again and again in one line.
         lines = child.before.replace("\r\n", "\n").split("\n")
         shown.append([line for line in lines if line and "%|" not in line])
     first, second = shown
     assert first[0].startswith("Building the FlashHead of model while the model is idle, which")
-    prefix = "answer: Text of model: "  # the program has begun a line before its first token
+    # The program has begun a line before its first token.
+    prefix = "answer: Text of model: "
     assert first[1] == prefix + "dense: its FlashHead is being built."
     assert first[2].endswith(" end") and len(first[2].split()) == 21
     assert first[3:] == [

@@ -67,7 +67,8 @@ def test_programs_of_mlx_vlm(place, capsys):
         typed="/image picture.png\nWhat is it?\n/exit\n", code=1,
     )  # fmt: skip
     assert layers.split() == ["FlashLinear", "FlashLinear", "Module"]
-    assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)  # of other rows
+    # The FlashHead is of other rows.
+    assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)
     output, errors = zip(*shown, strict=True)
     assert output[0] == alone(capsys, place, "texts.py")
     assert len({*output[0].splitlines()}) > 2 and "Text of model: verified." in errors[0]

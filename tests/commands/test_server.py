@@ -45,7 +45,7 @@ def expected(converted):
     )
 
 
-# a bias, so that no end token comes
+# A bias, so that no end token comes.
 ENDLESS_ANSWER = {"max_tokens": 100_000, "stream": True, "logit_bias": {"50": 100}}
 
 
@@ -90,7 +90,8 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
         whole = HTTPConnection(server.url.removeprefix("http://"), timeout=60)
         body = ENDLESS_ANSWER | {"prompt": PROMPT, "stream": False}
         whole.request("POST", "/v1/completions", json.dumps(body))
-        urllib.request.urlopen(server.url + "/health").close()  # the server has the others by then
+        # The server has the others by then.
+        urllib.request.urlopen(server.url + "/health").close()
         answers = [pool.submit(list, stream) for stream in streams]
         answers.append(pool.submit(lambda: json.load(whole.getresponse())["error"]["message"]))
         for _ in range(signals - 1):
@@ -98,7 +99,8 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
             time.sleep(0.02)
         code, rest = server.end()
         assert code == 0 or (signals == 2 and code == 128 + signal.SIGTERM)
-        assert server.log() == ""  # no word of C++
+        # There is no word of C++.
+        assert server.log() == ""
         assert rest == ("Stopped.\n" if code == 0 else "")
         for ended in answers:
             said = str(ended.exception() or ended.result())
@@ -134,9 +136,12 @@ def test_a_signal_while_it_starts_ends_it(converted, module, number):
         process.send_signal(number)
         rest = [line for line in process.stderr if not line.startswith("import time:")]
         output = process.stdout.read()
-    served = output.endswith("Stopped.\n")  # it was quicker than this process
+    # It was quicker than this process.
+    served = output.endswith("Stopped.\n")
     assert process.returncode == (0 if served else 128 + number)
-    said = "\nInterrupted.\n" if number == signal.SIGINT else ""
+    said = ""
+    if number == signal.SIGINT:
+        said = "\nInterrupted.\n"
     assert "Traceback" not in "".join(rest) and (served or "".join(rest) == said)
 
 

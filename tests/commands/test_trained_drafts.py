@@ -24,7 +24,7 @@ def place(tmp_path_factory):
     arrays = dict(tree_flatten(model.parameters()))
     layer = dict(tree_flatten(drafter.module.parameters()))
     config = {"text_config": model.args.text_config, "model_type": "qwen3_5", "eos_token_id": 1}
-    # the norms in the form of the originals
+    # The norms in the form of the originals.
     own = {f"mtp.{name}": array for name, array in layer.items()}
     for name, weights, about in (
         ("model", arrays, config),
@@ -57,7 +57,8 @@ def test_generate(run, place, monkeypatch, door, options):
     model, *flags = DOORS[door]
     given = ["generate", "--model", model, *ASK, *options]
     given += [] if "--no-build" in options else ["--build-first", "--flash-head-always"]
-    run(*given)  # builds the FlashHead
+    # This builds the FlashHead.
+    run(*given)
     plain = run(*given)[1].split("=====")[2]
     code, output, _ = run(*given, *flags, "--lookup", "on")
     assert code == 0

@@ -21,7 +21,8 @@ def convert(source, target, *further):
 
 
 def test_upload(run, hub, converted, tmp_path):
-    folder = shutil.copytree(converted, tmp_path / "model")  # upload writes its card
+    # Upload writes its card.
+    folder = shutil.copytree(converted, tmp_path / "model")
     code, output, _ = run("upload", "--path", folder, "--private")
     name = "me/model-FlashHead-fp32"
     assert output == f"Uploading {folder} to {name}\nUploaded to {hub.url}/{name}\n"
@@ -73,7 +74,7 @@ def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
     (target / "LICENSE.txt").write_text("Gemma Terms of Use\n")
     assert run(*upload, "--license", "gemma")[0] == 0
     assert b"Gemma is provided under" in hub.files("me/tuned")["NOTICE.txt"]
-    # and it stays where the checkpoint is made anew
+    # And it stays where the checkpoint is made anew.
     assert run(*convert(source, target, "--upload", "me/again", "--overwrite"))[0] == 0
     assert hub.files("me/again")["LICENSE.txt"] == b"Gemma Terms of Use\n"
 

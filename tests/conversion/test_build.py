@@ -24,7 +24,8 @@ from tiny_models import random_rows
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
 STAGES = ["Reading built-in text", "Clustering", "Fitting", "Rounding", "Measuring"]
 VOCAB_SIZE = 403
-HELD_OUT = 100  # of 400 positions
+# So many of 400 positions are held out.
+HELD_OUT = 100
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
     for step in steps():
         if step.stage not in stages:
             stages.append(step.stage)
-            assert step.added == 0 or step.stage == "Rounding"  # its bar comes before its work
+            # Its bar comes before its work.
+            assert step.added == 0 or step.stage == "Rounding"
             assert text() == expected
             dropped = model_index(*loaded, OPTIONS)
             next(step for step in dropped if step.stage == stages[-1])
@@ -61,7 +63,8 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
         if step.stage == STAGES[0]:
             assert step.added <= 16
         done[step.stage] += step.added
-        if step.stage != "Clustering":  # some rows of which are read again
+        # Some rows of a clustering are read again.
+        if step.stage != "Clustering":
             assert 0 <= done[step.stage] <= step.total
     assert stages == STAGES
     assert mx.array_equal(mx.random.state[0], key)
@@ -102,7 +105,8 @@ def log_softmax(logits):
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
 def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     """The last quarter; the head itself serves as the reference."""
-    monkeypatch.setattr(probes, "MAX_BYTES", 1.0)  # may be read
+    # All bytes may be read.
+    monkeypatch.setattr(probes, "MAX_BYTES", 1.0)
     rows, states, next_ids = make_case(**kwargs)
     index = indexed(rows, states, next_ids, target_agreement=0.9)
     config = index.config
@@ -146,7 +150,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     assert config.n_probes in differing
     (chosen,) = (row for row in report["by_probes"] if row["n_probes"] == config.n_probes)
     assert {key: report[key] for key in ("agreement", "coverage", "kl")}.items() <= chosen.items()
-    # 95 of 100 are 90 % and about 1.645 standard errors of 3 points
+    # 95 of 100 are 90 % and about 1.645 standard errors of 3 points.
     for n_probes in (8, 16, 24, 32, 40, 48, 51):
         head.unverified_probes = n_probes
         if (np.array(best_token(head, held_out)) == best).mean() >= 0.95:
@@ -179,7 +183,8 @@ def test_without_states():
     rows, _, _ = make_case()
     index = indexed(rows, seed=7)
     config = index.config
-    assert (config.n_clusters, config.n_probes, config.unverified_probes) == (51, 8, 8)  # 51 / 6
+    # 8 is 51 / 6.
+    assert (config.n_clusters, config.n_probes, config.unverified_probes) == (51, 8, 8)
     assert config.calibration == {"positions": 0, "seed": 7}
     assert report_lines(config) == ["8 of 51 clusters per token, not calibrated"]
     assert config.report == config.verification == {}
@@ -195,7 +200,8 @@ def test_settings_are_recorded():
     config = index.config
     assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
     assert config.n_probes == config.unverified_probes == 5
-    assert config.eos_token_ids == (2, 9)  # the others are no rows of this head
+    # The others are no rows of this head.
+    assert config.eos_token_ids == (2, 9)
     assert config.calibration == {"source": "file", "positions": 400, "seed": 7}
     assert config.fingerprint == rows.fingerprint
     assert (config.centroid_bits, config.centroid_group_size) == (4, 64)

@@ -27,7 +27,7 @@ from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
-# and whether the head is tied; minicpm scales what enters its head
+# And whether the head is tied; minicpm scales what enters its head.
 ARCHITECTURES = {"llama": False, "gemma3_text": True, "cohere": True, "minicpm": False}
 
 

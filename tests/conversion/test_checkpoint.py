@@ -20,7 +20,8 @@ def ended(task_of, folder, n_parts):
         kept = Checkpoint(folder)
         task = task_of(checkpoint=kept)
         try:
-            for _ in range(n_parts * n_times):  # more each time: not every part is kept
+            # There are more each time, since not every part is kept.
+            for _ in range(n_parts * n_times):
                 next(task)
         except StopIteration as end:
             return end.value, n_times

@@ -39,7 +39,8 @@ def check_balanced(token_ids, vocab_size, cluster_size, spread=1):
     flat = token_ids.ravel()
     np.testing.assert_array_equal(np.sort(flat[flat < vocab_size]), np.arange(vocab_size))
     assert (flat <= vocab_size).all()
-    assert (np.diff(token_ids.astype(np.int64), axis=1) >= 0).all()  # so V, the highest, is last
+    # So V, the highest, is last.
+    assert (np.diff(token_ids.astype(np.int64), axis=1) >= 0).all()
     sizes = (token_ids < vocab_size).sum(axis=1)
     assert sizes.min() >= max(1, sizes.max() - spread)
 
@@ -108,7 +109,10 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
     rows, group_of = planted_rows(60, 16, 24)
     rng = np.random.default_rng(1)
     n_unused = 3001
-    unused = np.zeros((n_unused, 24)) if kind == "zero" else np.full((n_unused, 24), 0.5)
+    if kind == "zero":
+        unused = np.zeros((n_unused, 24))
+    else:
+        unused = np.full((n_unused, 24), 0.5)
     if kind == "nearly equal":
         unused += 0.02 * rng.standard_normal(unused.shape)
     order = rng.permutation(len(rows) + n_unused)

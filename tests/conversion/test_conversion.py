@@ -54,7 +54,7 @@ def sources(tmp_path_factory):
         "original, tied": original | {"dtype": mx.float16, "further": {"torch_dtype": "float16"}},
         # Transformers' newer name of the entry, which mlx-lm does not look at.
         "original, dtype": original | {"further": {"dtype": "bfloat16"}},
-        # a folder that MLX has stored keeps its dtype, whatever its config.json says
+        # A folder that MLX has stored keeps its dtype, whatever its config.json says.
         "by mlx": {"further": {"torch_dtype": "bfloat16"}},
     }
     found = {name: write_model(folder / name, **each) for name, each in options.items()}
@@ -128,14 +128,19 @@ def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, cal
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
     options = {"target_agreement": 0.01, "calibration_positions": 100}
-    options["calibration"] = str(text) if calibration == "file" else calibration
+    if calibration == "file":
+        options["calibration"] = str(text)
+    else:
+        options["calibration"] = calibration
     files = []
     for seed in (3, 3, 4):
         place = tmp_path / f"found-{len(files)}"
         given = convert(str(sources["tied"]), str(place), seed=seed, **options)
         files.append((place / FILE_NAME).read_bytes())
     assert files[0] == files[1] != files[2]
-    positions = 0 if calibration == "none" else 100
+    positions = 100
+    if calibration == "none":
+        positions = 0
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 4}
     assert given.report.get("positions", 0) == positions / 4
     assert 1 <= given.n_probes <= N_CLUSTERS
@@ -147,7 +152,8 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     convert(str(sources["quantized"]), str(place), **QUICK)
     before = weights(place)
     config = json.loads((place / "config.json").read_text())
-    config[CONFIG_KEY]["version"] = 1  # of an older package
+    # An older package has written it.
+    config[CONFIG_KEY]["version"] = 1
     (place / "config.json").write_text(json.dumps(config))
     convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
     assert weights(place) == before
@@ -170,7 +176,7 @@ def test_the_model_itself_is_not_written_over(sources, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"is the folder of the model|was not written by"):
             convert(str(place), str(target), quantize=True, overwrite=True, **QUICK)
     assert contents(place) == before
-    # as a bind mount shows one folder at two paths
+    # As a bind mount shows one folder at two paths.
     monkeypatch.setattr(os.path, "samefile", lambda *paths: True)
     with pytest.raises(ValueError, match="is the folder of the model itself, or lies in it"):
         check_outside(place, tmp_path)
@@ -195,7 +201,9 @@ def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits
     rows = find_head(model).rows()
     originals = find_head(mlx_lm.load(original)[0]).rows()
     assert rows.bits == (8 if bits is None else 0)
-    allowed = 0.01 if bits is None else 0.0
+    allowed = 0.0
+    if bits is None:
+        allowed = 0.01
     assert mx.abs(rows.dequantized() - originals.weight).max() <= allowed
     assert model.layers[0].self_attn.q_proj.bits == 4
 

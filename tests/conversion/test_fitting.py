@@ -55,9 +55,11 @@ CASES = [
 def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
     rows, token_ids, states, head_bias = make_case(**case)
     rows = rows[:, :-1].copy()
-    states = states[:, :-1].copy()  # a width that fits no group
+    # This width fits no group.
+    states = states[:, :-1].copy()
     n_states, hidden_size = states.shape
-    head_bias = head_bias if with_bias else None
+    if not (with_bias):
+        head_bias = None
     fitted = fit(rows, token_ids, states, head_bias=head_bias)
     assert fitted.matrix.format.bits == 16
     assert fitted.matrix.weight.dtype == mx.float16

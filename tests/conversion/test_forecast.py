@@ -8,7 +8,8 @@ def test_the_pace_of_a_stage_counts_and_what_was_kept_does_not():
     pace = Pace({"reading": 100.0, "clustering": 10.0, "fitting": 5.0}, limit=100.0)
     assert pace.forecast == (0.0, 115.0)
     pace.note(Progress("reading", 20, 100, "token"), 4.0)
-    assert pace.forecast.seconds_left == 16 + 15  # 5 tokens a second
+    # It reads 5 tokens a second.
+    assert pace.forecast.seconds_left == 16 + 15
     pace.note(Progress("clustering", 50, 100, "row", kept=True), 0.0)
     assert pace.forecast.seconds_left == 10 / 2 + 5
     pace.note(Progress("clustering", 10, 100, "row"), 3.0)

@@ -23,10 +23,11 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
 def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
-    for n_positions in (1, 100, 1300):  # so few that cannot show a goal must all agree
+    # So few that cannot show a goal must all agree.
+    for n_positions in (1, 100, 1300):
         missed = 1 - 1 / n_positions
         assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
-    # no more than may be read, unless the first is too much
+    # No more than may be read, unless the first is too much.
     for share, n_probes in ((0.04, 32), (0.001, 8), (1, 64)):
         monkeypatch.setattr(probes, "MAX_BYTES", share)
         assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
@@ -67,12 +68,12 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
 
 
 def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it():
-    # never a difference: 32 positions per verification
+    # Never a difference: 32 positions per verification.
     assert NBYTES.verified(100, 0.0) == pytest.approx(650 + 1000 / 32)
     k = np.sqrt(2 * 1000 / (0.05 * 650))
     by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
     assert NBYTES.verified(100, 0.05) == pytest.approx(by_hand)
-    # always one: a verification per token
+    # Always one: a verification per token.
     assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
 
@@ -88,12 +89,12 @@ def test_probes_are_those_of_the_fewest_bytes():
     expected = [probes.expected_bytes(measured, 10 * 2**i, NBYTES) for i in range(len(GREEDY))]
     assert expected == pytest.approx(by_hand, rel=1e-6)
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
-    # a step that reads much more beside the rows pays for more of them
+    # A step that reads much more beside the rows pays for more of them.
     heavy = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
-    # the scale makes the estimated tails right, which are half of them here
+    # The scale makes the estimated tails right, which are half of them here.
     assert found["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
 
 

@@ -77,12 +77,12 @@ HEADS = [(bits, ("affine", bits, 64) if bits < 16 else FLOATS) for bits in HEAD_
         (64, False, QUANTIZE | {"q_mode": "mxfp4"}, ("affine", 8, 64), {4}),
         (64, False, QUANTIZE | {"q_mode": "mxfp4", "head_bits": 4}, ("mxfp4", 4, 32), {4}),
         (64, False, QUANTIZE | {"q_mode": "mxfp8"}, ("mxfp8", 8, 32), {8}),
-        # a width that fits no group: mlx-lm leaves all as it is
+        # A width that fits no group: mlx-lm leaves all as it is.
         (72, False, QUANTIZE, FLOATS, {16}),
         (64, False, QUANTIZE | {"q_mode": "nvfp4", "head_bits": 8}, ("affine", 8, 64), {4}),
         (64, False, MIXED, ("affine", 8, 64), {4, 6}),
         (64, False, OF_MLP | {"q_bits": 8, "head_bits": 4}, ("affine", 4, 64), {8, 16}),
-        # the group fits the head's width
+        # The group fits the head's width.
         (96, False, {"head_bits": 4}, ("affine", 4, 32), {16}),
         (96, False, QUANTIZE | {"q_group_size": 32, "head_bits": 8}, ("affine", 8, 32), {4}),
     ],
@@ -95,7 +95,9 @@ def test_head_and_body_have_their_own_bits(tmp_path, hidden_size, tied, options,
     assert (rows.mode, rows.bits, rows.group_size) == form
     assert linear_bits(model) == linear
     if rows.mode == "affine":
-        expected = rounded(dense, rows.bits, rows.group_size) if rows.bits else dense
+        expected = dense
+        if rows.bits:
+            expected = rounded(dense, rows.bits, rows.group_size)
         np.testing.assert_array_equal(head_weight(model), expected)
     assert ("quantization" in config) == bool("quantize" in options or rows.bits)
 
@@ -113,7 +115,10 @@ def test_quantized_checkpoints(tmp_path, tied, body_bits):
             refusals.refused(lambda bits=head_bits: converted(source, head_bits=bits), said)
             continue
         model, _ = stored(tmp_path / str(head_bits), source, head_bits=head_bits)
-        expected = before if head_bits == body_bits else rounded(before, head_bits, 64)
+        if head_bits == body_bits:
+            expected = before
+        else:
+            expected = rounded(before, head_bits, 64)
         np.testing.assert_array_equal(head_weight(model), expected)
         assert linear_bits(model) == {body_bits}
         assert find_head(model).rows().bits == head_bits

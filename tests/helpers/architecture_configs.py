@@ -7,7 +7,8 @@ not know. The scales of logits are not 1, so that each is seen to be applied.
 
 from typing import Any
 
-VOCAB_SIZE = 301  # odd: the last cluster is padded
+# The number is odd, so the last cluster is padded.
+VOCAB_SIZE = 301
 HIDDEN_SIZE = 64
 
 _LAYERS = {"sliding_attention": {}, "full_attention": {}}
@@ -118,7 +119,8 @@ OVERRIDES = {
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "E"]},
     "openelm": {"num_kv_heads": [2, 2]},
     "prism_hadamard_qwen35": lambda tied: {
-        "hidden_size": 512,  # its packed layers are rotated in blocks of 512
+        # Its packed layers are rotated in blocks of 512.
+        "hidden_size": 512,
         "schema_version": 2,
         "tensor_namespace": "mlx-vlm-qwen3_5",
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},

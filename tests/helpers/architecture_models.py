@@ -43,18 +43,21 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0, **changes) -> nn.
         raise ImportError(printed.getvalue().strip()) from None
     mx.random.seed(seed)
     own = OVERRIDES.get(name, {})
-    own = own(tied) if callable(own) else own
+    if callable(own):
+        own = own(tied)
     config = COMMON | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | own
     config |= changes
     known = architecture.ModelArgs.__dataclass_fields__
     whole = config | {"text_config": config}
     config = {key: value for key, value in whole.items() if key in known}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
-    if tied:  # some drop their head when the checkpoint has none, whatever is configured
+    # Some drop their head when the checkpoint has none, whatever is configured.
+    if tied:
         for module in model.modules():
             if type(module).__module__.endswith((".gemma3_text", ".recurrent_gemma")):
                 getattr(module, "sanitize", dict)({})
-    if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
+    # It writes to tokens that lie beyond a small vocabulary.
+    if name == "phi3small":
         model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
     model.eval()
     return stirred(model)
@@ -63,7 +66,8 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0, **changes) -> nn.
 def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
-        if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
+        # Its fused layers do not take mlx-lm's own arguments.
+        if model.model_type == "afm7":
             options = ConvertOptions("model", head_bits=4)
             return set_bits(model, {}, find_head(model), options)[0]
         return quantize_model(model, {}, 64, 4)[0]
@@ -73,7 +77,8 @@ def stirred(model: nn.Module) -> nn.Module:
     """Random values in place of those that start as zeros or ones, such as biases and scales."""
 
     def stir(path: str, array: mx.array) -> mx.array:
-        if array.dtype in (mx.uint8, mx.uint32):  # packed weights
+        # These are packed weights.
+        if array.dtype in (mx.uint8, mx.uint32):
             return mx.random.randint(0, 2**31 - 1, array.shape).astype(array.dtype)
         if not mx.issubdtype(array.dtype, mx.floating) or path.endswith(".signs"):
             return array

@@ -37,16 +37,21 @@ def write_chain_model(
     tokenizer.add_tokens(list(words))
     tokenizer.save_pretrained(folder)
     weights = dict(mx.load(str(folder / "model.safetensors")))
-    mx.eval(weights)  # before the file is written anew
+    # They are read before the file is written anew.
+    mx.eval(weights)
     for name, array in weights.items():
         if "o_proj" in name or "down_proj" in name:
-            weights[name] = mx.zeros_like(array)  # what comes out is what went in
+            # What comes out is what went in.
+            weights[name] = mx.zeros_like(array)
     embeddings = weights["model.embed_tokens.weight"]
     hidden = mx.fast.rms_norm(embeddings, mx.ones(128), 1e-5)
     rows = mx.random.normal(embeddings.shape, key=mx.random.key(0)) / 128
     for chain in chains:
         ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in chain]
-        end = ids[1] if endless else tokenizer.eos_token_id
+        if endless:
+            end = ids[1]
+        else:
+            end = tokenizer.eos_token_id
         for last, following in zip(ids, [*ids[1:], end], strict=True):
             rows[following] += hidden[last] * CERTAIN / 128
     weights["lm_head.weight"] = rows

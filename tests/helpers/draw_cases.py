@@ -37,7 +37,10 @@ def truths(rng, clustered, slots, proposal, tolerance):
     off = np.where(scored[:, None], tolerance.scored.item(), tolerance.product.item())
     for i in range(6):
         shape = slots.shape[1:]
-        shift = rng.uniform(-1, 1, shape) if i % 2 else rng.choice([-1.0, 1.0], shape)
+        if i % 2:
+            shift = rng.uniform(-1, 1, shape)
+        else:
+            shift = rng.choice([-1.0, 1.0], shape)
         moved = to_numpy(slots[0].astype(mx.float32)) + off * shift
         by_token = moved.reshape(-1)[to_numpy(clustered.slot_of)]
         yield mx.array(by_token.astype(np.float32)).astype(slots.dtype)

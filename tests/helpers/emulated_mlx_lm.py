@@ -26,7 +26,8 @@ def emulated(library: str = "mlx_lm") -> Iterator[None]:
                 module = import_module(f"{library}.models.{name}")
                 owner = getattr(module, "BitLinear", module)
                 for function in REPLACEMENTS:
-                    if hasattr(owner, function.__name__):  # versions differ
+                    # Versions of mlx-lm differ.
+                    if hasattr(owner, function.__name__):
                         stack.enter_context(mock.patch.object(owner, function.__name__, function))
         yield
 
@@ -35,7 +36,9 @@ def execute_matmul_kernel(self, x: mx.array, packed: mx.array) -> mx.array:
     """x (..., D) times four rows of two bits a byte (rows/4, D), minus one: (..., rows)."""
     rows = mx.concatenate([(packed >> shift) & 3 for shift in (0, 2, 4, 6)])
     product = x @ (rows[: self.out_features].astype(x.dtype) - 1).T
-    return product / self.weight_scale if self.invert_weight_scales else product * self.weight_scale
+    if self.invert_weight_scales:
+        return product / self.weight_scale
+    return product * self.weight_scale
 
 
 def expert_routing(logits, expert_bias, *, top_k, **_):
@@ -46,7 +49,10 @@ def expert_routing(logits, expert_bias, *, top_k, **_):
 
 def norm_add_norm(branch, stream, *, next_norm, **_):
     stream = stream + mx.fast.rms_norm(branch, None, 1e-5)
-    normed = None if next_norm is None else pre_norm(stream, next_norm, dtype=branch.dtype)
+    if next_norm is None:
+        normed = None
+    else:
+        normed = pre_norm(stream, next_norm, dtype=branch.dtype)
     return stream, normed
 
 
@@ -73,7 +79,8 @@ def qk_norm_rope(qkvg, *, head_dim, rope_base, offset, **kwargs):
 
 
 def rms_norm_sigmoid_gate(x, gate, *, eps):
-    normed = mx.fast.rms_norm(x, None, eps).transpose(0, 2, 1, 3)  # (B, L, H, D)
+    # It is (B, L, H, D).
+    normed = mx.fast.rms_norm(x, None, eps).transpose(0, 2, 1, 3)
     return normed.reshape(gate.shape) * mx.sigmoid(gate)
 
 

@@ -12,7 +12,8 @@ from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from tiny_models import install_index, tiny_index, tiny_model
 
-N_TOKENS = 22  # of a text, unless a test says otherwise
+# A text has so many tokens, unless a test says otherwise.
+N_TOKENS = 22
 PROMPT = [5, 17, 3, 99, 42, 7]
 OTHERS = [[8, 8, 120], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61]]
 
@@ -42,7 +43,8 @@ class Flash:
         return found
 
     def steps(self, dense=False, verify=True, n_probes=None, prompt=PROMPT, **options):
-        n_probes = None if dense else n_probes
+        if dense:
+            n_probes = None
         proposer = Proposer(
             self.model, DecodingSettings(verify=verify, dense=dense, n_probes=n_probes)
         )

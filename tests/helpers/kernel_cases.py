@@ -29,7 +29,8 @@ def on_gpu() -> bool:
 @contextlib.contextmanager
 def kernels(**options):
     """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
-    always = mock.patch.object(metal_steps, "MATRIX_FROM", 1000)  # MLX rounds otherwise
+    # MLX rounds otherwise.
+    always = mock.patch.object(metal_steps, "MATRIX_FROM", 1000)
     if on_gpu():
         with always:
             yield None
@@ -63,7 +64,9 @@ def to_numpy(array: mx.array) -> np.ndarray:
 def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtype, scale=0.05):
     """A random Matrix in token order; ``bits`` of 16 or 32 are not quantized."""
     rows = Matrix(mx.array(rng.normal(scale=scale, size=(n_rows, hidden_size))).astype(dtype))
-    return rows if bits >= 16 else rows.quantize(group_size=group_size, bits=bits, mode=mode)
+    if bits >= 16:
+        return rows
+    return rows.quantize(group_size=group_size, bits=bits, mode=mode)
 
 
 def make_centroids(rng, n_clusters, hidden_size, *, group_size):

@@ -99,22 +99,28 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.server.down:
                 raise Down
-            self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
+            if self.command == "PUT":
+                self.body = b""
+            else:
+                self.body = b"".join(self.pieces())
             answer = self.answer(f"{self.command} {path}")
         except Answer as refusal:
             answer = refusal
-        except Down:  # resets the connection, as a cable that is pulled out does
+        except Down:
+            # This resets the connection, as a cable that is pulled out does.
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             return self.connection.close()
-        answer = answer if isinstance(answer, Answer) else Answer(200, answer)
+        if not (isinstance(answer, Answer)):
+            answer = Answer(200, answer)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            most = self.server.cut_at  # of one answer, before the connection is lost
+            # So many bytes of one answer are sent before the connection is lost.
+            most = self.server.cut_at
             self.wfile.write(answer.content[:most])
             self.close_connection |= most is not None and most < len(answer.content)
 
@@ -154,11 +160,12 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(403, {}, **NO_RIGHTS)
         return found
 
-    # The calls
+    # The calls.
 
     def whoami(self):
         account = self.account()
-        if account is None:  # it repeats the token, as no server should
+        # It repeats the token, as no server should.
+        if account is None:
             header = self.headers.get("Authorization")
             raise Answer(401, {}, X_Error_Message=f"Invalid credentials {header}")
         return {"name": account.name, "auth": {"accessToken": {"role": account.role}}}
@@ -169,7 +176,9 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
         if not account.may_write(repo_id):
             raise Answer(403, {}, **NO_RIGHTS)
-        status = 409 if repo_id in self.server.repositories else 200
+        status = 200
+        if repo_id in self.server.repositories:
+            status = 409
         private = wanted.get("visibility") == "private"
         self.server.repositories.setdefault(repo_id, Repository(private))
         return Answer(status, {"url": f"{self.server.url}/{repo_id}"})
@@ -204,8 +213,12 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for file in json.loads(self.body)["files"]:
             path = file["path"]
-            mode = "lfs" if path.endswith(".safetensors") else "regular"
-            known = {"oid": git_oid(tree[path])[0]} if path in tree else {}
+            mode = "regular"
+            if path.endswith(".safetensors"):
+                mode = "lfs"
+            known = {}
+            if path in tree:
+                known = {"oid": git_oid(tree[path])[0]}
             entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
         return {"files": entries}
 
@@ -293,18 +306,27 @@ class LoopbackHub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.accounts: dict[str, Account] = {}  # by token
-        self.repositories: dict[str, Repository] = {}  # by "owner/name"
-        self.large: dict[str, bytes] = {}  # large files by SHA-256
-        self.sent: dict[str, int] = {}  # bytes of them that were sent, each time
-        self.requests: list[tuple[str, str]] = []  # method, path without its query
-        self.down_after: int | None = None  # bytes of large files
+        # The accounts by their tokens.
+        self.accounts: dict[str, Account] = {}
+        # The repositories by "owner/name".
+        self.repositories: dict[str, Repository] = {}
+        # The large files by SHA-256.
+        self.large: dict[str, bytes] = {}
+        # The bytes of them that were sent, each time.
+        self.sent: dict[str, int] = {}
+        # The method and the path of each request, without its query.
+        self.requests: list[tuple[str, str]] = []
+        # After so many bytes of large files the Hub is down.
+        self.down_after: int | None = None
         self.down = False
-        self.gated: set[str] = set()  # paths of files
-        self.ranged_bytes = 0  # sent as ranges of files
-        # (bytes of a range, its header) → what is sent in their place
+        # The paths of files that need a permission.
+        self.gated: set[str] = set()
+        # The bytes that were sent as ranges of files.
+        self.ranged_bytes = 0
+        # (bytes of a range, its header) → what is sent in their place.
         self.spoil: Callable[[bytes, str], tuple[bytes, str]] | None = None
-        self.cut_at: int | None = None  # bytes of an answer after which the connection is lost
+        # After so many bytes of an answer the connection is lost.
+        self.cut_at: int | None = None
         self.lock = threading.Lock()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -314,7 +336,9 @@ class LoopbackHub(ThreadingHTTPServer):
         return {path: self.content(stored) for path, stored in tree.items()}
 
     def content(self, stored: bytes | tuple[str, int]) -> bytes:
-        return stored if isinstance(stored, bytes) else self.large[stored[0]]
+        if isinstance(stored, bytes):
+            return stored
+        return self.large[stored[0]]
 
     def put(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> None:
         """Commits files as if they had been uploaded."""
@@ -326,7 +350,8 @@ class LoopbackHub(ThreadingHTTPServer):
         self.down_after = None
 
     def handle_error(self, request, client_address):
-        pass  # a lost connection is no news
+        # A lost connection is no news.
+        pass
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})

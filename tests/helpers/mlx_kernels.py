@@ -40,10 +40,12 @@ def parts(file: str, *names: str) -> str:
     begin = r"^(template <[^{};]*>\n)?(static |constant |inline |METAL_FUNC |struct )"
     found = []
     for name in names:
-        rest = rf"[^{{}};]*\b{name}\b[^{{}};]*\{{.*?^\}};?$"  # each ends at the margin
+        # Each ends at the margin.
+        rest = rf"[^{{}};]*\b{name}\b[^{{}};]*\{{.*?^\}};?$"
         found.append(re.search(begin + rest, text, re.MULTILINE | re.DOTALL)[0])
     text = re.sub(r" \[\[[a-z_]+(\(\d+\))?\]\]", "", "\n".join(found))
-    half = "this->operator float16_t()"  # Metal converts it to bfloat, the emulator only from float
+    # Metal converts it to bfloat, the emulator only from float.
+    half = "this->operator float16_t()"
     return text.replace(f"static_cast<bfloat16_t>({half})", f"bfloat16_t(float({half}))")
 
 
@@ -65,7 +67,8 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
         header = header.replace("[[threadgroup(0)]]", "")
         rows = 32
         threadgroup = (LANES, 1, 8)
-        assert n_rows >= 4096  # fewer rows have fewer simdgroups
+        # Fewer rows have fewer simdgroups.
+        assert n_rows >= 4096
     else:
         kernel = dense_kernel(matrix, n_rows)
         affine = matrix.biases is not None

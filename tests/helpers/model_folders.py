@@ -59,7 +59,7 @@ def write_model(
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     weights = {
-        # larger than a fresh layer's, so that the logits differ from token to token
+        # Larger than a fresh layer's, so that the logits differ from token to token.
         name: (array * 4 if array.ndim == 2 else array).astype(dtype)
         for name, array in tree_flatten(model.parameters())
     }

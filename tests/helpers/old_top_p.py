@@ -8,13 +8,13 @@ HAS_OLD_TOP_P = not hasattr(sample_utils, "greedy_sampler")
 
 def apply_top_p(logprobs: mx.array, top_p: float) -> mx.array:
     probs = mx.exp(logprobs)
-    # sort in ascending order
+    # Sort in ascending order.
     sorted_indices = mx.argsort(logprobs, axis=-1)
     sorted_probs = mx.take_along_axis(probs, sorted_indices, axis=-1)
 
     cumulative_probs = mx.cumsum(sorted_probs, axis=-1)
 
-    # Rearrange cumulative probs back to original order
+    # Rearrange cumulative probs back to original order.
     inverse_indices = mx.put_along_axis(
         mx.zeros_like(sorted_indices),
         sorted_indices,
@@ -23,7 +23,7 @@ def apply_top_p(logprobs: mx.array, top_p: float) -> mx.array:
     )
     cumulative_probs = mx.take_along_axis(cumulative_probs, inverse_indices, axis=-1)
 
-    # select tokens with cumulative probs below threshold
+    # Select tokens with cumulative probs below threshold.
     return mx.where(
         cumulative_probs > 1 - top_p,
         logprobs,

@@ -80,7 +80,8 @@ def pretended_gpu(chip: str = "M4", *, metal: bool = True) -> Iterator[Emulator 
         yield None
         return
     replaced = _replaced_functions(CHIPS[chip])
-    modules = [importlib.import_module(name) for name in KERNEL_MODULES]  # before there is Metal
+    # These are imported before there is Metal.
+    modules = [importlib.import_module(name) for name in KERNEL_MODULES]
     emulator = None
     with ExitStack() as stack:
         if metal:
@@ -93,9 +94,10 @@ def pretended_gpu(chip: str = "M4", *, metal: bool = True) -> Iterator[Emulator 
                 for name, kernel in _kernels_of(module).items():
                     stack.enter_context(mock.patch.object(module, name, kernel))
         for name, function in replaced.items():
-            if hasattr(mx, name):  # versions differ
+            # Versions of MLX differ.
+            if hasattr(mx, name):
                 stack.enter_context(mock.patch.object(mx, name, function))
-        # what was tried here holds nowhere else
+        # What was tried here holds nowhere else.
         stack.enter_context(mock.patch.dict(row_products._ways, clear=True))
         stack.enter_context(_without_compile())
         yield emulator
@@ -112,7 +114,9 @@ def _replaced_functions(chip: Chip) -> dict[str, Callable[..., Any]]:
 
     def computing(target: Any = None) -> Any:
         """What computes in the place of a device or stream."""
-        return cpu if target is None or target in (mx.gpu, mx.cpu, gpu) else target
+        if target is None or target in (mx.gpu, mx.cpu, gpu):
+            return cpu
+        return target
 
     def with_cpu(name: str) -> Callable[..., Any]:
         return lambda target=None: original[name](computing(target))
@@ -121,7 +125,9 @@ def _replaced_functions(chip: Chip) -> dict[str, Callable[..., Any]]:
     real_gather = mx.gather_mm
 
     def device_info(device: Any = None) -> dict[str, Any]:
-        return real_info(cpu) if device is not None and device == cpu else chip.info()
+        if device is not None and device == cpu:
+            return real_info(cpu)
+        return chip.info()
 
     def gather_mm(a: mx.array, b: mx.array, *arguments: Any, **options: Any) -> mx.array:
         """MLX's CPU gathers no 16-bit products."""
@@ -152,7 +158,10 @@ class _Products:
     def __init__(self, chip: Chip):
         self._quantized_matmul = mx.quantized_matmul
         self._gather_qmm = mx.gather_qmm
-        self._one_by_one = ONE_BY_ONE if chip.generation < 15 else 1
+        if chip.generation < 15:
+            self._one_by_one = ONE_BY_ONE
+        else:
+            self._one_by_one = 1
 
     def quantized_matmul(
         self, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None = None,
@@ -165,7 +174,8 @@ class _Products:
             return self._quantized_matmul(
                 x, w, scales, biases, transpose, group_size, bits, mode, **options
             )
-        if biases is not None:  # MLX computes in one dtype
+        # MLX computes in one dtype.
+        if biases is not None:
             dtype = reduce(mx.result_type, (x, scales, biases))
             x, scales, biases = (array.astype(dtype) for array in (x, scales, biases))
         rows = _rows(w, scales, biases, group_size, bits, mode)

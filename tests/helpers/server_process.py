@@ -16,13 +16,19 @@ from openai import OpenAI
 
 @dataclass
 class Server:
-    """A server under way."""
+    """A server under way.
+
+    Attributes:
+        line: Printed when it was ready.
+        errors: Of its standard error.
+        token: That clients send.
+    """
 
     process: subprocess.Popen
-    line: str  # printed when it was ready
+    line: str
     url: str
-    errors: Path  # of its standard error
-    token: str = "none"  # that clients send
+    errors: Path
+    token: str = "none"
 
     def client(self) -> OpenAI:
         """OpenAI's own client of this server."""
@@ -51,12 +57,16 @@ class Server:
 def serving(folder: Path, *arguments) -> Iterator[Server]:
     """A server on a free port of the loopback interface; its standard error goes to the folder."""
     program = ["-m", "mlx_flashhead.server", "--port", "0"]
-    program += ["--flash-head-always"]  # which is no faster for a tiny model
+    # A FlashHead is no faster for a tiny model.
+    program += ["--flash-head-always"]
     command = [sys.executable, *program, *map(str, arguments)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    environment["HF_HUB_CACHE"] = str(folder / "cache")  # no other models than the named ones
-    environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
-    environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)  # which mlx-lm has set in this one
+    # The server has no other models than the named ones.
+    environment["HF_HUB_CACHE"] = str(folder / "cache")
+    # A crash in C++ or Rust would leave no word.
+    environment["PYTHONFAULTHANDLER"] = "1"
+    # mlx-lm has set it in this process.
+    environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)
     errors = folder / "errors.txt"
     with errors.open("w") as file:
         process = subprocess.Popen(

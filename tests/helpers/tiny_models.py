@@ -65,11 +65,14 @@ def tiny_model(
     config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if arch == "gemma3_text" and tied:
-        model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
+        # A model tells by the checkpoint's keys, not by the configuration.
+        model.sanitize({})
     rng = np.random.default_rng(seed)
 
     def draw(array):
-        scale = 0.3 if array.ndim > 1 else 0.1
+        scale = 0.1
+        if array.ndim > 1:
+            scale = 0.3
         values = rng.normal(scale=scale, size=array.shape).astype(np.float32)
         return mx.array(values + (array.ndim == 1)).astype(dtype)
 
@@ -92,16 +95,21 @@ def random_rows(
 ) -> Matrix:
     """The rows of a random head."""
     weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size))).astype(dtype)
-    bias = mx.array(rng.normal(size=vocab_size)).astype(dtype) if bias else None
+    if bias:
+        bias = mx.array(rng.normal(size=vocab_size)).astype(dtype)
+    else:
+        bias = None
     rows = Matrix(weight, bias=bias)
-    return rows if bits is None else rows.quantize(group_size=32, bits=bits, mode=mode)
+    if bits is None:
+        return rows
+    return rows.quantize(group_size=32, bits=bits, mode=mode)
 
 
 def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
     """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
     n_clusters = -(-vocab_size // cluster_size)
     slots = np.full((n_clusters, cluster_size), -1)
-    # dealt out one by one: no cluster is all padding
+    # Dealt out one by one: no cluster is all padding.
     for cluster in np.arange(slots.size - vocab_size) % n_clusters:
         slots[cluster, rng.choice(np.flatnonzero(slots[cluster] < 0))] = vocab_size
     slots[slots < 0] = rng.permutation(vocab_size)
@@ -112,7 +120,10 @@ def fitted(rows: Matrix, token_ids: np.ndarray) -> Centroids:
     """Centroids fitted to random states."""
     states = np.random.default_rng(0).normal(size=(50, rows.hidden_size)).astype(np.float32)
     weight = rows.dequantized().astype(mx.float32)
-    bias = None if rows.bias is None else rows.bias.astype(mx.float32)
+    if rows.bias is None:
+        bias = None
+    else:
+        bias = rows.bias.astype(mx.float32)
     return run_task(fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32))
 
 

@@ -20,7 +20,8 @@ ROPE = {
     "mrope_section": [4, 2, 2],
     "partial_rotary_factor": 0.5,
 }
-# family: its architecture in mlx-lm, what differs from the common configuration, its drafter's kind
+# By family: its architecture in mlx-lm, what differs from the common configuration, and its
+# drafter's kind.
 FAMILIES = {
     "qwen3_5": ("qwen3_5", DENSE | {"rope_parameters": ROPE}, "qwen3_5_mtp"),
     "qwen3_5_moe": ("qwen3_5_moe", {"rope_parameters": ROPE}, "qwen3_5_mtp"),
@@ -91,7 +92,8 @@ def exact_pair(family: str, *, noise: float = 0.0, seed: int = 0, **changes):
     """
     model = tiny_target(family, seed=seed, **changes)
     config = drafter_config(family)
-    if family == "gemma4":  # as wide as its target, whose head it has
+    # It is as wide as its target, whose head it has.
+    if family == "gemma4":
         config |= {"tie_word_embeddings": False}
         config["text_config"] |= {"hidden_size": HIDDEN_SIZE}
     config["text_config"] |= changes

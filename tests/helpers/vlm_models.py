@@ -46,14 +46,17 @@ def tiny_vlm(name: str, *, tied: bool, bits: int | None = None, seed: int = 0) -
     made = update_module_configs(made, package, config, list(PARTS))
     mx.random.seed(seed)
     model = package.Model(made)
-    if name == "phi3small":  # 0.7.10 writes them into the batch, far beyond its end
+    # 0.7.10 writes them into the batch, far beyond its end.
+    if name == "phi3small":
         model.language_model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
-    if tied and name == "recurrent_gemma":  # tied where the checkpoint has no head
+    # It is tied where the checkpoint has no head.
+    if tied and name == "recurrent_gemma":
         model.language_model.sanitize({})
     stirred(model)
     if bits is not None:
         module = find_head(model).module
-        if hasattr(module, "to_quantized") and name != "muse_spark":  # whose head stays as it was
+        # The head of this one stays as it was.
+        if hasattr(module, "to_quantized") and name != "muse_spark":
             nn.quantize(model, 32, bits, class_predicate=lambda _, other: other is module)
     return model
 
@@ -72,8 +75,9 @@ def vlm_config(name: str, tied: bool) -> dict:
         for part, known in (("text_config", "TextConfig"), ("vision_config", "VisionConfig")):
             fields = getattr(package, known).__dataclass_fields__
             parts[part] = {key: value for key, value in parts[part].items() if key in fields}
-    nested = {"thinker_config": parts, "talker_config": parts}  # of models that also speak
-    # a copy, since some architectures change their configuration
+    # These are of models that also speak.
+    nested = {"thinker_config": parts, "talker_config": parts}
+    # A copy, since some architectures change their configuration.
     return deepcopy(config | parts | nested | own.get("whole", {}))
 
 

@@ -9,8 +9,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_pr
 
 from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 
-VOCAB_SIZE = 100  # of the tokens fed; a model may have more
-FORMS = (False, True)  # whether an attention takes positions apart
+# The tokens that are fed are below it. A model may have more.
+VOCAB_SIZE = 100
+# Whether an attention takes positions apart.
+FORMS = (False, True)
 
 
 def bits(arrays) -> list[tuple]:
@@ -44,8 +46,12 @@ def held(caches) -> list[tuple]:
 def _number(value):
     """A cache's attribute, if it is a number or an array of some."""
     if isinstance(value, mx.array):
-        return value.tolist() if value.ndim == 1 else None
-    return value if isinstance(value, int) else None
+        if value.ndim == 1:
+            return value.tolist()
+        return None
+    if isinstance(value, int):
+        return value
+    return None
 
 
 def of_a_batch(caches):
@@ -56,8 +62,10 @@ def of_a_batch(caches):
 def read(model, length, caches=None, seed=0):
     """Caches of a prompt of ``length`` tokens, and some tokens that follow it."""
     tokens = np.random.default_rng(seed + length).integers(0, VOCAB_SIZE, length + 16)
-    caches = make_prompt_cache(model) if caches is None else caches
-    for prompt in (tokens[: length - 1], tokens[length - 1 : length]):  # as mlx-lm reads it
+    if caches is None:
+        caches = make_prompt_cache(model)
+    # The prompt is read as mlx-lm reads it.
+    for prompt in (tokens[: length - 1], tokens[length - 1 : length]):
         if len(prompt):
             model(mx.array(prompt[None]), cache=caches)
     mx.eval([cache.state for cache in caches])
@@ -91,7 +99,8 @@ def same_as_single(model, length, width, caches=None, *, apart) -> bool:
     steps = wide_steps(model, caches, apart=apart)
     step = steps.feed(tokens[:, :width], caches)
     found = bits(mx.split(step.logits, width, axis=1))
-    assert WideSteps.of(model) is steps  # the model is unchanged
+    # The model is unchanged.
+    assert WideSteps.of(model) is steps
     alike = found == expected and held(caches) == left
     after = tokens[:, width : width + 1]
     return alike and single_steps(model, after, caches) == single_steps(model, after, single)
@@ -103,6 +112,7 @@ def form_that_holds(model, lengths, widths) -> bool | None:
         try:
             if all(same_as_single(model, n, w, apart=apart) for n in lengths for w in widths):
                 return apart
-        except Exception:  # a model may do anything
+        except Exception:
+            # A model may do anything.
             continue
     return None

@@ -71,7 +71,8 @@ def test_writing_again_replaces_and_keeps_the_other_keys(folder, original):
     assert (config["model_type"], config["vocab_size"]) == ("llama", 258)
     assert (entry["n_clusters"], entry["cluster_size"], entry["n_probes"]) == (33, 8, 7)
     assert (entry["version"], entry["eos_token_ids"], len(entry["fingerprint"])) == (2, [1], 64)
-    files.write_companion(folder, original[1])  # that of its own comes first
+    # The FlashHead of its own comes first.
+    files.write_companion(folder, original[1])
     assert same(files.read_index(folder), original[1])
 
 
@@ -135,7 +136,9 @@ def change_entry(folder, change):
 
 ROW = {"n_probes": 3, "greedy_differs": 0.1, "sampled_differs": 0.2}
 RISK = {"greedy": [0, 1], "sampled": 1}
-WRONG = {  # values of a key; sizes with which an index of some megabytes would take gigabytes, too
+# By key, values that are refused. With some of the sizes an index of some megabytes would take
+# gigabytes.
+WRONG = {
     "n_probes": ["4", 0, 34],
     "unverified_probes": [0, 34],
     "n_clusters": [33.0, 32, -33, 10**18, 10**400],
@@ -254,7 +257,8 @@ def test_array_that_is_not_as_described(original, folder, name):
         lambda array: None,
         lambda array: array[:-1],
         lambda array: array.reshape(1, -1),
-        lambda array: array * mx.array(mx.nan, mx.float16),  # also another dtype
+        # The dtype is another one, too.
+        lambda array: array * mx.array(mx.nan, mx.float16),
     ):
         shutil.copy(original[0] / files.FILE_NAME, folder)
         change_array(folder, name, spoil)

@@ -86,8 +86,10 @@ def test_order_of_the_look_up(folder, companion):
     cache.keep(tiny_index(model, n_probes=6), cache.folder_of(find_head(model).rows()))
     assert probes() == 6
     write_companion(folder, tiny_index(model, n_probes=5))
-    assert probes() == 5  # in the model's folder
-    assert probes(flash_head=str(companion)) == 7  # given
+    # It is the one in the model's folder.
+    assert probes() == 5
+    # It is the given one.
+    assert probes(flash_head=str(companion)) == 7
     assert probes(flash_head=str(companion), n_probes=3) == 3
 
 
@@ -137,7 +139,8 @@ def test_nothing_is_built_that_was_not_wanted(folder):
     options = HeadOptions(missing=DENSE)
     assert get_flash_head(load_with_head(folder, options)[0]) is None
     with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet"):
-        sharded_load(str(folder))  # several processes build none
+        # Several processes build none.
+        sharded_load(str(folder))
     assert cache.entries() == []
     model = tiny_model("minicpm")
     with pytest.raises(UnsupportedHeadError, match="cannot be intercepted"):
@@ -164,7 +167,8 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
         ({FILE_NAME: b""}, unread),
         ({}, f"{file} does not hold the arrays that its settings describe"),
     ):
-        if not changed:  # ids twice, with the checksum that belongs to them
+        # The index has ids twice, and the checksum that belongs to them.
+        if not changed:
             index.token_ids[0, 0] = index.token_ids[1, 0]
             cache.keep(index, place)
             good = contents(place)

@@ -152,7 +152,8 @@ def test_a_drafter_with_damaged_settings_is_one_sentence(tmp_path):
     folder = write_drafter(tmp_path / "drafter", "qwen3_5", text_config=5)
     refused(lambda: load_draft(str(folder)), "mlx-vlm cannot load the drafter")
     target = write_target(tmp_path / "target")
-    check_draft(str(folder), str(target))  # what it was trained with is not known
+    # What it was trained with is not known.
+    check_draft(str(folder), str(target))
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypatch):
@@ -204,9 +205,11 @@ def test_the_layer_is_fetched_from_the_original_once(on_hub, original):
     assert said[0].startswith("Fetching the MTP layer of maker/Original (")
     assert said[1] == "With the MTP layer of maker/Original, in 8 bits."
     assert bits_of(drafter) == {8}
-    assert layer < on_hub.ranged_bytes < layer + 40_000  # with the headers, and a few rows
+    # The headers are read, too, and a few rows.
+    assert layer < on_hub.ranged_bytes < layer + 40_000
     n_ranges = len([path for command, path in on_hub.requests if path.endswith("safetensors")])
-    assert n_ranges < 12 + len(tensors)  # some of which lie side by side
+    # Some tensors lie side by side.
+    assert n_ranges < 12 + len(tensors)
     on_hub.requests.clear()
     again, said = own(original.with_name("coarse"))
     assert on_hub.requests == [] and len(said) == 1

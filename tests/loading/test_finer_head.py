@@ -96,7 +96,9 @@ def refusal(folder, source=True, **options):
 def weights_of(original):
     """The original's arrays, the name of its head's, and that."""
     weights = mx.load(str(original / "model.safetensors"))
-    leaf = "lm_head" if "lm_head.weight" in weights else "embed_tokens"
+    leaf = "embed_tokens"
+    if "lm_head.weight" in weights:
+        leaf = "lm_head"
     name = next(name for name in weights if name.endswith(f"{leaf}.weight"))
     return weights, name, weights[name]
 
@@ -169,7 +171,7 @@ def test_sources_of_many_forms(original, coarse, copied):
     for source in (
         lambda: original / "model.safetensors",
         lambda: copied({name: array.astype(mx.float16) for name, array in weights.items()}),
-        # as a vision model's text has it
+        # As a vision model's text has it.
         lambda: copied({f"language_model.{name}": array for name, array in weights.items()}),
     ):
         location, _ = fine(coarse, source())
@@ -208,10 +210,12 @@ def test_other_rows_are_refused(original, coarse, copied):
         said = refused_with(trained)
         assert "Other is not the original of Coarse, or was trained further: beyond" in said
         assert float(re.search(r"are ([\d.]+) % of", said)[1]) == pytest.approx(100 * noise, 0.3)
-    one = mx.concatenate([rows[:5], rows[6:7], rows[6:]])  # a token that was trained
+    # This token was trained.
+    one = mx.concatenate([rows[:5], rows[6:7], rows[6:]])
     assert "row 5 the most" in refused_with(one)
-    assert re.search(r"are (9\d|100)\.\d % of", refused_with(2 * rows))  # of another scale
-    # of another number: none, or in an untied model those of its embedding
+    # These rows are of another scale.
+    assert re.search(r"are (9\d|100)\.\d % of", refused_with(2 * rows))
+    # Of another number: none, or in an untied model those of its embedding.
     said = refused_with(rows[1:])
     assert f"of {len(rows)} rows of width 64 as floats" in said or "is not the original of" in said
     assert "100.0 %" in refused_with(rows[::-1])
@@ -262,7 +266,10 @@ def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
     ):
         if there:
             hub.put(base, {"model.safetensors": there})
-        hub.gated = {"model.safetensors"} if base == "maker/Gated" else set()
+        if base == "maker/Gated":
+            hub.gated = {"model.safetensors"}
+        else:
+            hub.gated = set()
         name_base(folder, base)
         assert said in refusal(folder), base
 
@@ -305,7 +312,8 @@ def test_a_lost_connection_leaves_nothing(on_hub, coarse, monkeypatch):
 def test_headers_have_a_limit(on_hub, coarse, monkeypatch):
     monkeypatch.setattr(tensor_files, "LARGEST_HEADER", 100)
     assert "headers have up to 100 bytes" in refusal(coarse)
-    assert on_hub.ranged_bytes == 8  # the length, and nothing of it
+    # The length of the header was read, and nothing of it.
+    assert on_hub.ranged_bytes == 8
 
 
 def test_what_cannot_be_read_in_the_cache_is_fetched_again(original, coarse):
@@ -331,7 +339,8 @@ def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, co
         load_it(fine_head="nowhere/at-all")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_it(progress=False)  # nothing unless requested
+        # Nothing is given unless it is requested.
+        load_it(progress=False)
         assert get_flash_head(load_it(fine_head=original)[0]).clustered.rows.bits == 8
     model, tokenizer = mlx_lm.load(str(coarse))
     assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8
@@ -364,7 +373,8 @@ def test_a_named_source_is_used_or_refused_whatever_is_cached(run, original, coa
         assert errors.count("\n") == 1
     _, said = fine(coarse, original)
     assert said == [f"With the finer head of {original}, in 8 bits."]
-    _, said = fine(coarse, copied(weights))  # the same rows of another source, which was named
+    # The same rows come from another source, which was named.
+    _, said = fine(coarse, copied(weights))
     assert said[-1] == f"With the finer head of {other}, in 8 bits."
 
 

@@ -45,7 +45,8 @@ def test_a_finer_head_costs_what_its_probes_read():
     whole = 1 + (1 - 1 / free_head_gain(model)) * (8.5 / 4.5 - 1)
     assert 1 / whole < fine_gain(model, as_dense) < 1
     assert fine_gain(model, FAST) < 1.5
-    head.n_probes = head.n_clusters  # as a dense head
+    # It scores all clusters, as a dense head does.
+    head.n_probes = head.n_clusters
     assert fine_gain(model, as_dense) == pytest.approx(1 / whole)
 
 

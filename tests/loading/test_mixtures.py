@@ -16,11 +16,13 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_tokenizer
 
-pytestmark = pytest.mark.newest  # the architectures of mlx-lm change from one release to the next
+# The architectures of mlx-lm change from one release to the next.
+pytestmark = pytest.mark.newest
 
 N_TOKENS = 9
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
-FAMILIES = {  # a model: its architecture in mlx-lm, whether its rows are tied, and more
+# Each model has its architecture in mlx-lm, whether its rows are tied, and more.
+FAMILIES = {
     "Qwen3.6-35B-A3B": ("qwen3_5_moe", False, EXPERTS | {"num_hidden_layers": 4}),
     "Gemma-4-26B-A4B": (
         "gemma4",

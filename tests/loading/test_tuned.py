@@ -69,7 +69,8 @@ def test_it_is_measured_once(measure, loaded):
         assert policy.tuning == FAST and not policy.dense
         assert head.n_probes == head.unverified_probes == 4 and len(said) == n_said
     assert not left
-    assert loaded(n_probes=3)[0].n_probes == 3  # a chosen number stays
+    # A chosen number stays.
+    assert loaded(n_probes=3)[0].n_probes == 3
 
 
 def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, loaded):
@@ -86,7 +87,8 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, loaded):
 def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, loaded):
     left = measure(replace(FAST, busy=True), replace(FAST, busy=True), FAST)
     monkeypatch.setattr(tuned, "is_busy", lambda: True)
-    head, (_, sentence) = loaded()  # measured, since nothing is known
+    # It is measured, since nothing is known.
+    head, (_, sentence) = loaded()
     assert policy_of(head).dense
     assert "too busy to measure what FlashHead gains here: the model stays dense." in sentence
     assert "1.50" not in sentence
@@ -97,7 +99,8 @@ def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, load
     head, said = loaded()
     assert not policy_of(head).dense and not left
     assert "makes this model 1.50 times as fast here" in said[-1]
-    loaded()  # nothing is measured again
+    # Nothing is measured again.
+    loaded()
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -137,7 +140,8 @@ def test_measurements_belong_to_an_index(measure, dense, loaded, flash_head_home
     assert other.index.config.fingerprint == stored.index.config.fingerprint
     head = install_stored(model, other, HeadOptions(progress=False))
     assert policy_of(head).tuning == SLOW and not left
-    assert policy_of(loaded()[0]).tuning == FAST  # as before
+    # The tuning is as before.
+    assert policy_of(loaded()[0]).tuning == FAST
     assert len([*flash_head_home.glob("speeds/*.json")]) == 2
 
 
@@ -146,9 +150,11 @@ def test_the_gain_of_a_free_head_counts_the_bytes_that_a_token_reads():
         model = tiny_model(tied=tied)
         sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
         read = {name: size for name, size in sizes.items() if tied or "embed_tokens" not in name}
-        head = max(read.values())  # the rows
+        # The largest read is that of the rows.
+        head = max(read.values())
         expected = sum(read.values()) / (sum(read.values()) - head)
-        assert free_head_gain_of(model) == pytest.approx(expected, rel=0.02)  # with padded slots
+        # The padded slots count, too.
+        assert free_head_gain_of(model) == pytest.approx(expected, rel=0.02)
 
 
 def free_head_gain_of(model):
@@ -200,4 +206,5 @@ def test_a_damaged_file_is_measured_again(measure, loaded, flash_head_home):
         assert head.n_probes >= 1
         if not usable:
             assert said[0].startswith(f"{place} is damaged or of another version: ")
-        assert before > len(left) or usable  # a value that could have been measured
+        # The value could have been measured.
+        assert before > len(left) or usable

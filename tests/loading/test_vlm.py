@@ -40,14 +40,19 @@ def loaded(place):
 
 def answer(model, processor, picture=None) -> str:
     """A greedy answer of mlx-vlm's own generation."""
-    images = [] if picture is None else [str(picture)]
+    if picture is None:
+        images = []
+    else:
+        images = [str(picture)]
     prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=len(images))
     return mlx_vlm.generate(model, processor, prompt, image=images or None, max_tokens=9).text
 
 
 @pytest.mark.parametrize("with_picture", [False, True], ids=["text", "picture"])
 def test_answers_are_the_dense_models(place, loaded, with_picture):
-    picture = place / "picture.png" if with_picture else None
+    picture = None
+    if with_picture:
+        picture = place / "picture.png"
     dense = answer(*loaded, picture)
     head = attach(*loaded, flash_head=place / "head")
     assert answer(*loaded, picture) == dense

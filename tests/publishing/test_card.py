@@ -114,7 +114,8 @@ def test_recognise():
         ("llama3.3", {"license": "other", "license_name": "llama-3.3-community-license"}),
         ("llama3", {"license": "other", "license_name": "meta-llama-3-community"}),
         (None, {"license": "other", "license_name": "qwen"}),
-        (None, {"base_model": "meta-llama/Llama-3.2-1B"}),  # nothing is guessed
+        # Nothing is guessed.
+        (None, {"base_model": "meta-llama/Llama-3.2-1B"}),
     ):
         found = licences.recognise(metadata, [])
         assert (found and found.identifier) == expected, metadata
@@ -142,7 +143,7 @@ def test_a_name_begins_as_the_licence_asks(tmp_path):
 
 def test_a_copy_of_the_text_is_needed(tmp_path):
     missing = rf"missing: save https://www.llama.com/llama3_2/license as .* in {tmp_path}"
-    # the notice names the licence, but is no copy of it; nor is another licence's text
+    # The notice names the licence, but is no copy of it; nor is another licence's text.
     licences.write_notice(LLAMA, tmp_path)
     for other in ("", TEXTS["llama3"]):
         (tmp_path / "LICENSE.txt").write_text(other)
@@ -158,7 +159,7 @@ def test_notice(tmp_path):
     licences.write_notice(LLAMA, tmp_path)
     text = (tmp_path / "NOTICE.txt").read_text()
     assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{licences.MODIFIED}\n"
-    # one that is there is not written again
+    # One that is there is not written again.
     (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
     licences.write_notice(LLAMA, tmp_path)
     licences.write_notice(None, tmp_path)
@@ -197,7 +198,7 @@ def test_base_model_of_a_local_folder(tmp_path):
         (None, "a/\x1b[2J", None, (None, None)),
         (header(5), None, None, (None, None)),
         (header("maker/Model"), None, None, named),
-        # a copy of a fine-tune's folder does not say its own name, only what it was made from
+        # A copy of a fine-tune's folder does not say its own name, only what it was made from.
         (CARD, None, None, ("maker/Base", None)),
         (CARD, None, "maker/Model", named),
     )
@@ -219,7 +220,7 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     assert base.origin.revision is None
     assert {file.read_text() for file in base.files} == {"of the Hub", "of the folder"}
     assert cards.find_provenance(str(folder), folder, "maker/absent").metadata == {}
-    # the folder's own card comes first
+    # The folder's own card comes first.
     (folder / "README.md").write_text("---\nlanguage: fr\n---\n")
     found = cards.card_metadata(cards.find_provenance(str(folder), folder, "maker/Tuned"))
     assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
@@ -247,7 +248,7 @@ def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
         "base_model": "maker/Tuned",
         "tags": ["chat", "mlx", "flashhead"],
     }
-    # what was not fetched while there was a network is not missed without it
+    # What was not fetched while there was a network is not missed without it.
     hub.put("maker/Bare", {"config.json": b"{}", "README.md": CARD.encode()})
     folder = resolve("maker/Bare")
     hub.down = True

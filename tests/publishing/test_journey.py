@@ -44,7 +44,7 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
         assert "Generation: 3 tokens" in output
         assert "was made from another form of these rows" in errors
         assert (len(hub.requests) == asked) == offline
-    # uploaded again from its folder, beside weights that stay
+    # Uploaded again from its folder, beside weights that stay.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.put(repo_id, {"model.safetensors": b"kept"})
     assert run("upload", "--path", head, "--repo", repo_id)[0] == 0
@@ -53,7 +53,8 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
 
 def test_load_asks_the_network_for_what_is_named_alone(hub, dense, quick):
     """What was built at the first use is shared, and nobody gets it without naming it."""
-    mlx_flashhead.load(str(dense), progress=False)  # builds
+    # This builds a FlashHead.
+    mlx_flashhead.load(str(dense), progress=False)
     assert hub.requests == []
     (kept,) = entries()
     head = "me/model-FlashHead"
@@ -61,7 +62,8 @@ def test_load_asks_the_network_for_what_is_named_alone(hub, dense, quick):
     assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files(head)}
     hub.put("me/Tiny", contents(dense))
     hub.requests.clear()
-    mlx_flashhead.load("me/Tiny", progress=False)  # with the cached one
+    # This uses the cached one.
+    mlx_flashhead.load("me/Tiny", progress=False)
     asked = " ".join(path for _, path in hub.requests)
     assert asked
     assert "FlashHead" not in asked

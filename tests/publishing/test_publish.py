@@ -33,7 +33,8 @@ def test_interrupted_upload_continues_with_what_is_missing(
     hub, dense, tmp_path, caplog, monkeypatch
 ):
     """The checkpoint is kept, and signed addresses stay out of the log."""
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
+    # The client sleeps between its attempts.
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     new = tmp_path / "new"
     hub.down_after = (dense / "model.safetensors").stat().st_size // 2
@@ -45,10 +46,11 @@ def test_interrupted_upload_continues_with_what_is_missing(
     assert "\n" not in said
     assert "thrown while requesting PUT" in caplog.text
     assert not any(secret in caplog.text + said for secret in ("Signature", TOKEN))
-    assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
+    # No half of it was committed.
+    assert len(hub.repositories["me/tiny"].commits) == 1
     assert get_flash_head(mlx_flashhead.load(str(new))[0]).n_probes == 4
     hub.revive()
-    # the smaller file is stored for certain
+    # The smaller file is stored for certain.
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in kept.items()}
     hub.large[digests[FILE_NAME]] = kept[FILE_NAME]
     for sent in ({digests["model.safetensors"]: len(kept["model.safetensors"])}, {}):
@@ -60,7 +62,8 @@ def test_interrupted_upload_continues_with_what_is_missing(
 
 def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, monkeypatch):
     hub.put("ours/tiny", {"model-00001-of-00002.safetensors": b"old", "notes.md": b"kept"})
-    assert publish(converted, "ours/tiny") == f"{hub.url}/ours/tiny"  # of an organisation
+    # The repository is an organisation's.
+    assert publish(converted, "ours/tiny") == f"{hub.url}/ours/tiny"
     assert hub.files("ours/tiny") == contents(converted) | {"notes.md": b"kept"}
     repository = hub.repositories["ours/tiny"]
     repository.refs["first"] = len(repository.commits) - 1
@@ -110,7 +113,8 @@ def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
     assert hub.repositories == {}
     publish(target, "me/tiny", license="mit")
     assert "\nlicense: mit\n" in hub.files("me/tiny")["README.md"].decode()
-    publish(target, "me/tiny")  # it stands on the card now
+    # It stands on the card now.
+    publish(target, "me/tiny")
     with pytest.raises(ValueError, match=r"`license` gemma contradicts .* says mit"):
         publish(target, "me/tiny", license="gemma")
 
@@ -154,7 +158,7 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
         assert "\n" not in sentence
         assert sentence.endswith(".")
         assert TOKEN not in sentence
-        # nor in what a traceback would show with it
+        # Nor in what a traceback would show with it.
         assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert not (tmp_path / "new").exists()
     assert contents(converted) == before

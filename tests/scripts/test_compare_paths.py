@@ -20,7 +20,8 @@ def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, conver
 
     def wrong(self, *arguments):
         logits = right(self, *arguments)
-        if next(calls) == 0:  # the kernels' self-check
+        # The first call is the kernels' self-check.
+        if next(calls) == 0:
             return logits
         return mx.concatenate([logits[:, :5], logits[:, 5:6] + 50, logits[:, 6:]], axis=-1)
 

@@ -49,7 +49,8 @@ def test_compiled_texts_and_allowed_threads_are_counted():
         steps = MetalSteps(clustered, counted.metal_kernel)
         for n_positions in (1, 1, 2, 3):
             steps.route(mx.zeros((n_positions, 64), mx.bfloat16))
-        assert len(counted.texts) == len(emulator.built) == 2  # of one position and of several
+        # They are of one position and of several.
+        assert len(counted.texts) == len(emulator.built) == 2
         assert counted.limits == {}
         counted.measures = True
         steps.route(mx.zeros((1, 64), mx.bfloat16))

@@ -28,7 +28,7 @@ def test_runs_have_their_shares():
 def test_the_time_of_a_width():
     costs = Costs({2: 1.2}, draft=0.1, wrong=0.5)
     assert time_of_width(np.array([1, 0, 0, 1]), costs, 1) == 4
-    # right and the token behind it, wrong, and right past the end
+    # Right and the token behind it, wrong, and right past the end.
     assert time_of_width(np.array([1, 0, 0, 1]), costs, 2) == pytest.approx(3 * 1.3 + 0.5)
 
 

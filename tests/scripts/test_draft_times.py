@@ -44,7 +44,8 @@ def test_a_round_is_its_drafts_and_its_step():
     expected = tokens / (costs.times[4] + 3 * costs.draft + wrong * costs.wrong)
     found, width = drafted_gain("qwen3.8-27b", "m2", 4, True, (0.93, 0.87))
     assert width == 4
-    assert found == pytest.approx(expected, rel=0.05)  # beside what the head alone gains
+    # It comes beside what the head alone gains.
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_flash_heads_drafts_are_never_slower_and_mixtures_seldom_pay():

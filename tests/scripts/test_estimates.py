@@ -15,7 +15,8 @@ from step_times import chips, gain, models, sampled_gains
 @pytest.mark.parametrize(
     "architecture, config, dependent, dispatches",
     [
-        ("llama", {}, 12, 17),  # q, k, v and their caches run beside each other
+        # Q, k, v and their caches run beside each other.
+        ("llama", {}, 12, 17),
         ("gpt_oss", {"layer_types": ["sliding_attention", "full_attention"]}, 21, 37),
         ("qwen3_moe", {"num_experts": 16}, 18, 30),
     ],

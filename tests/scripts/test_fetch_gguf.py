@@ -24,7 +24,7 @@ from gguf_folder import (
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
 KINDS = [3] * 4 + [6] * 256 + [1] * 9 + [4, 4]
-# of the words: bc before ▁a, the longer ones later, and ab last of all
+# Of the words: bc before ▁a, the longer ones later, and ab last of all.
 SCORES = [0.0] * 260 + [-50, -51, -52, -53, -2, -1, -4, -3, -5, -1000, -1000]
 CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 32}
 CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -114,8 +114,10 @@ def test_same_model_as_before_it_was_stored(model, folder):
     loaded, _, config = mlx_lm.load(str(folder), return_config=True)
     stored = dict(tree_flatten(loaded.parameters()))
     for name, array in tree_flatten(model.parameters()):
-        # eight bits a weight: half a step of a block's largest weight over 127
-        tolerance = 0.004 if name == "model.embed_tokens.weight" else 1e-3
+        # Eight bits a weight: half a step of a block's largest weight over 127.
+        tolerance = 1e-3
+        if name == "model.embed_tokens.weight":
+            tolerance = 0.004
         assert stored[name].dtype == mx.float16
         np.testing.assert_allclose(stored[name], array, atol=tolerance)
     assert config["_name_or_path"] == MODELS["gemma3"].gguf_name
@@ -152,7 +154,10 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer = gguf.GGUFWriter(path := tmp_path / "tiny.gguf", "qwen2")
     for name, key in SIZES.items():
-        write = writer.add_float32 if name == "rope_theta" else writer.add_uint32
+        if name == "rope_theta":
+            write = writer.add_float32
+        else:
+            write = writer.add_uint32
         write(f"qwen2.{key}", sizes[name])
     writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_token_list([*letters, *(f"<{i}>" for i in range(43)), "in"])

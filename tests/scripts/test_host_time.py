@@ -18,5 +18,6 @@ def test_both_loops_are_measured_for_each_kind_of_text(monkeypatch):
     policy_of(flash.head).dense = False
     found = host_times(flash.model, [1, 2, 3], runs=1)
     assert found.keys() == {"greedy", "top-p", "penalty"}
-    for times in found.values():  # a second for 8 tokens
+    # The 8 tokens take a second.
+    for times in found.values():
         assert times == {"dense": 125000.0, "FlashHead": 125000.0, "relative": 1.0}

@@ -71,7 +71,8 @@ def test_programs_draw_the_same_in_each_thread():
         "for _ in range(2):\n"
         "    thread = threading.Thread(target=draw); thread.start(); thread.join()\n"
         "print(len(set(found)), flush=True)\n"
-        "os._exit(0)"  # MLX may abort at its end where threads that drew have ended
+        # MLX may abort at its end where threads that drew have ended.
+        "os._exit(0)"
     )
     words = [sys.executable, "-c", code]
     start = os.environ | {"PYTHONPATH": str(SCRIPTS / "host_start")}

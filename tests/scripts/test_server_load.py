@@ -20,7 +20,9 @@ def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch
         if port == 1:
             raise ValueError("the stream broke off")
         whole = server.Reply(question, "two", 5, seconds[question])
-        return server.Reply(question, "o", None, 0.75) if hang_up else whole
+        if hang_up:
+            return server.Reply(question, "o", None, 0.75)
+        return whole
 
     monkeypatch.setattr(server, "ask", ask)
     monkeypatch.setattr(server, "questions", lambda: list(ALONE))
@@ -28,11 +30,12 @@ def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch
     n = 2 * server.HANGS_UP
     for port in (0, 1):
         answers = []
-        assert server.visit(port, 3, n, 4, answers, 0) == 0 and not answers  # it warms up
+        # This visit warms up.
+        assert server.visit(port, 3, n, 4, answers, 0) == 0 and not answers
         loads.append(server.figures(answers, ALONE, [server.visit(port, 3, n, 4, answers, 1)]))
     load, broken = loads
     assert (load["answered"], load["hung_up"], load["lost"]) == (n - 2, 2, 0)
-    # both questions have as many clients, and one client of each hangs up
+    # Both questions have as many clients, and one client of each hangs up.
     assert load["as_alone"] == server.HANGS_UP - 1
     assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
     assert (broken["answered"], broken["lost"]) == (0, n)
@@ -70,7 +73,7 @@ def test_a_server_that_does_not_start_is_one_sentence():
 
 def test_three_servers_are_put_under_load(run, converted, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    # the tiny model's context is short
+    # The tiny model's context is short.
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)
     commands = []
     ports = []
@@ -79,7 +82,7 @@ def test_three_servers_are_put_under_load(run, converted, tmp_path, monkeypatch)
     def recorded(*command, serving=server.serving):
         commands.append(command)
         if "--dense" in command:
-            # the first one stands for it
+            # The first one stands for it.
             yield ports[0]
             return
         with serving(*command) as port:
@@ -104,5 +107,5 @@ def test_three_servers_are_put_under_load(run, converted, tmp_path, monkeypatch)
         assert load["as_alone"] == load["answered"]
         assert f" {load['tokens_per_second']['median']:.1f} " in screen
     assert "Answers lost: 0." in screen
-    # neither a build nor dense steps are measured
+    # Neither a build nor dense steps are measured.
     assert {"--build-first", "--flash-head-always"} <= set(commands[0])

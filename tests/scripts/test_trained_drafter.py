@@ -61,7 +61,8 @@ def test_steps_and_shares_follow_from_the_runs():
     assert steps_of(run, 4) == [2, 0, 3]
     assert steps_of(run, 2) == [1, 1, 1, 1]
     found = figures_of([run])
-    assert found["tried"][:3] == [7, 4, 2]  # the last token has no second one behind it
+    # The last token has no second one behind it.
+    assert found["tried"][:3] == [7, 4, 2]
     assert found["right"][:3] == [5, 3, 1]
     assert found["tokens_a_step"]["4"] == pytest.approx(7 / 3, abs=1e-4)
 

@@ -30,7 +30,9 @@ def test_a_part_that_differs_is_found(monkeypatch):
 
     def product(layer, single, x):
         made = single(x)
-        return made + 1e-3 if x.shape[-2] > 1 and layer is twin.lm_head else made
+        if x.shape[-2] > 1 and layer is twin.lm_head:
+            return made + 1e-3
+        return made
 
     steps = WideSteps.of(model)
     twin = steps.twin(apart=False)
@@ -58,7 +60,8 @@ def test_all_figures(monkeypatch):
     assert list(found["costs"]) == list(found["parts"]) == [2, 3, 4, 8]
     assert list(found["texts"]) == ["greedy", "top-p", "penalty"]
     assert all(text["same"] for text in found["texts"].values())
-    assert set(fed) == {8}  # texts take as many tokens as they can
+    # Texts take as many tokens as they can.
+    assert set(fed) == {8}
 
 
 def test_a_model_without_such_steps_says_which_parts_differ(monkeypatch):
