@@ -155,13 +155,8 @@ def _guesser(
         proposer.hear_states()
         n_held = _length(layers)
         return trained_drafts(draft_model, model, n_drafts, layers, draft_layers, n_held)
-    return DraftModel(
-        draft_model,
-        draft_layers,
-        n_drafts,
-        n_held=min(_length(draft_layers), n_context),
-        scores_few=draft_model is not model,
-    )
+    n_held = min(_length(draft_layers), n_context)
+    return DraftModel(draft_model, model, draft_layers, n_drafts, n_held)
 
 
 def _length(layers: list[Any]) -> int:

@@ -21,7 +21,6 @@ from .changes import mask_array, with_few_allowed
 from .guessing.dense_states import DenseStates
 from .pace import Pace
 from .phase import (
-    DRAFTED,
     PAUSED,
     SAMPLED_DENSE,
     SEVERAL_DRAW,
@@ -141,8 +140,6 @@ class Proposer:
             pays: Whether texts like it gain by proposals at the time.
             several_draw: Whether several texts draw from MLX's random state.
         """
-        if text.guesses is not None and text.guesses.instead:
-            return DRAFTED
         if text.why_dense is not None:
             return text.why_dense
         if not self.pays(text, n_texts):

@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from ..common.command import from_extra
 from .compat import mlx_vlm as compat
-from .drafted_target import EMBEDDINGS, DraftedTarget, nbytes_read
+from .drafted_target import DraftedTarget
 from .fetch import reason
+from .step_bytes import EMBEDDINGS, nbytes_read
 
 CONFIG = "config.json"
 _LIKE_A_DRAFTERS = re.compile("mtp|assistant|dflash|dspark|eagle", re.IGNORECASE)
@@ -89,10 +90,10 @@ class TrainedDrafter:
         # Such a drafter scores few rows by itself.
         if "masked_embedding" in self.module:
             parts = [each for each in parts if not isinstance(each, EMBEDDINGS)]
-        nbytes = sum(nbytes_read(each, target.n_active) for each in parts)
+        nbytes: float = sum(nbytes_read(each, target.n_active) for each in parts)
         if not self.has_own_head:
-            nbytes += round(head_share * target.head_nbytes)
-        return nbytes / target.nbytes
+            nbytes += head_share * target.nbytes.head
+        return nbytes / target.nbytes.all()
 
     def make_cache(self) -> list[Any]:
         """New caches of its layers; none of a drafter that reads its target's."""

@@ -28,10 +28,8 @@ from mlx_flashhead.benchmarks.reporting import machine
 from mlx_flashhead.common.arguments import Parser, picture, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, percent, show
-from mlx_flashhead.decoding.guessing.guesser import Offer
-from mlx_flashhead.decoding.guessing.guesses import best_offer
-from mlx_flashhead.decoding.guessing.lookup import EXPECTED, Lookup, LookupGuesser
-from mlx_flashhead.decoding.guessing.worth import Worth
+from mlx_flashhead.decoding.guessing.depth import Budget, Costs, Known, best_width
+from mlx_flashhead.decoding.guessing.lookup import Lookup, chances_behind, shares_by_length
 from mlx_flashhead.models.cpu_products import numpy_products
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.templates import prompt_of
@@ -88,7 +86,10 @@ class Always:
         return self._width
 
     def note(self, length: int, n_right: int, wrong: bool) -> None:
-        """Notes what a guess was worth."""
+        """Learns nothing of a guess."""
+
+    def step(self, width: int, n_right: int) -> None:
+        """Learns nothing of a step."""
 
 
 class WherePaid:
@@ -99,18 +100,22 @@ class WherePaid:
     """
 
     def __init__(self, costs: Mapping[int, float]):
-        self._costs = costs
-        self._worths = {length: Worth(share) for length, share in EXPECTED.items()}
+        self._costs = Costs(costs)
+        self._shares = shares_by_length()
+        self._budget = Budget(Known())
 
     def width(self, length: int, n_unknown: int) -> int:
         """The tokens of a step where an n-gram of this length was found."""
-        chances = self._worths[length].chances(MAX_WIDTH - 1, n_unknown)
-        offer = Offer(LookupGuesser(), chances, lambda n: mx.zeros(n, mx.uint32))
-        return best_offer([offer], self._costs)[1]
+        chances = chances_behind(self._shares[length].chances, n_unknown)
+        return best_width(chances, self._budget.affordable(self._costs))
 
     def note(self, length: int, n_right: int, wrong: bool) -> None:
-        """Notes what a guess was worth."""
-        self._worths[length].note(n_right, wrong)
+        """Notes how many tokens of a guess were right, and whether the next one was wrong."""
+        self._shares[length].note(n_right + wrong, n_right)
+
+    def step(self, width: int, n_right: int) -> None:
+        """Notes a step, and how many of its guesses were right."""
+        self._budget.note(width, self._costs, n_right)
 
 
 def replay(prompt: Sequence[int], answer: Sequence[int], policy: Always | WherePaid) -> Replay:
@@ -150,6 +155,7 @@ def replay(prompt: Sequence[int], answer: Sequence[int], policy: Always | WhereP
         pairs = zip(guess, answer[place:], strict=False)
         n_right = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         steps += 1
+        policy.step(len(guess) + 1, n_right)
         # The step's own choice follows what was right.
         place += n_right + 1
         guessed += len(guess)

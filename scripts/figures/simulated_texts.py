@@ -26,7 +26,7 @@ def time_of_width(runs: np.ndarray, costs: Costs, width: int) -> float:
 
 def time_of_policy(runs: np.ndarray, costs: Costs, known: Known) -> float:
     """The time of a text in single steps, as the policy chooses them."""
-    shares = Shares(known)
+    shares = Shares(known.shares)
     budget = Budget(known)
     n_done = 0
     time = 0.0
@@ -38,5 +38,5 @@ def time_of_policy(runs: np.ndarray, costs: Costs, known: Known) -> float:
         if width > 1:
             shares.note(width - 1, n_right)
         n_done += n_right + 1
-    shares.leave()
+    shares.leave_to(known)
     return time

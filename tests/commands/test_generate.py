@@ -13,6 +13,7 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
+from always_guessing import guess_always
 from mlx_flashhead.loading.trials import SENTENCE
 from mlx_flashhead.models.loading import load_dense
 from model_folders import VOCAB_SIZE, write_model
@@ -123,6 +124,7 @@ def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, t
 
 def test_draft_models(run, generated, refused, dense, converted, right, monkeypatch):
     """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
+    guess_always(monkeypatch)
     module = importlib.import_module("mlx_flashhead.loading.drafts")
     drafts = []
     load_draft = module.load_draft

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 
-from mlx_flashhead.decoding.phase import DRAFTED, REPLACED, TRAINED
+from mlx_flashhead.decoding.phase import NO_HEAD, REPLACED, TRAINED
 from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.head_options import DENSE, LATER, HeadOptions
 from mlx_flashhead.models.install import get_flash_head
@@ -120,7 +120,7 @@ def test_a_drafted_text_is_the_same_before_its_flash_head_is_built_and_after(
         assert [token for token, *_ in found] == expected
         ways = [line for line in said if line.startswith("Text of")]
         # From the first text on.
-        assert ways[0] == f"Text of model: {DRAFTED}."
+        assert ways[0] == f"Text of model: {NO_HEAD}."
         batches = patches.loops.batches(OWN["BatchGenerator"])(draft)
         while get_flash_head(draft) is None and first_use.build.under_way:
             texts(batches, prompts)

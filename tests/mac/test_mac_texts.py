@@ -7,6 +7,7 @@ from mlx_lm import sample_utils
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_flashhead
+from always_guessing import guess_always
 from mlx_flashhead import grammar_processor, make_sampler
 from mlx_flashhead.decoding import proposer
 from mlx_flashhead.decoding.measuring.rehearsal import rehearse
@@ -174,6 +175,7 @@ def test_wide_steps_have_the_bits_of_single_ones(gpu, pair, kernels, monkeypatch
 
 
 def test_a_draft_model(gpu, pair, monkeypatch):
+    guess_always(monkeypatch)
     monkeypatch.setattr(trial, "LONG", (30, 60))
     expected = tokens(mlx_lm, pair.plain)
     drafts = {"draft_model": pair.plain[0], "num_draft_tokens": 2}

@@ -9,6 +9,7 @@ from http.client import HTTPConnection
 
 import pytest
 
+from always_guessing import guess_always
 from chain_models import write_chain_model
 from engines import CHUNK, convert, flags, served_model
 from mlx_flashhead.serving.engine import Engine
@@ -114,11 +115,14 @@ def start_engine(converted):
             return [served]
 
         engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
-        try:
-            engine.models.result(60)
-            yield engine
-        finally:
-            assert engine.close(60)
+        with pytest.MonkeyPatch.context() as patch:
+            if drafts:
+                guess_always(patch)
+            try:
+                engine.models.result(60)
+                yield engine
+            finally:
+                assert engine.close(60)
 
     return started
 

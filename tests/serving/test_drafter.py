@@ -7,8 +7,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 pytest.importorskip("mlx_vlm")
 
+from always_guessing import guess_always
 from engines import CHUNK, flags, submit, tokens_of
-from mlx_flashhead.decoding.guessing.trained import TrainedDrafts
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.served_models import ServedModel
 from model_folders import VOCAB_SIZE, write_tokenizer
@@ -20,7 +20,7 @@ SHORT = [40, 41, 42]
 
 @pytest.mark.parametrize("arguments", [(), ("--kv-bits", 8, "--kv-group-size", 32)])
 def test_answers(tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr(TrainedDrafts, "always", True)
+    guess_always(monkeypatch)
     write_tokenizer(tmp_path)
     model, drafter = exact_pair("qwen3_5", noise=0.3, vocab_size=VOCAB_SIZE)
     mx.eval(model.parameters(), drafter.module.parameters())  # another thread could not

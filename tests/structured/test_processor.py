@@ -10,6 +10,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
+from always_guessing import guess_always
 from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
 from mlx_flashhead.structured.grammar import LIMITS, Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
@@ -67,8 +68,9 @@ def test_no_space_without_end(tokenizer):
 
 
 @pytest.mark.parametrize("form", [{"regex": "[0-9]{1,3}"}, {"json_schema": {"type": "integer"}}])
-def test_guesses_beyond_the_form_are_no_problem_of_the_text(flash, tokenizer, form):
+def test_guesses_beyond_the_form_are_no_problem_of_the_text(flash, tokenizer, form, monkeypatch):
     """Of a draft model, which knows of no form, at the end of the text and before."""
+    guess_always(monkeypatch)
     texts = []
     for draft in (None, tiny_model(vocab_size=VOCAB_SIZE, seed=3, num_hidden_layers=1)):
         processor = grammar_processor(tokenizer, **form)

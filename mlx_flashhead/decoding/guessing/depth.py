@@ -1,11 +1,13 @@
-"""How many tokens a step takes where somebody guesses: as many as give most tokens for their time.
+"""Whether and how far a text is guessed ahead: as far as gives most tokens for their time.
+
+It is asked for every guesser: lookups, draft models and trained drafters.
 
     gain(T) = (1 + p1 + p1 p2 + … + p1 … p(T-1))
               / (cost(T) + (T - 1) draft + (1 - p1 … p(T-1)) wrong)
 
-pd is the chance that guess d is right if those before it are, learned in the text from what earlier
-texts of the pair have shown. Nothing here knows a model: times are
-relative to a single step, and a step of T tokens has T - 1 guesses.
+pd is the chance that guess d is right if those before it are, learned in the text from what is
+expected before: of a drafter that is what earlier texts have shown. Nothing here knows a model:
+times are relative to a single step, and a step of T tokens has T - 1 guesses.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +36,8 @@ MOST_KNOWN = 400.0
 # which cost the other part.
 BOUND = 0.018
 TRIES = 0.01
-# Single steps that guesses may lose before a drafter has gained anything, once on a machine.
+# Single steps that guesses may lose before they have gained anything: those of a drafter once on a
+# machine, lookups once a text.
 START = 2.0
 # Single steps that were gained, and may be lost again, at the most.
 MOST_SLACK = 12.0
@@ -97,7 +100,7 @@ def _no_guesses() -> list[float]:
 
 @dataclass
 class Known:
-    """What is known of a drafter and its target on this machine, from text to text.
+    """What is known of a drafter and its target, from text to text on this machine.
 
     Attributes:
         right: Guesses of each depth that were right.
@@ -128,13 +131,13 @@ class Shares:
     """How often the guesses of each depth are right in a text.
 
     Args:
-        known: Of earlier texts.
+        prior: What is expected of each depth.
+        weight: As how many guesses of the text that counts.
     """
 
-    def __init__(self, known: Known):
-        self._known = known
-        prior = known.shares
+    def __init__(self, prior: Sequence[float], weight: float = PRIOR_WEIGHT):
         self._first = prior[0]
+        self._weight = weight
         self._ratios = [1.0, *(after / before for before, after in pairwise(prior))]
         # Of these the latest ones count most.
         self._right = _no_guesses()
@@ -148,7 +151,7 @@ class Shares:
 
         A depth that was seldom reached follows the one before it, as it did in earlier texts.
         """
-        return _shares(self._right, self._tried, self._ratios, self._first, PRIOR_WEIGHT)
+        return _shares(self._right, self._tried, self._ratios, self._first, self._weight)
 
     def note(self, n: int, n_right: int) -> None:
         """Notes how many of ``n`` guesses were right, up to a wrong one."""
@@ -161,9 +164,9 @@ class Shares:
             self._all_right[depth] += right
             self._all_tried[depth] += 1
 
-    def leave(self) -> None:
+    def leave_to(self, known: Known) -> None:
         """Adds what the text has shown to what is known."""
-        self._known.add(self._all_right, self._all_tried)
+        known.add(self._all_right, self._all_tried)
         self._all_right = _no_guesses()
         self._all_tried = _no_guesses()
 
@@ -172,8 +175,8 @@ class Budget:
     """Chooses the width of each step of a text, and bounds what guesses may lose.
 
     Where no width pays, steps are single, and the one that loses least is tried now and then. All
-    that guesses lose is bounded: by BOUND of the time, beside START once on a machine and a part of
-    what they have gained.
+    that guesses lose is bounded: by BOUND of the time, beside START and a part of what they have
+    gained.
 
     Args:
         known: Has the slack, which is kept up to date.

@@ -72,17 +72,12 @@ class Guesser(Protocol):
     Attributes:
         name: What is said to have guessed a token, such as "lookup".
         wants_states: Whether it hears the states, too.
-        instead: Whether it guesses in the place of the FlashHead: the normal (dense) head chooses
-            all tokens of its wide steps then.
-        always: Whether it guesses wherever it can, not where that is worth its time.
         known: What earlier texts have shown of it, with what it may lose. None of one whose offers
-            are judged where they are not taken, too.
+            are judged where they are not taken, too, so that none is taken to try it.
     """
 
     name: str
     wants_states: bool = False
-    instead: bool = False
-    always: bool = False
     known: Known | None = None
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:

@@ -11,7 +11,7 @@ from ...head.backend import gpu_is_default
 from ...models.trust import is_librarys_model
 from ...wide.step import MAX_WIDTH, WideSteps, layout_of
 from ...wide.trial import established_costs
-from .depth import WORTH, Budget, Costs, gain
+from .depth import WORTH, Budget, Costs, Known, gain
 from .forced_tokens import ForcedTokens
 from .guesser import Guess, Guesser, LatestToken, Offer
 from .lookup import LookupGuesser
@@ -43,10 +43,11 @@ class Guesses:
         self._guessers = list(guessers)
         self._always = always
         self._quantized_from = quantized_from
-        known = [guesser.known for guesser in self._guessers if guesser.known is not None]
-        self._budget: Budget | None = None
-        if known and not always:
-            self._budget = Budget(known[0])
+        known = Known()
+        for guesser in self._guessers:
+            if guesser.known is not None and not always:
+                known = guesser.known
+        self._budget = Budget(known)
         # The costs of the latest offer that was taken.
         self._taken = Costs({})
 
@@ -54,11 +55,6 @@ class Guesses:
     def wants_states(self) -> bool:
         """Whether the states are heard, too."""
         return any(guesser.wants_states for guesser in self._guessers)
-
-    @property
-    def instead(self) -> bool:
-        """Whether one guesses in the place of the FlashHead at the time."""
-        return any(guesser.instead for guesser in self._guessers)
 
     def best(
         self, text: "Text", latest: LatestToken, layers: list[Any]
@@ -80,29 +76,33 @@ class Guesses:
         taken = None
         if offers:
             taken = self._best(offers, self._costs(layers))
-        if self._budget is not None and taken is None:
+        if taken is None:
             self._budget.note(1, self._taken)
         return taken
 
     def _best(self, offers: list[Offer], costs: dict[int, float]) -> tuple[Offer, int] | None:
         """The offer that gains most, or one that is tried; and how many of its tokens."""
-        least = WORTH
         if self._always:
-            least = 0.0
-        budget = self._budget
-        if budget is not None:
-            dearest = Costs(costs, max(offer.cost for offer in offers))
-            costs = dict(budget.affordable(dearest).times)
-        offer, width = best_offer(offers, costs, least)
-        if budget is not None and width == 1:
-            for each in offers:
-                if each.guesser.known is not None:
-                    offer = each
-                    width = budget.tried(each.chances, Costs(costs, each.cost))
+            offer, width = best_offer(offers, costs, 0.0)
+        else:
+            offer, width = self._worth_their_time(offers, costs)
         self._taken = Costs(costs, offer.cost)
         if width == 1:
             return None
         return offer, width - 1
+
+    def _worth_their_time(self, offers: list[Offer], costs: dict[int, float]) -> tuple[Offer, int]:
+        """The offer that gains most, or one that is tried, and the tokens of its step."""
+        budget = self._budget
+        dearest = Costs(costs, max(offer.cost for offer in offers))
+        affordable = budget.affordable(dearest).times
+        offer, width = best_offer(offers, affordable)
+        if width == 1:
+            for each in offers:
+                if each.guesser.known is not None:
+                    offer = each
+                    width = budget.tried(each.chances, Costs(affordable, each.cost))
+        return offer, width
 
     def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
         offers = []
@@ -120,8 +120,7 @@ class Guesses:
         """Notes how many tokens of a guess were right."""
         n = len(guess.tokens)
         guess.guesser.judge(n, n_right)
-        if self._budget is not None:
-            self._budget.note(n + 1, self._taken, n_right)
+        self._budget.note(n + 1, self._taken, n_right)
 
     def hear(self, tokens: list[int], states: mx.array | None = None) -> None:
         """Has all hear the next tokens that the model has read.
@@ -241,7 +240,7 @@ def guesses_of(
     Args:
         proposer: Has its model and the settings.
         read: Tokens of it that its caches hold already.
-        guesser: One that guesses, too; in the place of a lookup if it does so ``always``.
+        guesser: One that guesses, too.
         quantized_from: As of :class:`Guesses`.
         layers: Caches as the text has them at its first token. Wide steps are tried with them if
             nobody has: that takes seconds. None: the text has begun, and only what is known counts.
@@ -259,18 +258,12 @@ def guesses_of(
     wide = WideSteps.of(proposer.model)
     if layers is not None:
         established_costs(wide, layers)
-    always = guesser is not None and guesser.always
     guessers: list[Guesser] = [ForcedTokens()]
-    if looks_up and not always:
+    if looks_up:
         guessers.append(LookupGuesser())
     if guesser is not None:
         guessers.append(guesser)
-    guesses = Guesses(
-        wide,
-        guessers,
-        always=lookup == "on" or always,
-        quantized_from=quantized_from,
-    )
+    guesses = Guesses(wide, guessers, always=lookup == "on", quantized_from=quantized_from)
     for each in guessers:
         if read and not (has_heard and each is guesser):
             each.hear(read, None)

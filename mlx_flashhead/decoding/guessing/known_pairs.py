@@ -1,16 +1,19 @@
-"""What earlier texts have shown of trained drafters, kept on this machine beside the speeds."""
+"""What earlier texts have shown of drafters, kept on this machine beside the speeds."""
 
+import weakref
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import mlx.nn as nn
 
 from ...common.stored import store, stored
 from ...models.trained_drafter import TrainedDrafter
 from ...wide.store import key_of, path_of
-from .depth import Known
+from .depth import Known, Shares
+
+# What drafts: a smaller model, or a drafter that was trained with its target.
+Drafter = nn.Module | TrainedDrafter
 
 
 class _Pair(NamedTuple):
@@ -27,31 +30,50 @@ class _Pair(NamedTuple):
     key: str
 
 
-_pairs: WeakKeyDictionary[TrainedDrafter, _Pair] = WeakKeyDictionary()
+# Those in use, by the ids of the drafter and its target.
+_pairs: dict[tuple[int, int], _Pair] = {}
 
 
-def known_of(drafter: TrainedDrafter, model: nn.Module) -> Known:
+def known_of(drafter: Drafter, model: nn.Module) -> Known:
     """What is known of a drafter and its target. The first call in a process reads a file.
 
     Args:
         drafter: The drafter.
         model: Its target.
     """
-    if drafter not in _pairs:
-        key = key_of(f"drafts of {drafter.source}")
-        place = path_of(model)
-        if place is not None:
-            name = sha256(f"{place.stem} {drafter.source}".encode()).hexdigest()
-            place = place.with_name(f"{name[:24]}.json")
-        known = {}
-        if place is not None:
-            known = stored(place, Known)
-        _pairs[drafter] = _Pair(known.get(key, Known()), place, key)
-    return _pairs[drafter].known
+    ids = id(drafter), id(model)
+    if ids not in _pairs:
+        _pairs[ids] = _read(drafter, model)
+        weakref.finalize(drafter, _pairs.pop, ids, None)
+        weakref.finalize(model, _pairs.pop, ids, None)
+    return _pairs[ids].known
 
 
-def keep(drafter: TrainedDrafter) -> None:
-    """Writes what is known of a drafter by now."""
-    pair = _pairs[drafter]
+def keep(drafter: Drafter, model: nn.Module, shares: Shares) -> None:
+    """Adds what a text has shown to what is known of a drafter and its target, and writes it."""
+    pair = _pairs[id(drafter), id(model)]
+    shares.leave_to(pair.known)
     if pair.place is not None:
         store(pair.place, stored(pair.place, Known) | {pair.key: pair.known})
+
+
+def _read(drafter: Drafter, model: nn.Module) -> _Pair:
+    """What the file of a pair has for this machine."""
+    place = path_of(model)
+    source = _source(drafter)
+    if place is None or source is None:
+        return _Pair(Known(), None, "")
+    key = key_of(f"drafts of {source}")
+    name = sha256(f"{place.stem} {source}".encode()).hexdigest()
+    place = place.with_name(f"{name[:24]}.json")
+    return _Pair(stored(place, Known).get(key, Known()), place, key)
+
+
+def _source(drafter: Drafter) -> str | None:
+    """What a drafter is called: its repository, or a model's fingerprint; None if it has none."""
+    if isinstance(drafter, TrainedDrafter):
+        return drafter.source
+    place = path_of(drafter)
+    if place is None:
+        return None
+    return place.stem

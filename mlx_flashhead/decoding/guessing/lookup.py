@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from ...wide.step import MAX_WIDTH
+from .depth import MAX_GUESSES, Shares
 from .guesser import Guesser, LatestToken, Offer
-from .worth import Worth
 
 if TYPE_CHECKING:
     from ..text import Text
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LENGTHS = (4, 3, 2)
 # How often guesses are right that nobody has tried yet, by the length of the n-gram.
 EXPECTED = {4: 0.6, 3: 0.4, 2: 0.2}
+# As how many guesses of the text that counts.
+EXPECTED_WEIGHT = 2.0
 
 
 class _Watched(NamedTuple):
@@ -97,12 +99,12 @@ class LookupGuesser(Guesser):
         self._lookup = Lookup()
         # Of the lookup's tokens, which may have the latest one behind these.
         self._n_heard = 0
-        self._worths = {length: Worth(EXPECTED[length]) for length in LENGTHS}
+        self._shares = shares_by_length()
         # The latest offer, until it is judged.
         self._watched: _Watched | None = None
 
     def hear(self, tokens: list[int], states: mx.array | None) -> None:
-        """Adds tokens, and sees what an offer that was not taken would have been worth."""
+        """Adds tokens, and sees whether an offer that was not taken would have been right."""
         self._n_heard += len(tokens)
         n_new = self._n_heard - len(self._lookup.tokens)
         self._add(tokens[len(tokens) - n_new :])
@@ -126,13 +128,13 @@ class LookupGuesser(Guesser):
         n_unknown = int(latest.token is None)
         self._watched = _Watched(length, len(self._lookup.tokens), found[0])
         guessed = found[n_unknown:]
-        chances = self._worths[length].chances(MAX_WIDTH - 1, n_unknown)
+        chances = chances_behind(self._shares[length].chances, n_unknown)
         return Offer(self, chances, lambda n: mx.array(guessed[:n], mx.uint32))
 
     def judge(self, n: int, n_right: int) -> None:
-        """Learns what guesses by an n-gram of this length are worth."""
+        """Learns how often guesses by an n-gram of this length are right."""
         if self._watched is not None:
-            self._worths[self._watched.length].note(n_right, n_right < n)
+            self._shares[self._watched.length].note(n, n_right)
             self._watched = None
 
     def _find(self, latest: LatestToken) -> tuple[int, list[int]]:
@@ -146,5 +148,23 @@ class LookupGuesser(Guesser):
         watched = self._watched
         if watched is not None and watched.place < len(lookup.tokens):
             right = lookup.tokens[watched.place] == watched.token
-            self._worths[watched.length].note(int(right), not right)
+            self._shares[watched.length].note(1, int(right))
             self._watched = None
+
+
+def shares_by_length() -> dict[int, Shares]:
+    """How often guesses are right in a text, by the length of the n-gram. Nothing is known yet."""
+    expected = {length: [EXPECTED[length]] * MAX_GUESSES for length in LENGTHS}
+    return {length: Shares(shares, EXPECTED_WEIGHT) for length, shares in expected.items()}
+
+
+def chances_behind(chances: list[float], n_unknown: int) -> list[float]:
+    """The chances of what is found to be right, but for its first tokens, which are not guessed.
+
+    Args:
+        chances: Of each token that was found, if those before it are right.
+        n_unknown: How many come first, 0 or 1. They must be as found, too.
+    """
+    if not n_unknown:
+        return chances
+    return [chances[0] * chances[1], *chances[2:]]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...head.flash_head import FlashHead
 from ...models.compat.mlx_vlm import length_of_pairs
 from ...models.drafter_in_text import DrafterInText
 from ...models.install import get_flash_head
@@ -20,7 +19,7 @@ from ..caches import Mark
 from ..policy import policy_of
 from ..sampler import normalized
 from .depth import Shares
-from .draft_model import LATEST
+from .draft_model import LATEST, head_share
 from .guesser import Guesser, LatestToken, Offer
 from .known_pairs import keep, known_of
 
@@ -61,8 +60,9 @@ class TrainedDrafts(Guesser):
         self._n_drafts = min(n_drafts, MAX_WIDTH - 1)
         self.caches = caches
         self._drafter = drafter
-        self.known = known_of(drafter, model)
-        self._shares = Shares(self.known)
+        known = known_of(drafter, model)
+        self.known = known
+        self._shares = Shares(known.shares)
         # The text, while drafts of it are made.
         self._text: Text | None = None
         self._head = get_flash_head(model)
@@ -132,8 +132,7 @@ class TrainedDrafts(Guesser):
         """Leaves in the drafter's cache the pairs of what was heard."""
         self._settle(None)
         self._read_waiting()
-        self._shares.leave()
-        keep(self._drafter)
+        keep(self._drafter, self._target.model, self._shares)
 
     def _take(self, states: mx.array) -> None:
         """Takes the states (n, D) of the last tokens."""
@@ -245,15 +244,6 @@ def trained_drafts(
         if n_beyond > 0:
             layer.trim(n_beyond)
     return TrainedDrafts(drafter, model, n_drafts, lambda: caches, layers or None)
-
-
-def head_share(head: FlashHead | None) -> float:
-    """The share of a target's head that a draft reads, by the clusters that are scored."""
-    if head is None:
-        return 1.0
-    n_probes = policy_of(head).draft_probes or head.n_probes
-    share: float = n_probes / head.n_clusters
-    return share
 
 
 def drafter_report(drafter: TrainedDrafter, model: nn.Module) -> str:

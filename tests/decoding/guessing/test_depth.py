@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm import sample_utils
+from mlx_lm.models.cache import make_prompt_cache
 
+from flash_loops import PROMPT
 from mlx_flashhead.common.stored import store, stored
-from mlx_flashhead.decoding.guessing import depth, known_pairs
+from mlx_flashhead.decoding.guessing import depth, guesses, known_pairs
 from mlx_flashhead.decoding.guessing.depth import (
     BOUND,
+    MAX_GUESSES,
     START,
     Budget,
     Costs,
@@ -19,8 +23,13 @@ from mlx_flashhead.decoding.guessing.depth import (
     gain,
 )
 from mlx_flashhead.decoding.guessing.guesser import Guess, Guesser, LatestToken, Offer
-from mlx_flashhead.decoding.guessing.guesses import Guesses
+from mlx_flashhead.decoding.guessing.guesses import Guesses, best_offer
+from mlx_flashhead.decoding.loop import verified_tokens
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.wide import store as store_of_trials
+from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from simulated_texts import drawn, time_of_policy, time_of_width
+from tiny_models import tiny_model
 
 CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)  # a large model on a small chip
 DEAR = Costs({2: 1.8, 3: 1.95, 4: 2.1, 8: 3.1}, draft=0.05, wrong=0.1)
@@ -46,7 +55,7 @@ def test_the_best_width():
 
 
 def test_shares_are_those_of_the_text():
-    learned = Shares(Known())
+    learned = Shares(Known().shares)
     for _ in range(300):
         learned.note(3, 2)  # two right, the third wrong
     shares = learned.chances
@@ -59,7 +68,7 @@ def test_a_depth_that_was_seldom_reached_falls_as_in_earlier_texts():
     known = Known()
     known.add([80, 40, 20, 10, 5, 2, 1], [100, 80, 40, 20, 10, 5, 2])
     assert known.shares[1] == pytest.approx(0.5, abs=0.02)
-    learned = Shares(known)
+    learned = Shares(known.shares)
     for _ in range(300):
         learned.note(1, 1)
     shares = learned.chances
@@ -69,12 +78,12 @@ def test_a_depth_that_was_seldom_reached_falls_as_in_earlier_texts():
 
 def test_what_is_known_is_kept_on_the_machine(tmp_path):
     known = Known()
-    shares = Shares(known)
+    shares = Shares(known.shares)
     budget = Budget(known)
     for _ in range(50):
         shares.note(7, 3)
         budget.note(8, CHEAP, 3)
-    shares.leave()
+    shares.leave_to(known)
     assert known.tried[:4] == [50] * 4 and known.right[:4] == [50, 50, 50, 0]
     assert known.slack > START
     store(tmp_path / "known.json", {"a pair": known})
@@ -127,7 +136,7 @@ class Drafter(Guesser):
 
     def __init__(self, known, cost=0.05):
         self.known = known
-        self._shares = Shares(known)
+        self._shares = Shares(known.shares)
         self._cost = cost
 
     def offer(self, text, latest):
@@ -204,14 +213,76 @@ def test_what_is_known_of_a_pair_is_read_again(tmp_path, monkeypatch):
         def __init__(self, source):
             self.source = source
 
-    first = Trained("a drafter")
-    known = known_pairs.known_of(first, None)
-    assert known == Known() and known_pairs.known_of(first, None) is known
-    known.add([5.0] * 7, [9.0] * 7)
+    monkeypatch.setattr(known_pairs, "TrainedDrafter", Trained)
+    first, model = Trained("a drafter"), Trained("")
+    known = known_pairs.known_of(first, model)
+    assert known == Known() and known_pairs.known_of(first, model) is known
+    shares = Shares(known.shares)
+    shares.note(7, 4)
     known.slack = 1.0
-    known_pairs.keep(first)
-    assert known_pairs.known_of(Trained("a drafter"), None) == known
-    assert known_pairs.known_of(Trained("another"), None) == Known()
+    known_pairs.keep(first, model, shares)
+    assert known.right == [1.0] * 4 + [0.0] * 3 and known.tried == [1.0] * 5 + [0.0] * 2
+    assert known_pairs.known_of(Trained("a drafter"), model) == known
+    assert known_pairs.known_of(Trained("another"), model) == Known()
     (file,) = tmp_path.iterdir()
     file.write_text("{}}")
-    assert known_pairs.known_of(Trained("a drafter"), None) == Known()
+    assert known_pairs.known_of(Trained("a drafter"), model) == Known()
+
+
+def test_what_is_known_of_a_small_model_is_its_own(tmp_path, monkeypatch):
+    """It is told from others by what it holds, in another process, too."""
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING", raising=False)
+    monkeypatch.setattr(store_of_trials, "home", lambda: tmp_path)
+    target = tiny_model(num_hidden_layers=2)
+    draft = tiny_model(num_hidden_layers=1, seed=3)
+    known = known_pairs.known_of(draft, target)
+    shares = Shares(known.shares)
+    shares.note(3, 2)
+    known_pairs.keep(draft, target, shares)
+    again = tiny_model(num_hidden_layers=1, seed=3)
+    assert known_pairs.known_of(again, target) == known != Known()
+    assert known_pairs.known_of(tiny_model(num_hidden_layers=1, seed=4), target) == Known()
+    assert known_pairs.known_of(draft, tiny_model(num_hidden_layers=2, seed=5)) == Known()
+
+
+def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
+    """As on a GPU: what is found decides, and what a step of several tokens costs."""
+    monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
+    model = tiny_model(num_hidden_layers=2)
+    forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
+    n_steps = {}
+    for cost in (1.01, 100.0):
+        kind = layout_of(make_prompt_cache(model))
+        WideSteps.of(model).established[kind] = Established({2: cost, 4: cost, 8: cost})
+        proposer = Proposer(model)
+        steps = verified_tokens(
+            mx.array(PROMPT),
+            model,
+            proposer=proposer,
+            logits_processors=forever,
+            max_tokens=60,
+        )
+        assert [token for token, _ in steps] == [5] * 60
+        n_steps[cost] = proposer.n_steps
+    assert n_steps[1.01] < 20
+    assert n_steps[100.0] >= 59  # single ones
+
+
+@pytest.mark.parametrize(
+    "notes, costs, width",
+    [
+        ([(3, False)] * 5, {2: 1.05, 4: 1.3, 8: 2.0}, 8),
+        ([(3, False)] * 5, {2: 1.05, 4: 1.3, 8: 5.0}, 4),
+        # a first guess is right, a second one never
+        ([(1, True)] * 9, {2: 1.05, 4: 1.3, 8: 2.5}, 2),
+        ([(0, True)] * 9, {2: 1.05, 4: 1.3, 8: 2.5}, 1),
+        ([(0, True)] * 20 + [(3, False)] * 9, {2: 1.05, 4: 1.3}, 4),
+        ([(3, False)] * 5, {}, 1),
+    ],
+)
+def test_the_width_of_a_step_is_the_one_that_pays(notes, costs, width):
+    shares = Shares([0.5] * MAX_GUESSES, 2.0)
+    for n_right, wrong in notes:
+        shares.note(n_right + wrong, n_right)
+    offer = Offer(Guesser, shares.chances, mx.zeros)
+    assert best_offer([offer], costs)[1] == width

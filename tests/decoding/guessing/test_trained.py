@@ -12,6 +12,7 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 pytest.importorskip("mlx_vlm")
 
+from always_guessing import guess_always
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.drafting import drafted_tokens
@@ -45,8 +46,7 @@ PAIRS = {
 
 @pytest.fixture(autouse=True)
 def drafts_alone(monkeypatch):
-    """Nothing else guesses, and always."""
-    monkeypatch.setattr(TrainedDrafts, "always", True)
+    guess_always(monkeypatch)
 
 
 def with_head(model: nn.Module, n_probes: int = 20) -> nn.Module:
