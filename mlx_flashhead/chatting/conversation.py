@@ -14,9 +14,11 @@ from typing import Any
 import mlx.nn as nn
 
 from ..common.new_folder import new_file
+from ..decoding.drafting import new_draft_cache
 from ..decoding.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from ..models.templates import apply_template
+from ..models.trained_drafter import TrainedDrafter
 
 LENGTH = "length"
 STOPPED = "stopped"
@@ -63,7 +65,7 @@ class Conversation:
         *,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
-        draft_model: Any = None,
+        draft_model: nn.Module | TrainedDrafter | None = None,
     ):
         if not tokenizer.has_chat_template:
             raise ValueError(
@@ -143,7 +145,7 @@ class Conversation:
     def _clear_cache(self) -> None:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
         if self._draft_model is not None:
-            self.cache += make_prompt_cache(self._draft_model, self._max_kv_size)
+            self.cache += new_draft_cache(self._draft_model, self._max_kv_size)
         # All tokens that were put in, also those that the cache has dropped.
         self.cached_ids = []
 

@@ -3,7 +3,7 @@
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,20 @@ FLOAT_BITS = 16
 # The usual bits and group sizes of mlx-lm's modes.
 DEFAULT_BITS = {AFFINE: 4, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
 DEFAULT_GROUPS = {AFFINE: 64, "mxfp4": 32, "nvfp4": 16, "mxfp8": 32}
+
+
+class _Form(NamedTuple):
+    """How rows are quantized.
+
+    Attributes:
+        group_size: Columns that share a scale; None where the width is a multiple of none.
+        bits: Of a value; None where a conversion treats the head as any other layer.
+        mode: mlx-lm's.
+    """
+
+    group_size: int | None
+    bits: int | None
+    mode: str
 
 
 def set_dtype(
@@ -115,30 +129,25 @@ def set_bits(
         ValueError: If the head has fewer bits than chosen, or its width fits no group.
     """
     rows = location.rows()
-    body: Any = {
-        "group_size": options.q_group_size or DEFAULT_GROUPS[options.q_mode],
-        "bits": options.q_bits or DEFAULT_BITS[options.q_mode],
-        "mode": options.q_mode,
-    }
+    body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
+    body_bits = options.q_bits or DEFAULT_BITS[options.q_mode]
+    body = _Form(body_group, body_bits, options.q_mode)
     bits = head_bits(rows, options)
     stored_bits = rows.bits or FLOAT_BITS
     if not options.quantize and bits in (None, stored_bits):
         return model, config
-    head: Any = {
-        "group_size": affine_group(rows.hidden_size),
-        "bits": bits,
-        "mode": AFFINE,
-    }
+    head_group = affine_group(rows.hidden_size)
     if options.q_mode == AFFINE and options.q_group_size:
-        head["group_size"] = options.q_group_size
+        head_group = options.q_group_size
+    head = _Form(head_group, bits, AFFINE)
     if bits is not None:
-        group_size = head["group_size"]
-        if options.quantize and rows.hidden_size % body["group_size"]:
-            group_size = body["group_size"]
+        group_size = head_group
+        if options.quantize and rows.hidden_size % body_group:
+            group_size = body_group
         _check_head_bits(bits, rows, group_size)
         if bits < stored_bits:
             _restore_floats(model, location)
-    recipe = _recipe(model, options, body["group_size"])
+    recipe = _recipe(model, options, body_group)
     # A head that shares the form of the body is not stored by itself.
     has_own_form = bits is not None and not (options.quantize and recipe is None and head == body)
 
@@ -147,7 +156,7 @@ def set_bits(
         if path == location.path and has_own_form:
             if bits == FLOAT_BITS:
                 return False
-            return head
+            return head._asdict()
         return options.quantize and (recipe is None or recipe(path, module))
 
     form = head
@@ -158,8 +167,8 @@ def set_bits(
         return mlx_lm.quantize_model(
             model,
             config,
-            form["group_size"],
-            form["bits"],
+            form.group_size,
+            form.bits,
             mode=options.q_mode,
             quant_predicate=quantization,
         )

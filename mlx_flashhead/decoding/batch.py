@@ -118,7 +118,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         proposer: Proposer | None = None,
         sampler: Sampler | SamplerFunction | None = None,
         logprobs: bool = True,
-        announce: Callable[[Mode], Any] | None = None,
+        announce: Callable[[Mode], object] | None = None,
         drafter: TrainedDrafter | None = None,
         num_draft_tokens: int = 3,
         **options: Any,
@@ -251,15 +251,15 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
             if drafts is not None and own:
                 drafts.hear(own, whole)
 
-    def next(self) -> tuple[list[Any], list[Any]]:
+    def next(self) -> tuple[list[Any], list[Response]]:
         """Takes a step, and returns responses of prompts and of texts.
 
         A text has one response for its next accepted token, and none if no token is accepted yet.
         """
         with self._proposer.reading():
-            return cast(tuple[list[Any], list[Any]], super().next())
+            return cast(tuple[list[Any], list[Response]], super().next())
 
-    def next_generated(self) -> list[Any]:
+    def next_generated(self) -> list[Response]:
         """The next accepted tokens; nothing if there are no more texts."""
         while self._entries:
             _, responses = self.next()
@@ -333,7 +333,7 @@ class _Generation:
         self,
         proposer: Proposer,
         entries: dict[int, _Entry],
-        announce: Callable[[Mode], Any] | None,
+        announce: Callable[[Mode], object] | None,
     ):
         self._proposer = proposer
         self._entries = entries

@@ -43,7 +43,7 @@ def drafted_tokens(
     logits_processors: Iterable[Processor] | None = None,
     prompt_cache: list[Any] | None = None,
     context: Iterable[int] = (),
-    announce: Callable[[Mode], Any] | None = None,
+    announce: Callable[[Mode], object] | None = None,
     **options: Any,
 ) -> GuessedTokens:
     """Does what mlx-lm's ``speculative_generate_step`` does, with the text of no draft model.
@@ -68,7 +68,7 @@ def drafted_tokens(
     """
     caches = prompt_cache
     if not caches:
-        caches = compat.make_prompt_cache(model) + _new_cache(draft_model)
+        caches = compat.make_prompt_cache(model) + new_draft_cache(draft_model)
     # Some layers may have none, so that there are fewer than layers.
     layers = caches[: len(compat.make_prompt_cache(model))]
     functions = list(logits_processors or ())
@@ -125,11 +125,14 @@ def drafted_tokens(
         caches[: len(layers)] = layers
 
 
-def _new_cache(draft_model: nn.Module | TrainedDrafter) -> list[Any]:
-    """The caches of the layers of what drafts."""
+def new_draft_cache(
+    draft_model: nn.Module | TrainedDrafter, max_kv_size: int | None = None
+) -> list[Any]:
+    """New caches of the layers of what drafts, which may keep ``max_kv_size`` tokens alone."""
     if isinstance(draft_model, TrainedDrafter):
         return draft_model.make_cache()
-    return compat.make_prompt_cache(draft_model)
+    caches: list[Any] = compat.make_prompt_cache(draft_model, max_kv_size)
+    return caches
 
 
 def _guesser(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from inspect import signature
-from typing import Any, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerW
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.trained_drafter import TrainedDrafter
 from ..models.vlm import is_vlm
-from .batch import VerifiedBatchGenerator, check_batched_lookup
+from .batch import Response, VerifiedBatchGenerator, check_batched_lookup
 from .drafting import drafted_tokens
 from .guessing.draft_model import draft_report
 from .guessing.trained import drafter_report
@@ -38,13 +38,16 @@ from .proposer import Proposer
 from .sampler import SamplerFunction
 from .settings import DecodingSettings
 
+# What there is of a text.
+Held = TypeVar("Held")
+
 
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
     prompt: Any,
     max_tokens: int = 256,
-    draft_model: nn.Module | None = None,
+    draft_model: nn.Module | TrainedDrafter | None = None,
     stream: Any = compat.generation_stream,
     *,
     logprobs: bool = True,
@@ -182,7 +185,7 @@ def batch_generate(
     uids = generator.insert(prompts, limits, caches=prompt_caches)
     token_ids: dict[int, list[int]] = {uid: [] for uid in uids}
     logprobs: dict[int, list[float]] = {uid: [] for uid in uids}
-    caches: dict[int, Any] = {}
+    caches: dict[int, list[Any] | None] = {}
     try:
         with generator.stats() as stats:
             for response in _batch_responses(generator):
@@ -194,7 +197,8 @@ def batch_generate(
                     continue
                 token_ids[response.uid].append(response.token)
                 if return_logprobs:
-                    logprobs[response.uid].append(response.logprobs[response.token].item())
+                    logprob = cast(float, response.logprobs[response.token].item())
+                    logprobs[response.uid].append(logprob)
     finally:
         generator.close()
     texts = [tokenizer.decode(token_ids[uid]) for uid in uids]
@@ -217,14 +221,14 @@ def _limit_of_each(max_tokens: int | list[int], n_prompts: int) -> list[int]:
     return max_tokens
 
 
-def _where_wanted(wanted: bool, of_texts: dict[int, Any], uids: list[int]) -> list[Any] | None:
+def _where_wanted(wanted: bool, of_texts: dict[int, Held], uids: list[int]) -> list[Held] | None:
     """What there is of each text, in the order of the prompts; None where it is not wanted."""
     if not wanted:
         return None
     return [of_texts[uid] for uid in uids]
 
 
-def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
+def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Response]:
     """The responses of all texts, one after the other."""
     while responses := generator.next_generated():
         yield from responses
@@ -271,7 +275,7 @@ def _responses(
     *,
     proposer: Proposer,
     max_tokens: int = 256,
-    draft_model: nn.Module | None = None,
+    draft_model: nn.Module | TrainedDrafter | None = None,
     stream: Any = compat.generation_stream,
     logprobs: bool = True,
     **kwargs: Unpack[DecodeOptions],
@@ -308,7 +312,8 @@ def _responses(
             yield GenerationResponse(
                 text=detokenizer.last_segment,
                 token=token,
-                logprobs=token_logprobs,
+                # None where they are not wanted.
+                logprobs=cast(mx.array, token_logprobs),
                 from_draft=from_draft,
                 prompt_tokens=prompt.size,
                 prompt_tps=prompt_tps,
@@ -333,7 +338,7 @@ def _finish_reason(is_end: bool, is_at_limit: bool) -> str | None:
 def _steps(
     prompt: mx.array,
     model: nn.Module,
-    draft_model: nn.Module | None,
+    draft_model: nn.Module | TrainedDrafter | None,
     stream: Any,
     *,
     proposer: Proposer,
@@ -384,7 +389,9 @@ def _steps(
 
 
 def _how_it_was_decoded(
-    proposer: Proposer, draft_model: Any, latest: GenerationResponse
+    proposer: Proposer,
+    draft_model: nn.Module | TrainedDrafter | None,
+    latest: GenerationResponse,
 ) -> Iterator[str]:
     """Says in lines what has guessed, proposed and verified a text, up to its latest token."""
     if proposer.n_guessed or draft_model is not None:

@@ -1,6 +1,6 @@
 """The loop of one text: its prompt is read, then the decoder makes its tokens."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from .text import PendingToken, Text, mode_of
 # Tokens after which unused memory is freed, as in mlx-lm's loop.
 CLEAR_EVERY = 256
 # Tokens, log-probabilities (V,), and whether each token was guessed.
-GuessedTokens = Generator[tuple[int, Any, bool], None, None]
+GuessedTokens = Generator[tuple[int, mx.array | None, bool], None, None]
 
 
 def verified_tokens(
@@ -41,14 +41,14 @@ def verified_tokens(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = compat.QUANTIZED_KV_START,
-    prompt_progress_callback: Callable[[int, int], Any] | None = None,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
     input_embeddings: mx.array | None = None,
     logprobs: bool = True,
     context: Iterable[int] = (),
     n_begun: int = 0,
     prefill: Callable[..., Iterable[Any]] | None = None,
     guesser: Guesser | None = None,
-    announce: Callable[[Mode], Any] | None = None,
+    announce: Callable[[Mode], object] | None = None,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
@@ -255,7 +255,7 @@ def _mlx_lms_tokens(
     prompt: mx.array,
     model: nn.Module,
     stream: Any,
-    announce: Callable[[Mode], Any] | None,
+    announce: Callable[[Mode], object] | None,
     mode: Mode,
     **options: Any,
 ) -> Generator[tuple[int, mx.array | None], None, None]:
@@ -281,7 +281,7 @@ def _read_prompt(
     guesses: Guesses | None,
     embeddings: mx.array | None,
     step_size: int,
-    progress: Callable[[int, int], Any],
+    progress: Callable[[int, int], object],
     loop: Callable[..., Iterable[Any]] | None = None,
 ) -> mx.array:
     """Reads a prompt chunk by chunk as mlx-lm's loop does, or has another loop read it.
@@ -373,13 +373,15 @@ def _read_by(loop: Callable[..., Iterable[Any]], cache: list[Any]) -> mx.array:
     return taken[-1]
 
 
-def with_guesses(tokens: Iterator[tuple[int, Any]], proposer: Proposer) -> GuessedTokens:
+def with_guesses(
+    tokens: Generator[tuple[int, mx.array | None], None, None], proposer: Proposer
+) -> GuessedTokens:
     """The tokens and log-probabilities of a loop, and whether each token was guessed.
 
     It is ``from_draft`` of mlx-lm's responses. The loop ends with this generator.
     """
     n_guessed = 0
-    with closing(cast(Any, tokens)):
+    with closing(tokens):
         for token, logprobs in tokens:
             guessed = proposer.n_guessed.total() > n_guessed
             n_guessed = proposer.n_guessed.total()

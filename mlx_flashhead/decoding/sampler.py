@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -18,7 +18,7 @@ from .random_state import random_key
 MOST_TOKENS = 2**31 - 1
 
 # Tokens (n,) and logits (1, V) → logits (1, V).
-Processor = Callable[[Any, mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
 # Log-probabilities (1, V) → token (1,).
 SamplerFunction = Callable[[mx.array], mx.array]
 

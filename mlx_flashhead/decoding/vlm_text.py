@@ -20,7 +20,7 @@ def vlm_tokens(
     pixel_values: mx.array | None,
     mask: mx.array | None,
     options: dict[str, Any],
-    announce: Callable[[Mode], Any] | None = None,
+    announce: Callable[[Mode], object] | None = None,
 ) -> Iterator[Any] | None:
     """mlx-vlm's ``generate_step`` for greedy text, verified.
 

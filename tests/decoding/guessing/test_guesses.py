@@ -237,7 +237,7 @@ def _note(text, token, logprobs):
     text.logprobs.append(logprobs[token].item())
 
 
-def ours(lookup="on", guesser=None, **settings):
+def ours(lookup="auto", guesser=None, **settings):
     return lambda prompt, model, **options: verified_tokens(
         prompt,
         model,
@@ -247,7 +247,7 @@ def ours(lookup="on", guesser=None, **settings):
     )
 
 
-def our_batch(lookup="on", **settings):
+def our_batch(lookup="auto", **settings):
     return lambda model: VerifiedBatchGenerator(
         model, proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings))
     )
