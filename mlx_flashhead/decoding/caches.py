@@ -72,7 +72,7 @@ class RowMark:
         copies: As of :func:`copied_layers`.
         lengths: The length of each layer's cache at the mark; None where it is not known.
         layers: The layers at the mark, which are objects of the caller; None for copies of a batch.
-        place: The row's place in these copies.
+        index: Of the row in these copies.
 
     Attributes:
         n_tokens: The row's tokens that the caches held at the mark.
@@ -86,7 +86,7 @@ class RowMark:
         lengths: list[int | None],
         *,
         layers: list[Any] | None = None,
-        place: int = 0,
+        index: int = 0,
     ):
         self.n_tokens = row.n_cached
         self._row = row
@@ -94,7 +94,7 @@ class RowMark:
         self._copies = copies
         self._lengths = lengths
         self._layers = layers
-        self._place = place
+        self._index = index
 
     @property
     def trims_all(self) -> bool:
@@ -141,7 +141,7 @@ class RowMark:
     def _as_it_was(self, i: int) -> Any:
         """The cache of layer ``i`` at the mark. A caller's object stays the same object."""
         if self._layers is None:
-            return copy.deepcopy(self._copies[i].extract(self._place))
+            return copy.deepcopy(self._copies[i].extract(self._index))
         layer = self._layers[i]
         restored = copy.deepcopy(self._copies[i])
         vars(layer).clear()
@@ -159,7 +159,13 @@ def copied_layers(layers: list[Any], quantized_from: int | None = None) -> list[
     Returns:
         A copy of each layer's cache; None for one that can be trimmed.
     """
-    return [None if trims(layer, quantized_from) else copy.deepcopy(layer) for layer in layers]
+    copies = []
+    for layer in layers:
+        copied = None
+        if not trims(layer, quantized_from):
+            copied = copy.deepcopy(layer)
+        copies.append(copied)
+    return copies
 
 
 def length_of(layer: Any) -> int | None:
@@ -338,21 +344,21 @@ class BatchCaches:
             return []
         copies = copied_layers(self.layers)
         unknown: list[int | None] = [None] * len(copies)
-        return [RowMark(row, self, copies, unknown, place=self._rows.index(row)) for row in rows]
+        return [RowMark(row, self, copies, unknown, index=self._rows.index(row)) for row in rows]
 
     def extract(self, row: Row) -> list[Any]:
         """The caches of one row, as a text alone would have them."""
-        place = self._rows.index(row)
-        return [layer.extract(place) for layer in self.layers]
+        index = self._rows.index(row)
+        return [layer.extract(index) for layer in self.layers]
 
     def keep(self, rows: Sequence[Row]) -> None:
         """Takes all other rows out, at once: each time copies all caches."""
-        places = [self._rows.index(row) for row in rows]
+        kept = [self._rows.index(row) for row in rows]
         self._rows = list(rows)
         if not rows:
             self.layers = []
         for layer in self.layers:
-            layer.filter(places)
+            layer.filter(kept)
 
     def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
         """Adds the rows of another batch."""

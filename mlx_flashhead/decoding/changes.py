@@ -144,12 +144,12 @@ def with_few_allowed(
     """
     if allowed is None:
         return change
-    places = np.flatnonzero(allowed)
-    if not 0 < len(places) <= FEW_ALLOWED:
+    words = np.flatnonzero(allowed)
+    if not 0 < len(words) <= FEW_ALLOWED:
         return change
-    bits = np.unpackbits(allowed[places, None].view(np.uint8), axis=-1, bitorder="little")
+    bits = np.unpackbits(allowed[words, None].view(np.uint8), axis=-1, bitorder="little")
     rows, columns = np.nonzero(bits)
-    tokens = [token for token in (places[rows] * 32 + columns).tolist() if token < vocab_size]
+    tokens = [token for token in (words[rows] * 32 + columns).tolist() if token < vocab_size]
     if len(tokens) > FEW_ALLOWED:
         return change
     change = change or ChangedTokens()
@@ -168,5 +168,8 @@ def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None
-    everything = np.full_like(known, 0xFFFFFFFF)
-    return mx.array(np.stack([everything if mask is None else mask for mask in masks]))
+    rows = np.full((len(masks), len(known)), 0xFFFFFFFF, known.dtype)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            rows[row] = mask
+    return mx.array(rows)

@@ -234,8 +234,8 @@ class Decoder:
             n = text.n_judged(fed[1:])
         if text.proposing:
             return self._proposer.propose([text] * n, states[-1][0, :n], None, fed[1:])
-        places = mx.split(logits[0], logits.shape[1])[:n]
-        return mx.concatenate([text.extend(place) for place in places])
+        of_places = mx.split(logits[0], logits.shape[1])[:n]
+        return mx.concatenate([text.extend(own) for own in of_places])
 
     def hand_out(self, text: Text) -> PendingToken:
         """The next accepted token of a text."""

@@ -170,12 +170,13 @@ def _length(layers: list[Any]) -> int:
 @once
 def _log_once_without_drafts(known: bool) -> None:
     why = (
-        "no step of several tokens is known to leave the text of this model as it is on this "
-        "machine"
-        if known
-        else "its sampler or a processor must be called once a token, or its caches are not "
-        "mlx-lm's own"
+        "its sampler or a processor must be called once a token, or its caches are not mlx-lm's own"
     )
+    if known:
+        why = (
+            "no step of several tokens is known to leave the text of this model as it is on this "
+            "machine"
+        )
     log.warning("This text is generated without drafts: %s.", why)
 
 

@@ -78,14 +78,14 @@ class DrawChain:
             self._numbers += uniform_bits(self._keys[n:])
         return self._numbers[draw - self._first]
 
-    def place(self, draw: int) -> None:
+    def move_to(self, draw: int) -> None:
         """Makes MLX's random state the one before ``draw``."""
         set_key(self.state(draw))
         self._placed = mx.random.state[0]  # type: ignore[index]
 
     @property
     def undisturbed(self) -> bool:
-        """Whether nobody has drawn or seeded since :meth:`place`."""
+        """Whether nobody has drawn or seeded since :meth:`move_to`."""
         return self._placed is None or mx.random.state[0] is self._placed  # type: ignore[index]
 
 

@@ -118,14 +118,14 @@ class VerifySchedule:
             n_noted -= 1
         proposed = n_noted > 0
         ends = False
-        for place in range(n_noted, n_read):
-            pending = text.pending[place]
+        for index in range(n_noted, n_read):
+            pending = text.pending[index]
             if pending.proposal is not None:
                 proposed = True
             if not proposed:
                 continue
             self._wait_for(text, pending)
-            if len(text.tokens) + place + 1 == text.limit:
+            if len(text.tokens) + index + 1 == text.limit:
                 ends = True
             if pending.token in self._proposer.flash_head.eos_token_ids:
                 ends = True

@@ -96,7 +96,7 @@ class Text:
         guesses: Of its tokens, for the time that it decodes alone.
         shares_sampler: Whether mlx-lm may call its sampler for several texts at once.
         vocab_size: V of its logits; 0 before any.
-        joined: Its place among the texts of a batch, in the order in which they began.
+        joined: Its number among the texts of a batch, in the order in which they began.
     """
 
     def __init__(
@@ -345,7 +345,7 @@ class Text:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
         # That loop is a token ahead.
         if self._chain is not None:
-            self._chain.place(self.n_yielded + 1)
+            self._chain.move_to(self.n_yielded + 1)
 
     def mark_before(self, n_tokens: int) -> RowMark | None:
         """The latest mark at its first ``n_tokens`` or before; None while it is not ahead."""
@@ -476,7 +476,10 @@ def mode_of(text: Text, n_handed_out: int) -> Mode:
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:
     """Processors for one text of a batch: another one in the place of each that keeps a state."""
-    return tuple(
-        processor.for_sequence() if isinstance(processor, Mask) else processor
-        for processor in processors
-    )
+    own: list[Processor] = []
+    for processor in processors:
+        if isinstance(processor, Mask):
+            own.append(processor.for_sequence())
+        else:
+            own.append(processor)
+    return tuple(own)

@@ -139,8 +139,8 @@ def _verdict(proposer: Proposer, cases: list[_Case]) -> Verdict:
 def join(head: FlashHead, tokens: list[PendingToken]) -> Proposal:
     """One proposal of pending tokens, which become its rows."""
     proposals = {id(pending.proposal): cast(Proposal, pending.proposal) for pending in tokens}
-    places = {proposal_id: place for place, proposal_id in enumerate(proposals)}
-    rows = [(places[id(pending.proposal)], pending.row) for pending in tokens]
+    numbers = {proposal_id: number for number, proposal_id in enumerate(proposals)}
+    rows = [(numbers[id(pending.proposal)], pending.row) for pending in tokens]
     first = cast(Proposal, tokens[0].proposal)
     if rows == [(0, row) for row in range(len(first.hidden))]:
         return first

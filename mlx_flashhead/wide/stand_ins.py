@@ -150,7 +150,7 @@ class KeyValueStandIn(_StandIn):
         self._before = end_of(cache)
         # The cache's attributes after each position.
         self._numbers = [_numbers(vars(cache))]
-        self._replaced: list[_Replaced] = []
+        self._written_over: list[_WrittenOver] = []
         self._is_trimmed = not is_past_end(cache, n_positions)
 
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
@@ -240,11 +240,11 @@ class KeyValueStandIn(_StandIn):
         """
         cache = self.cache
         j = len(self._numbers) - 1
-        if not self._replaced or self._replaced[-1].stop <= j:
-            replaced = _replaced(cache, j, self.n_positions - j)
-            self._replaced.append(replaced)
-            if replaced.slot is not None:
-                keys, values = mx.depends([keys, values], [replaced.keys, replaced.values])
+        if not self._written_over or self._written_over[-1].stop <= j:
+            written_over = _written_over_by(cache, j, self.n_positions - j)
+            self._written_over.append(written_over)
+            if written_over.slot is not None:
+                keys, values = mx.depends([keys, values], [written_over.keys, written_over.values])
         found = cache.update_and_fetch(keys, values)
         self._numbers.append(_numbers(vars(cache)))
         return cast(tuple[Any, Any], found)
@@ -258,13 +258,13 @@ class KeyValueStandIn(_StandIn):
         if self._is_trimmed:
             self.cache.trim(max(0, end_of(self.cache) - self._before - n))
         elif n < len(self._numbers):
-            for replaced in reversed(self._replaced):
-                replaced.put_back(self.cache, n)
+            for written_over in reversed(self._written_over):
+                written_over.put_back(self.cache, n)
             vars(self.cache).update(_numbers(self._numbers[n]))
 
 
-class _Replaced(NamedTuple):
-    """What some positions of a step have replaced in a window.
+class _WrittenOver(NamedTuple):
+    """What some positions of a step have written over in a window.
 
     Attributes:
         begin: The first of these positions.
@@ -295,21 +295,21 @@ class _Replaced(NamedTuple):
         cache.values[..., slots, :] = self.values[..., skipped:, :]
 
 
-def _replaced(cache: Any, begin: int, n: int) -> _Replaced:
-    """What the next positions of a step replace in a window, ``n`` of them or fewer."""
+def _written_over_by(cache: Any, begin: int, n: int) -> _WrittenOver:
+    """What the next positions of a step write over in a window, ``n`` of them or fewer."""
     n_slots = 0
     if cache.keys is not None:
         n_slots = cache.keys.shape[2]
     # It grows into another array, or is cut.
     grows = n_slots < cache.max_size and end_of(cache) >= n_slots
     if grows or n_slots > cache.max_size:
-        return _Replaced(begin, begin + 1, None, cache.keys, cache.values)
+        return _WrittenOver(begin, begin + 1, None, cache.keys, cache.values)
     slot = next_slot(cache)
-    n_replaced = min(n, n_slots - slot)
-    slots = slice(slot, slot + n_replaced)
+    n_slots_written = min(n, n_slots - slot)
+    slots = slice(slot, slot + n_slots_written)
     keys = mx.contiguous(cache.keys[..., slots, :])
     values = mx.contiguous(cache.values[..., slots, :])
-    return _Replaced(begin, begin + n_replaced, slot, keys, values)
+    return _WrittenOver(begin, begin + n_slots_written, slot, keys, values)
 
 
 class ListStandIn(_StandIn):

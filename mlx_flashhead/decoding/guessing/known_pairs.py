@@ -21,12 +21,12 @@ class _Pair(NamedTuple):
 
     Attributes:
         known: What is known of them.
-        place: The file of that; None where nothing is stored.
+        path: The file of that; None where nothing is stored.
         key: Under which it stands there.
     """
 
     known: Known
-    place: Path | None
+    path: Path | None
     key: str
 
 
@@ -53,27 +53,27 @@ def keep(drafter: Drafter, model: nn.Module, shares: Shares) -> None:
     """Adds what a text has shown to what is known of a drafter and its target, and writes it."""
     pair = _pairs[id(drafter), id(model)]
     shares.leave_to(pair.known)
-    if pair.place is not None:
-        store(pair.place, stored(pair.place, Known) | {pair.key: pair.known})
+    if pair.path is not None:
+        store(pair.path, stored(pair.path, Known) | {pair.key: pair.known})
 
 
 def _read(drafter: Drafter, model: nn.Module) -> _Pair:
     """What the file of a pair has for this machine."""
-    place = path_of(model)
+    path = path_of(model)
     source = _source(drafter)
-    if place is None or source is None:
+    if path is None or source is None:
         return _Pair(Known(), None, "")
     key = key_of(f"drafts of {source}")
-    name = sha256(f"{place.stem} {source}".encode()).hexdigest()
-    place = place.with_name(f"{name[:24]}.json")
-    return _Pair(stored(place, Known).get(key, Known()), place, key)
+    name = sha256(f"{path.stem} {source}".encode()).hexdigest()
+    path = path.with_name(f"{name[:24]}.json")
+    return _Pair(stored(path, Known).get(key, Known()), path, key)
 
 
 def _source(drafter: Drafter) -> str | None:
     """What a drafter is called: its repository, or a model's fingerprint; None if it has none."""
     if isinstance(drafter, TrainedDrafter):
         return drafter.source
-    place = path_of(drafter)
-    if place is None:
+    path = path_of(drafter)
+    if path is None:
         return None
-    return place.stem
+    return path.stem
