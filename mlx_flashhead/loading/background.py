@@ -34,8 +34,10 @@ from .installing import install_stored
 from .sources import StoredHead
 from .tuned import apply_tuning, tune_head
 
-POLL_SECONDS = 0.05  # how often it is asked whether the gate is open
-SHOWN_SECONDS = 0.2  # between two looks at a bar
+# A closed gate is asked again after so long.
+POLL_SECONDS = 0.05
+# So long a bar shows the same.
+SHOWN_SECONDS = 0.2
 PREPARING = "Preparing FlashHead for next time. Ctrl-C leaves, and it goes on next time."
 LEFT = "FlashHead is not built yet. Its build goes on next time."
 
@@ -62,13 +64,19 @@ class Build:
             regard to other work, and nothing is measured.
         anew: Replace a FlashHead that there is, and take more time.
 
+    Attributes:
+        stored: The FlashHead, once it is built.
+        tuning: What it gains, once that is measured.
+        error: What has ended the build.
+        closed: Whether nothing is built, or taken over, any more.
+
     Raises:
         UnsupportedHeadError: If the model cannot have one.
     """
 
-    stored: StoredHead | None = None  # once it is built
-    tuning: Tuning | None = None  # once it is measured
-    error: BaseException | None = None  # which has ended it
+    stored: StoredHead | None = None
+    tuning: Tuning | None = None
+    error: BaseException | None = None
 
     def __init__(
         self,
@@ -80,7 +88,8 @@ class Build:
         *,
         anew: bool = False,
     ):
-        mx.eval(model.parameters())  # another thread has no part of their computation
+        # Another thread has no part of their computation.
+        mx.eval(model.parameters())
         copied = copy.deepcopy(model)
         location = find_head(copied)
         check_plain_product(location)
@@ -88,7 +97,10 @@ class Build:
         self._measures = gate is not None
         self._options = options
         self._pace: Pace | None = None
-        self.closed = False  # nothing is built, or taken over, any more
+        self.closed = False
+        step_seconds = math.inf
+        if gate is not None:
+            step_seconds = STEP_SECONDS
         parts = build_parts(
             copied,
             tokenizer,
@@ -97,14 +109,16 @@ class Build:
             options=options,
             follow=self._follow,
             anew=anew,
-            step_seconds=STEP_SECONDS if gate is not None else math.inf,
+            step_seconds=step_seconds,
         )
         self._parts = self._all_parts(copied, parts, options)
         del copied, location, parts
-        self._more = self._advance()  # which says how long it takes
+        # The first part says how long the build takes.
+        self._more = self._advance()
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
-        atexit.register(self.leave)  # before which MLX must be at rest
+        # MLX must be at rest when the process ends.
+        atexit.register(self.leave)
 
     def _follow(self, pace: Pace) -> None:
         self._pace = pace
@@ -140,13 +154,16 @@ class Build:
             # A speed is measured as a text is written: it does not yield.
             while self._may_go_on():
                 self._more = self._advance()
-        except BaseException as error:  # whatever it is, the model goes on with its normal head
+        except BaseException as error:
+            # Whatever it is, the model goes on with its normal head.
             self.error = error
             if self._measures:
                 self._options.say(f"Without FlashHead: {sentence(error)}")
         finally:
-            self._parts.close()  # which lets the copy go
-            mx.clear_streams()  # which must go before their thread ends
+            # This lets the copy of the model go.
+            self._parts.close()
+            # The streams of MLX must go before their thread ends.
+            mx.clear_streams()
 
     def _may_go_on(self) -> bool:
         """Waits for the gate. Returns whether there is another part."""
@@ -179,7 +196,9 @@ class Build:
     def forecast(self) -> Forecast | None:
         """What is left of the build; None if that is not known, as while its speed is measured."""
         pace = self._pace
-        return None if pace is None else pace.forecast
+        if pace is None:
+            return None
+        return pace.forecast
 
     def take_over(self, model: nn.Module) -> FlashHead | None:
         """Puts what was built and measured on the model itself; None if there is nothing yet."""
@@ -219,7 +238,8 @@ class Build:
             with tqdm(total=1.0, bar_format=form, disable=hidden) as bar:
                 while self._thread.is_alive():
                     self._thread.join(SHOWN_SECONDS)
-                    if (forecast := self.forecast) is not None:
+                    forecast = self.forecast
+                    if forecast is not None:
                         bar.n = forecast.share
                         bar.set_description_str(time_left(forecast))
                 bar.set_description_str("")
@@ -232,7 +252,8 @@ class Build:
         atexit.unregister(self.leave)
         if self.error is not None:
             raise self.error
-        assert self.stored is not None  # else there is an error
+        # A build that has no error has a FlashHead.
+        assert self.stored is not None
         return self.stored
 
 
@@ -288,7 +309,8 @@ def build_now(
     began = time.perf_counter()
     stored = Build(model, tokenizer, source, options, anew=anew).wait()
     seconds = time.perf_counter() - began
-    policy = policy_of(install_stored(model, stored, options))  # it says what it gains
+    # What the FlashHead gains is said here.
+    policy = policy_of(install_stored(model, stored, options))
     if not policy.dense:
         options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.")
     return stored

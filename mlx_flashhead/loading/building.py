@@ -35,8 +35,10 @@ from .sources import StoredHead
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
-MOST_UNFINISHED = 3  # builds of which something is kept
-PLAN = "plan.json"  # of an unfinished build: how its index is made
+# Something is kept of so many unfinished builds.
+MOST_UNFINISHED = 3
+# This file of an unfinished build says how its index is made.
+PLAN = "plan.json"
 
 
 def build_parts(
@@ -71,15 +73,19 @@ def build_parts(
         ValueError: In one of the parts, if the model cannot have one.
     """
     rows = location.rows()
-    place = sources.folder_of(rows)
-    lock = yield from _locked(place, options)
+    folder = sources.folder_of(rows)
+    lock = yield from _locked(folder, options)
     checkpoint = None
     try:
-        stored = None if anew else sources.find(rows, lambda _: None)
+        stored = None
+        if not anew:
+            stored = sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
-        unfinished = sources.unfinished_of(place)
-        how = None if anew else _planned(unfinished)
+        unfinished = sources.unfinished_of(folder)
+        how = None
+        if not anew:
+            how = _planned(unfinished)
         goes_on = how is not None
         if how is None:
             how = _index_options(rows, anew=anew)
@@ -91,8 +97,9 @@ def build_parts(
         follow(Pace(seconds, limit=how.calibration_seconds))
         beside = step_seconds != math.inf
         total = sum(seconds.values())
-        options.say(_announcement(origin.known_as, total, place, beside=beside, goes_on=goes_on))
-        yield Progress("", 0, 0, "")  # what is said comes before what takes time
+        options.say(_announcement(origin.known_as, total, folder, beside=beside, goes_on=goes_on))
+        # What is said comes before what takes time.
+        yield Progress("", 0, 0, "")
         del rows
         recipe = make_recipe(how, origin, origin.result_name())
         index = yield from model_index(
@@ -111,7 +118,7 @@ def build_parts(
                 "positions: mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
         try:
-            sources.keep(index, place)
+            sources.keep(index, folder)
         except OSError as error:
             reason = error.strerror or error
             options.say(
@@ -120,10 +127,11 @@ def build_parts(
             )
         checkpoint = None
         shutil.rmtree(unfinished, ignore_errors=True)
-        return StoredHead(index, str(place))
-    except Exception:  # what is kept may be the reason
+        return StoredHead(index, str(folder))
+    except Exception:
+        # What is kept may be the reason.
         checkpoint = None
-        shutil.rmtree(sources.unfinished_of(place), ignore_errors=True)
+        shutil.rmtree(sources.unfinished_of(folder), ignore_errors=True)
         raise
     finally:
         if checkpoint is not None:
@@ -132,22 +140,26 @@ def build_parts(
             lock.release()
 
 
-def _announcement(name: str, seconds: float, place: Path, *, beside: bool, goes_on: bool) -> str:
+def _announcement(name: str, seconds: float, folder: Path, *, beside: bool, goes_on: bool) -> str:
     """Says that a build begins, or goes on, and how long it takes at most."""
     minutes = max(1, math.ceil(round(seconds) / 60))
-    duration = "a minute" if minutes == 1 else f"{minutes} minutes"
-    when = " while the model is idle" if beside else ""
+    duration = f"{minutes} minutes"
+    if minutes == 1:
+        duration = "a minute"
+    when = ""
+    if beside:
+        when = " while the model is idle"
     if goes_on:
         return f"Going on with the FlashHead of {name}{when}, from where its build was left."
     return (
         f"Building the FlashHead of {name}{when}, which takes at most about {duration}. It is kept "
-        f"in {place}."
+        f"in {folder}."
     )
 
 
-def _locked(place: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
-    """Waits for the lock of a FlashHead's place; None if nothing can be cached there."""
-    file = home() / "locks" / f"{place.name}.lock"
+def _locked(folder: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
+    """Waits for the lock of a FlashHead's folder; None if nothing can be cached there."""
+    file = home() / "locks" / f"{folder.name}.lock"
     lock = FileLock(file, thread_local=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +183,8 @@ def _index_options(rows: Matrix, *, anew: bool) -> IndexOptions:
     """How an index is made at the first use of a model, or anew."""
     how = IndexOptions(quick=True)
     if anew:
-        return replace(how, calibration_seconds=600.0)  # all of its text on a busy machine, too
+        # A busy machine reads all of the text, too.
+        return replace(how, calibration_seconds=600.0)
     if sum(expected_seconds(rows, how).values()) > LONG_BUILD_SECONDS:
         return replace(how, cluster_size=32, calibration_positions=800, calibration_seconds=30.0)
     return how

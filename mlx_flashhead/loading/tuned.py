@@ -35,17 +35,17 @@ def tune_head(
     if options.n_probes is not None or options.drafts or not options.tunes or off:
         return None
     head = installed_head(model)
-    place = speeds_of(index.config)
+    file = speeds_of(index.config)
     key = _conditions(model, head)
-    known = read(place)
-    if not known and place.exists():
-        options.say(f"{place} is damaged or of another version: its speeds are measured again.")
+    known = read(file)
+    if not known and file.exists():
+        options.say(f"{file} is damaged or of another version: its speeds are measured again.")
     before = known.get(key)
     if before is not None and not options.measures and (is_busy() or not before.busy):
         tuning = before
     else:
         tuning = yield from tune(model, _rejected(index, head.n_probes))
-        store(place, known | {key: tuning})
+        store(file, known | {key: tuning})
         _say_measured(model, tuning, before, options)
     apply_tuning(model, tuning, options)
     return tuning
@@ -87,6 +87,6 @@ def _conditions(model: nn.Module, head: FlashHead) -> str:
     return f"{device_name()}, {head.backend}, mlx {version('mlx')}, {form}"
 
 
-def read(place: Path) -> dict[str, Tuning]:
+def read(file: Path) -> dict[str, Tuning]:
     """What was measured, by machine; nothing where the file is not there, or damaged."""
-    return stored(place, Tuning)
+    return stored(file, Tuning)

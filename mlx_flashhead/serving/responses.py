@@ -383,7 +383,9 @@ class ResponseAnswer(Parts):
 
     def _end_item(self, **changes: Any) -> StreamEvent:
         """The event of the last item, which ends with some changes."""
-        status = "incomplete" if self.finish_reason == "length" else "completed"
+        status = "completed"
+        if self.finish_reason == "length":
+            status = "incomplete"
         self.parts[-1] = {**self.parts[-1], "status": status, **changes}
         index = len(self.parts) - 1
         item = self.parts[-1]

@@ -120,7 +120,10 @@ class Endings:
                 others.append(part.get("additionalProperties"))
             for name in required:
                 self._count()
-                groups.append([members[name]] if name in members else others)
+                group = others
+                if name in members:
+                    group = [members[name]]
+                groups.append(group)
             fewest = part.get("minProperties")
             if not required and isinstance(fewest, int) and fewest > 0:
                 groups.append([*members.values(), *others])
