@@ -77,17 +77,13 @@ def build_parts(
     lock = yield from _locked(folder, options)
     checkpoint = None
     try:
-        stored = None
-        if not anew:
-            stored = sources.find(rows, lambda _: None)
-        if stored is not None:
+        stored = sources.find(rows, lambda _: None)
+        if stored is not None and not anew:
             return stored
         unfinished = sources.unfinished_of(folder)
-        how = None
-        if not anew:
-            how = _planned(unfinished)
-        goes_on = how is not None
-        if how is None:
+        how = _planned(unfinished)
+        goes_on = how is not None and not anew
+        if how is None or anew:
             how = _index_options(rows, anew=anew)
             how.check_size(rows.n_rows)
             _begin(unfinished, how)
