@@ -42,7 +42,7 @@ class DecodeOptions(CacheOptions, total=False):
         prompt_cache: Of the model's layers, then of the draft model's.
         prompt_progress_callback: Gets the number of tokens read so far, and of all.
         input_embeddings: (tokens, hidden size), of the prompt.
-        num_draft_tokens: Tokens that the draft model proposes at a time.
+        num_draft_tokens: Tokens that the draft model proposes at a time, at most.
     """
 
     sampler: Callable[[mx.array], mx.array] | None

@@ -69,7 +69,7 @@ def verified_tokens(
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Another loop that reads the prompt, with mlx-lm's keywords.
-        guesser: Guesses the next tokens in the place of a lookup, such as a draft model.
+        guesser: Guesses the next tokens beside a lookup, such as a draft model.
         announce: Called for each token with how it was decoded.
 
     The other arguments are those of ``generate_step``.

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 
 from mlx_flashhead.wide.step import Established, WideSteps, layout_of
+from mlx_flashhead.wide.trial import established_costs
 
 # The tokens that are fed are below it. A model may have more.
 VOCAB_SIZE = 100
@@ -116,3 +117,8 @@ def form_that_holds(model, lengths, widths) -> bool | None:
             # A model may do anything.
             continue
     return None
+
+
+def widths_of(model) -> list[int]:
+    """The widths of the steps that are established for a model."""
+    return list(established_costs(WideSteps.of(model), make_prompt_cache(model)))
