@@ -162,9 +162,13 @@ def chances_behind(chances: list[float], n_unknown: int) -> list[float]:
     """The chances of what is found to be right, but for its first tokens, which are not guessed.
 
     Args:
-        chances: Of each token that was found, if those before it are right.
+        chances: Of each token that was found, if those before it are right. The last one stands for
+            those behind it.
         n_unknown: How many come first, 0 or 1. They must be as found, too.
+
+    Returns:
+        As many chances.
     """
     if not n_unknown:
         return chances
-    return [chances[0] * chances[1], *chances[2:]]
+    return [chances[0] * chances[1], *chances[2:], chances[-1]]

@@ -24,6 +24,7 @@ from mlx_flashhead.decoding.guessing.depth import (
 )
 from mlx_flashhead.decoding.guessing.guesser import Guess, Guesser, LatestToken, Offer
 from mlx_flashhead.decoding.guessing.guesses import Guesses, best_offer
+from mlx_flashhead.decoding.guessing.lookup import chances_behind
 from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.wide import store as store_of_trials
@@ -286,3 +287,12 @@ def test_the_width_of_a_step_is_the_one_that_pays(notes, costs, width):
         shares.note(n_right + wrong, n_right)
     offer = Offer(Guesser, shares.chances, mx.zeros)
     assert best_offer([offer], costs)[1] == width
+
+
+def test_a_lookup_behind_an_unknown_token_is_as_long_as_another():
+    """That token must be as found, too."""
+    chances = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    assert chances_behind(chances, 0) == chances
+    behind = chances_behind(chances, 1)
+    assert behind == [pytest.approx(0.72), 0.7, 0.6, 0.5, 0.4, 0.3, 0.3]
+    assert len(behind) == MAX_GUESSES
