@@ -12,7 +12,7 @@ from .common.tables import megabytes, new_table, show
 
 # mlx-lm takes seconds to import, and --help none.
 if TYPE_CHECKING:
-    from .loading.sources import Entry
+    from .loading.cached import Entry
 
 NAME = "ID_OR_MODEL"
 NO_SPEED = "–"
@@ -45,10 +45,10 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    from .loading import sources
+    from .loading.cached import entries
     from .models.fetch import resolve
 
-    cached = sources.entries()
+    cached = entries()
     if args.build is not None:
         _build(resolve(args.build), args.trust_remote_code, anew=False)
     elif args.rebuild is not None:
@@ -79,8 +79,8 @@ def print_heads(cached: "Sequence[Entry]") -> None:
 
 def _row(head: "Entry") -> tuple[str, ...]:
     """The cells of a cache entry."""
+    from .loading.cached import speeds_of
     from .loading.gain_sentences import speed_text
-    from .loading.sources import speeds_of
     from .loading.tuned import read
 
     model = printable(head.model)
@@ -109,7 +109,7 @@ def _remove(chosen: "Sequence[Entry]") -> None:
 
 
 def _remove_all(cached: "Sequence[Entry]") -> None:
-    from .loading.sources import remove_rest
+    from .loading.cached import remove_rest
 
     if cached:
         _remove(cached)
@@ -148,8 +148,9 @@ def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
     """Builds and measures a model's FlashHead, anew or unless there is one."""
     from .index.files import has_flash_head
     from .loading.background import build_now
+    from .loading.cached import check_writable
     from .loading.head_options import HeadOptions
-    from .loading.sources import check_writable, find
+    from .loading.sources import find
     from .models.loading import load_dense
     from .models.locate import find_head
     from .models.origin import local_origin

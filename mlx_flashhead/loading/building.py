@@ -29,9 +29,9 @@ from ..models.locate import HeadLocation
 from ..models.origin import local_origin
 from ..models.vlm import text_side
 from ..version import __version__
-from . import sources
+from . import cached
 from .head_options import HeadOptions
-from .sources import StoredHead
+from .sources import StoredHead, find
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
@@ -73,14 +73,14 @@ def build_parts(
         ValueError: In one of the parts, if the model cannot have one.
     """
     rows = location.rows()
-    folder = sources.folder_of(rows)
+    folder = cached.folder_of(rows)
     lock = yield from _locked(folder, options)
     checkpoint = None
     try:
-        stored = sources.find(rows, lambda _: None)
+        stored = find(rows, lambda _: None)
         if stored is not None and not anew:
             return stored
-        unfinished = sources.unfinished_of(folder)
+        unfinished = cached.unfinished_of(folder)
         how = _planned(unfinished)
         goes_on = how is not None and not anew
         if how is None or anew:
@@ -114,7 +114,7 @@ def build_parts(
                 "positions: mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
         try:
-            sources.keep(index, folder)
+            cached.keep(index, folder)
         except OSError as error:
             reason = error.strerror or error
             options.say(
@@ -127,7 +127,7 @@ def build_parts(
     except Exception:
         # What is kept may be the reason.
         checkpoint = None
-        shutil.rmtree(sources.unfinished_of(folder), ignore_errors=True)
+        shutil.rmtree(cached.unfinished_of(folder), ignore_errors=True)
         raise
     finally:
         if checkpoint is not None:

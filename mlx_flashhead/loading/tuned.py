@@ -18,9 +18,9 @@ from ..head.backend import device_name
 from ..head.flash_head import FlashHead
 from ..index.flash_head_index import FlashHeadIndex
 from ..models.install import hidden_dtype, installed_head
+from .cached import speeds_of
 from .gain_sentences import first_gain, why_dense
 from .head_options import HeadOptions
-from .sources import speeds_of
 
 
 def tune_head(

@@ -17,7 +17,7 @@ from mlx_flashhead.conversion import calibration
 from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import building as build
-from mlx_flashhead.loading import sources as cache
+from mlx_flashhead.loading import cached as cache
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mlx_flashhead.loading import sources as cache
+from mlx_flashhead.loading import cached as cache
 from model_folders import write_model
 
 RULE = "==========\n"

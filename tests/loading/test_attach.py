@@ -13,7 +13,8 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
-from mlx_flashhead.loading import sources as cache
+from mlx_flashhead.loading import cached as cache
+from mlx_flashhead.loading import sources
 from mlx_flashhead.loading.head_options import DENSE, HeadOptions
 from mlx_flashhead.loading.load import attach, attach_head, load, load_with_head, sharded_load
 from mlx_flashhead.models.errors import UnsupportedHeadError
@@ -75,7 +76,7 @@ def test_identified_by_the_rows_of_the_model(folder, quick, tmp_path, monkeypatc
     assert len(cache.entries()) == 2
     monkeypatch.setattr(cache, "RECIPE", cache.RECIPE + 1)
     rows = find_head(mlx_lm.load(moved)[0]).rows()
-    assert cache.find(rows, pytest.fail) is None and not cache.folder_of(rows).exists()
+    assert sources.find(rows, pytest.fail) is None and not cache.folder_of(rows).exists()
 
 
 def test_order_of_the_look_up(folder, companion):
@@ -175,7 +176,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
         for name, content in (good | changed).items():
             (place / name).write_bytes(content)
         said = []
-        assert cache.find(rows, said.append) is None
+        assert sources.find(rows, said.append) is None
         (sentence,) = said
         assert reason in sentence and sentence.endswith(": it is built again.")
         assert sentence.startswith(str(settings if SETTINGS_NAME in changed else file))

@@ -13,7 +13,7 @@ import pytest
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading import background, building, tuned
-from mlx_flashhead.loading import sources as cache
+from mlx_flashhead.loading import cached as cache
 from mlx_flashhead.loading.background import build_beside, build_now
 from mlx_flashhead.loading.head_options import HeadOptions
 from model_folders import write_model

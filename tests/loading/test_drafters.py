@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 pytest.importorskip("mlx_vlm")
 
 from mlx_flashhead import load_draft
+from mlx_flashhead.loading.cached import entries
 from mlx_flashhead.loading.drafts import DraftOptions, check_draft
 from mlx_flashhead.loading.head_options import HeadOptions
-from mlx_flashhead.loading.sources import entries
 from mlx_flashhead.models import own_drafter
 from mlx_flashhead.models.own_drafter import load_own_drafter
 from mlx_flashhead.models.trained_drafter import TrainedDrafter

@@ -6,7 +6,7 @@ import mlx_lm
 import mlx_flashhead
 from loopback_hub import TOKEN
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
-from mlx_flashhead.loading.sources import entries
+from mlx_flashhead.loading.cached import entries
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents
 
