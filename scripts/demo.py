@@ -50,6 +50,8 @@ SAMPLING = {"temp": 0.7, "top_p": 0.9, "seed": 1}
 RACE_SECONDS = 40.0
 # All rounds that are timed after the race take so long.
 TIMING_SECONDS = 60.0
+# Each head writes so many before the race.
+WARM_TOKENS = 4
 # So long one picture of the race is shown.
 FRAME_SECONDS = 0.08
 
@@ -109,9 +111,6 @@ def race(
     ``show`` gets both runs, and the second one's time.
     """
     prompt_ids = encode(tokenizer, prompt)
-    # This round warms up.
-    for model in models:
-        list(write(model, tokenizer, prompt_ids, 4, Run()))
     runs = Run(), Run()
     for _ in write(models[0], tokenizer, prompt_ids, max_tokens, runs[0]):
         show(runs, None)
@@ -120,6 +119,15 @@ def race(
     for _ in write(models[1], tokenizer, prompt_ids, len(runs[0].token_ids), runs[1]):
         show(runs, runs[1].seconds)
     return runs
+
+
+def warm_up(models: tuple[nn.Module, nn.Module], tokenizer, prompt: str) -> None:
+    """Lets both heads write some tokens, after which neither is slower for being the first."""
+    prompt_ids = encode(tokenizer, prompt)
+    with Bar("Warming up both heads", 2 * WARM_TOKENS, leave=False) as bar:
+        for model in models:
+            for _ in write(model, tokenizer, prompt_ids, WARM_TOKENS, Run()):
+                bar.update()
 
 
 def let_the_slower_finish(
@@ -149,6 +157,7 @@ def compare(
     """Shows the race, times more rounds, and prints the speeds and whether the texts agree."""
     models = dense_copy(model), model
     console.print(Text.assemble(("\nPrompt: ", "bold"), prompt))
+    warm_up(models, tokenizer, prompt)
     with _panels(console) as show:
         runs = race(models, tokenizer, prompt, max_tokens, show)
         if console.is_terminal:
@@ -168,13 +177,13 @@ def _time_again(
     if not rounds:
         return speeds
     n_tokens = len(runs[0].token_ids)
-    with Bar("Timing both again, in turns", rounds, leave=False) as bar:
+    with Bar("Timing both again, in turns", 2 * rounds * n_tokens, leave=False) as bar:
         for _ in range(rounds):
             for column, form in enumerate(models):
                 again = Run()
-                list(write(form, tokenizer, prompt_ids, n_tokens, again))
+                for _ in write(form, tokenizer, prompt_ids, n_tokens, again):
+                    bar.update()
                 speeds[column].append(again.speed())
-            bar.update()
     return speeds
 
 

@@ -10,7 +10,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-from demo import GEMMA3, MODELS, TITLES, Run, load_demo, race
+from demo import GEMMA3, MODELS, TITLES, Run, load_demo, race, warm_up
 from mlx_flashhead.common.arguments import Parser, whole_number, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
@@ -107,7 +107,9 @@ def main() -> None:
     args = parser.parse_args()
     folder, model, tokenizer = load_demo(args.model)
     prompt = MODELS[args.model][1]
-    runs = race((dense_copy(model), model), tokenizer, prompt, args.max_tokens)
+    models = dense_copy(model), model
+    warm_up(models, tokenizer, prompt)
+    runs = race(models, tokenizer, prompt, args.max_tokens)
     machine = f"{platform.machine()}, {platform.system()}"
     caption = f"{folder.name}, the same seed, recorded on {machine}: “{prompt} …”"
     Path(args.output).write_text(picture(runs, caption), encoding="utf-8")
