@@ -69,8 +69,8 @@ def n_active_experts(args: Any) -> int:
 
 
 def _counted(model: nn.Module) -> StepBytes:
-    whole: Any = model
-    n_active = n_active_experts(whole.args)
+    # A model may keep no arguments.
+    n_active = n_active_experts(getattr(model, "args", None))
     left_out: tuple[nn.Module, ...] = ()
     n_head = 0
     try:
