@@ -47,7 +47,7 @@ class Engine:
         self._stages: list[Stage] = []
         # The models whose FlashHeads are built, one after the other.
         self._building: list[ServedModel] = []
-        self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
+        self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes)
         # The number of a prompt's tokens to read at once, and that of all prompts' chunks.
         self._chunk = min(32, flags.prefill_step_size)
         self._n_chunks = 0
