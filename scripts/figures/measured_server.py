@@ -43,8 +43,7 @@ def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
     Raises:
         ValueError: If it ends before it answers.
     """
-    with socket.create_server((HOST, 0)) as free:
-        port: int = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
     nowhere = subprocess.DEVNULL
     with (
@@ -59,6 +58,13 @@ def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
                     raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
                 time.sleep(0.1)
             yield running
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.create_server((HOST, 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
 
 
 def is_healthy(port: int) -> bool:
