@@ -130,7 +130,7 @@ def test_turns_go_on_until_they_agree(clock, exact, disturbed):
 
 def test_turns_that_never_agree_decide_nothing(clock, exact, monkeypatch):
     """However much they gain."""
-    monkeypatch.setattr(tuning, "SECONDS", 50.0)
+    monkeypatch.setattr(tuning, "SECONDS", 10.0)
     clock.slower = chain([1], cycle([*QUIET, *DISTURBED, 5, 1, 1, 1]))
     found = measured(exact)
     assert found.gain > least_gain() and found.busy and found.dense
