@@ -19,6 +19,7 @@ from threading import Event, Thread
 
 import mlx.core as mx
 
+from ..common.machine import memory_bytes
 from ..decoding.policy import policy_of
 from ..loading.gain_sentences import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
@@ -29,6 +30,9 @@ from .stages import CHUNK_SECONDS, Batch, CachedTokens, Reading, Single, Stage, 
 
 # The engine is failing after so many answers in a row that failed by the server's fault.
 FAILING = 3
+# Where no limit is given, kept prompts take this part of the machine's memory: ten long ones of an
+# agent would take more than a Mac has.
+KEPT_SHARE = 4
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,8 @@ class Engine:
         self._stages: list[Stage] = []
         # The models whose FlashHeads are built, one after the other.
         self._building: list[ServedModel] = []
-        self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes)
+        kept_bytes = flags.prompt_cache_bytes or memory_bytes() // KEPT_SHARE
+        self._caches = LRUPromptCache(flags.prompt_cache_size, kept_bytes)
         # The number of a prompt's tokens to read at once, and that of all prompts' chunks.
         self._chunk = min(32, flags.prefill_step_size)
         self._n_chunks = 0

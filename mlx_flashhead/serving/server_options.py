@@ -19,14 +19,11 @@ from ..common.flags import (
     add_lookup_flag,
     check_draft_flags,
 )
-from ..common.machine import memory_bytes
 from ..common.suggested_model import model_is_needed
 
 # A group's ``add_argument``.
 Add = Callable[..., Any]
 LOCAL = "127.0.0.1"
-# The caches of earlier prompts take this part of the machine's memory, at most.
-CACHES_SHARE = 4
 DEFAULT_TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -177,7 +174,6 @@ def _add_limits(add: Add) -> None:
     add(
         "--prompt-cache-bytes",
         type=size,
-        default=memory_bytes() // CACHES_SHARE,
         help="Most memory for these caches, such as 4G (default: a quarter of the machine's).",
     )
     add_cache_flags(add, "Bits of quantized caches; answers take turns (default: not quantized).")

@@ -21,7 +21,6 @@ import mlx_flashhead
 from mlx_flashhead.decoding.guessing import guesses
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.loading import load_dense
-from mlx_flashhead.serving import server_options
 from mlx_flashhead.serving.access import Access, access_of
 from mlx_flashhead.serving.server_options import check_options, make_parser
 from server_process import serving
@@ -215,16 +214,6 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path, monk
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
-
-
-@pytest.mark.parametrize("memory_gb", [8, 64])
-def test_kept_prompts_take_a_quarter_of_the_memory(monkeypatch, memory_gb):
-    """Ten long conversations of an agent would take more than a Mac has."""
-    monkeypatch.setattr(server_options, "memory_bytes", lambda: memory_gb << 30)
-    model = ["--model", "model"]
-    assert make_parser().parse_args(model).prompt_cache_bytes == memory_gb << 28
-    given = make_parser().parse_args([*model, "--prompt-cache-bytes", "3G"])
-    assert given.prompt_cache_bytes == 3 << 30
 
 
 def test_any_network_needs_the_token(tmp_path):

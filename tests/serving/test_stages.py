@@ -29,6 +29,7 @@ from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.loading.background import POLL_SECONDS, build_beside
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
+from mlx_flashhead.serving import engine as serving_engine
 from mlx_flashhead.serving.answer_text import PromptProgress, Token
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.jobs import Job
@@ -154,6 +155,15 @@ def test_quantized_caches_do_not_depend_on_how_a_prompt_is_cut(start, flash, fir
     engine._chunk = first
     assert tokens_of(submit(engine, LONG)) == expected
     assert tokens_of(submit(engine, LONG)) == expected  # from the cache
+
+
+def test_kept_prompts_take_a_quarter_of_the_memory(start, monkeypatch):
+    for memory, held in ((1 << 30, len(LONG) - 1), (4096, 0)):
+        monkeypatch.setattr(serving_engine, "memory_bytes", lambda memory=memory: memory)
+        engine = start()
+        tokens_of(submit(engine, LONG))
+        tokens_of(same := submit(engine, LONG))
+        assert same.cached == held
 
 
 def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(start, flash, chunks):
