@@ -1,4 +1,4 @@
-// FlashHead's steps: from hidden states to full logits, or to a token, greedy or drawn.
+// FlashHead's operations: from hidden states to full logits, or to a token, greedy or drawn.
 //
 //   hidden (R, D) -- route --> scores (R, C) -- select --> probes (R, S), unscored (R, 2)
 //                 -- score --> logits (R, S, n), best (R, S) -- sample --> (R,)
@@ -13,8 +13,8 @@
 // ones in another address space, with another kernel). A slot is c*n + i, row i of cluster c; a padded slot has the token id V. A
 // cluster's word is its place among the probes, or the estimate of its tokens' logits.
 //
-// The functions of each step are in flash_head/, and this file has the kernels that call them, for an
-// application that compiles them itself; they also show the order of the arguments.
+// The functions of each operation are in flash_head/, and this file has the kernels that call them, for
+// an application that compiles them itself; they also show the order of the arguments.
 // `mx.fast.metal_kernel` takes the same files as its header instead, those that a kernel needs one
 // after the other, and its source is one call. So they include nothing. D, C, n and V are template
 // arguments. R and p are not: another number of probes or positions compiles nothing.

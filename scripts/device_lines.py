@@ -40,7 +40,7 @@ BEHIND = (
     "head/kernel_inputs.py",
     "head/kernel_texts.py",
     "head/kernels.py",
-    "head/metal_steps.py",
+    "head/metal_operations.py",
     "head/rounding.py",
     "head/row_products.py",
     "head/stored_rows.py",

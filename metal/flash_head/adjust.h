@@ -4,7 +4,7 @@
 // presence and frequency penalties, then for each of K tokens its id, the bits of its bias, and
 // whether it is repeated (bit 0), present (bit 1) and how often it occurs (from bit 2 on). `latest` is
 // the latest token, which may not be known on the host yet: it is repeated and present, and occurs
-// once more. All of them were probed. The steps and their rounding to T are mlx-lm's, in its order:
+// once more. All of them were probed. The operations and their rounding to T are mlx-lm's, in its order:
 //   x + bias;  x < 0 ? x * repetition : x / repetition;  x - presence;  x - frequency, once each time
 // A token whose bit of `allowed` is 0 gets the lowest finite value. Words of another number than
 // ceil(V/32) are no mask, and a row of no tokens whose latest one is V changes nothing.

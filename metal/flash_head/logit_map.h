@@ -2,7 +2,7 @@
 //
 //   y = CAP * tanh(x * MULTIPLIER / DIVISOR / CAP), each operation rounded to W as MLX rounds it
 //
-// The numbers are the bits of floats, 0 where a step is left out. A map rises: in 16 bits all values
+// The numbers are the bits of floats, 0 where an operation is left out. A map rises: in 16 bits all values
 // were tried, and in float32 it may fail to rise by MAP_SLACK.
 
 namespace flash_head {

@@ -98,7 +98,7 @@ def measure_agreement(
         return logits
 
     def cluster_scores(hidden: np.ndarray) -> np.ndarray:
-        return np.array(head.steps.route(mx.array(hidden)))
+        return np.array(head.operations.route(mx.array(hidden)))
 
     measuring = measure_positions(
         states,

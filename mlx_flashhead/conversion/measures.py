@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..head.steps import MARGIN_SHARE
+from ..head.operations import MARGIN_SHARE
 from . import Progress, Task
 from .checkpoint import NOT_KEPT, Checkpoint, checksum
 

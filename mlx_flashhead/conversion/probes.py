@@ -158,7 +158,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
 
     Returns:
         ``by_probes``, the shares of positions with another proposal, and the ``risk`` of
-        `head/steps.py`.
+        `head/operations.py`.
     """
     probes = np.array(measured.probe_counts)
     near = measured.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]

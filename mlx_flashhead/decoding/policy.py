@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ..common.stored import Positive
 from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
-from ..head.steps import NO_DEPTH
+from ..head.operations import NO_DEPTH
 from ..models.install import get_flash_head
 from ..models.trust import is_recognised
 from .pace import Pace

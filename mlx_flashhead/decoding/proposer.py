@@ -14,7 +14,7 @@ from ..head.adjustment import Adjustment, ChangedTokens
 from ..head.draws.draw import Draw, Draws, Key
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
-from ..head.steps import NOTHING_ALLOWED
+from ..head.operations import NOTHING_ALLOWED
 from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed

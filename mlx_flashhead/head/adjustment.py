@@ -1,6 +1,6 @@
 """Biases and penalties: the few tokens of a text whose logits they change, and by how much.
 
-The steps, in mlx-lm's order, each rounded to the dtype of the model's logits:
+The operations, in mlx-lm's order, each rounded to the dtype of the model's logits:
 
     x + bias;  x · repetition where x < 0, else x / repetition;  x - presence;
     x - frequency, once for each time that the token occurs
@@ -240,7 +240,7 @@ def adjusted_logits(
 
 
 def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
-    """The logits (R, K) of the tokens by the steps of mlx-lm, in their dtype."""
+    """The logits (R, K) of the tokens by the operations of mlx-lm, in their dtype."""
     dtype = logits.dtype
     counts = tokens.counts
     repetition, presence, frequency = mx.split(tokens.penalties.astype(dtype), 3, axis=1)

@@ -1,6 +1,6 @@
 """FlashHead: an output projection that scores the rows of the likeliest clusters. Arrays only.
 
-Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
+Source: arXiv 2603.14591. docs/how-it-works.md explains it, and what differs.
 """
 
 import threading
@@ -13,20 +13,20 @@ import numpy as np
 
 from .adjustment import Adjustment
 from .backend import METAL, PORTABLE, choose_backend, gpu_is_default, log
-from .chosen_steps import ChosenSteps
+from .chosen_operations import ChosenOperations
 from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
 from .draws.draw import Draws
 from .draws.greedy import best_draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
+from .operations import NO_DEPTH, PortableOperations, Risk
 from .proposal import Proposal, ProposalRow
 from .proposal_function import ProposalFunction, TracedFunctions
 from .rounding import Rounding, Stretch, differs_in_batches, measure_rounding
 from .row_products import products_of_each
 from .same_sums import compared_states, scores_agree
 from .slot_product import SlotProduct, Source
-from .steps import NO_DEPTH, PortableSteps, Risk
 from .unverified import unverified_logits
 from .verdict import Verdict
 
@@ -91,7 +91,7 @@ class FlashHead:
         self.vocab_size = rows.n_rows
         self.hidden_size = rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
-        self._chosen = ChosenSteps(self.clustered, backend)
+        self._chosen = ChosenOperations(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self.n_probes = n_probes
@@ -102,7 +102,7 @@ class FlashHead:
         self._draw_temperature: float | None = None
         self._of_thread = _OfThread()
         self._traced = TracedFunctions()
-        # The bounds that were measured of these steps, by dtype and by number of states.
+        # The bounds that were measured of its operations, by dtype and by number of states.
         self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
@@ -126,7 +126,7 @@ class FlashHead:
         self._roundings = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlashHead":
-        """A head with its own settings that shares the arrays and the steps."""
+        """A head with its own settings that shares the arrays and the operations."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         copied._chosen = self._chosen.copy()
@@ -136,14 +136,14 @@ class FlashHead:
         return copied
 
     @property
-    def steps(self) -> PortableSteps:
-        """The steps in use."""
-        return self._chosen.steps
+    def operations(self) -> PortableOperations:
+        """The operations in use."""
+        return self._chosen.operations
 
     @property
     def backend(self) -> str:
         """The path in use: "metal" or "mlx"."""
-        return self.steps.name
+        return self.operations.name
 
     @property
     def backend_reason(self) -> str:
@@ -193,7 +193,7 @@ class FlashHead:
 
     def arrays(self) -> list[mx.array]:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
-        return [*self.clustered.arrays(), *self.steps.arrays()]
+        return [*self.clustered.arrays(), *self.operations.arrays()]
 
     def check_kernels(
         self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
@@ -212,15 +212,15 @@ class FlashHead:
         Raises:
             ValueError: If one fails and the backend "metal" was requested by name.
         """
-        before = self.steps
+        before = self.operations
         self._chosen.try_kernels(dtype, self.n_probes, logit_map)
-        if self.steps is not before:
+        if self.operations is not before:
             self._roundings = {}
         if rows is not None and gpu_is_default():
             self.compare_dense_rows(rows, dtype)
 
     def fall_back(self, trouble: str) -> None:
-        """Takes MLX's operations from now on: as `ChosenSteps.fall_back`."""
+        """Takes the portable operations from now on: as `ChosenOperations.fall_back`."""
         self._chosen.fall_back(trouble)
         self._roundings = {}
 
@@ -245,10 +245,10 @@ class FlashHead:
 
         They must agree to the last bit. Evaluates.
         """
-        return scores_agree(self.steps, self.dense_logits, dtype)
+        return scores_agree(self.operations, self.dense_logits, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
-        """Whether the steps map logits of ``dtype`` as MLX's operations do. Evaluates."""
+        """Whether the head maps logits of ``dtype`` as MLX does. Evaluates."""
         return self._chosen.maps_as_mlx(logit_map, dtype)
 
     @contextmanager
@@ -328,7 +328,7 @@ class FlashHead:
         if len(states) == 1 and self.gathers_rows:
             logits = self.clustered.token_rows().matmul(states)
         else:
-            logits = self.steps.dense(states)
+            logits = self.operations.dense(states)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def dense_logits_of_each(self, hidden: mx.array) -> mx.array:
@@ -363,7 +363,7 @@ class FlashHead:
         if n_probes == self.n_clusters and draw_temperature is None:
             return self.dense_logits(hidden)
         states = hidden.reshape(-1, hidden.shape[-1])
-        logits = unverified_logits(self.steps, states, n_probes, draw_temperature)
+        logits = unverified_logits(self.operations, states, n_probes, draw_temperature)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(
@@ -427,10 +427,10 @@ class FlashHead:
         masks = []
         if allowed is not None:
             masks = [allowed]
-        steps = self.steps
-        structure, most_occurrences = steps.structure_of(draws, adjustment)
+        operations = self.operations
+        structure, most_occurrences = operations.structure_of(draws, adjustment)
         function = ProposalFunction(
-            steps=steps,
+            operations=operations,
             risk=self.risk,
             n_probes=n_probes,
             depth=depth,
@@ -454,14 +454,14 @@ class FlashHead:
         """Rows of several proposals, with their ``tokens``, as one without risk."""
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [proposal.filled(most) for proposal in proposals]
-        hidden, probes, logits = self.steps.join(filled, rows)
+        hidden, probes, logits = self.operations.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
 
     @property
     def joined_early(self) -> int:
         """Pending rows that are joined before the launch of their verification; 0: all at once."""
-        return self.steps.joined_early
+        return self.operations.joined_early
 
     def verify(
         self,
@@ -491,10 +491,10 @@ class FlashHead:
         if draws is None:
             draws = best_draws(k)
         return Verdict(
-            steps=self.steps,
+            operations=self.operations,
             proposal=proposal,
             draws=draws,
-            product=SlotProduct(self.steps, proposal.hidden, sources),
+            product=SlotProduct(self.operations, proposal.hidden, sources),
             rounding=self.rounding(proposal.hidden.dtype, k),
             stretches=stretches,
             logit_map=logit_map,
@@ -512,7 +512,7 @@ class FlashHead:
     def measure_rounding(self, dtype: mx.Dtype) -> dict[int, Rounding]:
         """The bounds for products of states, by class of their number. Evaluates once."""
         if dtype not in self._roundings:
-            self._roundings[dtype] = measure_rounding(self.steps, self.dense_logits, dtype)
+            self._roundings[dtype] = measure_rounding(self.operations, self.dense_logits, dtype)
         return self._roundings[dtype]
 
     def differs_in_batches(self, dtype: mx.Dtype) -> bool:

@@ -1,4 +1,4 @@
-"""Each kernel beside MLX's own operations, at the shapes and with the templates of a head.
+"""Each kernel beside the portable operations, at the shapes and with the templates of a head.
 
 What runs here is compiled here, and nothing is compiled afterwards.
 """
@@ -16,9 +16,9 @@ from .draws.draw import Draws
 from .draws.greedy import Greedy
 from .draws.noise import Noise, position_key
 from .logit_map import LogitMap
-from .metal_steps import MetalSteps, screen_inputs
+from .metal_operations import MetalOperations, screen_inputs
+from .operations import PortableOperations
 from .proposal import Candidates, Proposal, Selection, Tolerance, Unscored
-from .steps import PortableSteps
 
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
@@ -47,18 +47,18 @@ Pair = tuple[mx.array, mx.array, float]
 
 
 def find_trouble(
-    steps: MetalSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap
+    operations: MetalOperations, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap
 ) -> str | None:
     """Runs each kernel: what the first one does that fails, or None. Evaluates.
 
     Args:
-        steps: Of a head.
+        operations: Of a head.
         dtype: Of the hidden states.
         n_probes: Clusters that are scored.
         logit_map: What the model does to its head's logits. The kernels that know of no such map
             run with the identity only.
     """
-    trial = _Trial(steps, dtype, n_probes, logit_map)
+    trial = _Trial(operations, dtype, n_probes, logit_map)
     for kernel, pairs_of in trial.kernels():
         try:
             for found, expected, tolerance in pairs_of():
@@ -87,17 +87,19 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 
 
 class _Trial:
-    """A state, and what the kernels and MLX's operations make of it.
+    """A state, and what the kernels and the portable operations make of it.
 
     Each method runs one kernel, and keeps what the next ones take from it.
     """
 
-    def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap):
-        self._kernels = steps
-        self._plain = PortableSteps(steps.clustered)
+    def __init__(
+        self, operations: MetalOperations, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap
+    ):
+        self._kernels = operations
+        self._plain = PortableOperations(operations.clustered)
         self._n_probes = n_probes
         self._map = logit_map
-        shape = 1, steps.clustered.rows.hidden_size
+        shape = 1, operations.clustered.rows.hidden_size
         state = mx.random.normal(shape, key=mx.random.key(0))
         self._hidden = state.astype(dtype)
         # All sums are in float32, whatever the dtype.
@@ -176,7 +178,7 @@ class _Trial:
     def _selected(
         self, selection: Selection, n_probes: int, adjustment: Adjustment | None = None
     ) -> Iterator[Pair]:
-        """As good clusters as MLX's operations find, none of them twice, and what is left."""
+        """As good clusters as the portable operation finds, none twice, and what is left."""
         scores = self._scores
         probes = selection.probes[:, :n_probes]
         # The kernel sees distances to the best score in bins; see metal/flash_head/select.h.

@@ -1,6 +1,6 @@
 """The Metal kernels as functions: the text that each one needs, and its launch.
 
-``metal_steps.py`` launches those of a head.
+``metal_operations.py`` launches those of a head.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What a model does to each of its head's logits, as numbers: a scale, a softcap, a cast.
 
 Gemma 2 to 4, Cohere, Granite, nanochat and others give logits that are a rising function of the
-head's. Each step that looks at logits applies these numbers to what it looks at.
+head's. Each operation that looks at logits applies these numbers to what it looks at.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,11 @@ N_VALUES = 1 << 16
 
 @dataclass(frozen=True)
 class LogitMap:
-    """A rising map of each logit by itself, the steps in this order, each rounded to ``dtype``.
+    """A rising map of each logit by itself, its operations in this order.
 
-    y = cap · tanh(x · multiplier / divisor / cap), without the steps that change nothing.
+    Each is rounded to ``dtype``.
+
+    y = cap · tanh(x · multiplier / divisor / cap), without the operations that change nothing.
 
     Attributes:
         multiplier: Of the logits.
@@ -101,7 +103,7 @@ class LogitMap:
     def template(self, dtype: mx.Dtype) -> dict[str, Any]:
         """Returns the template arguments of a kernel for logits of ``dtype``.
 
-        A number is given by its bits as a float32; 0 leaves its step out.
+        A number is given by its bits as a float32; 0 leaves its operation out.
         """
         mapped = self.result_dtype(dtype)
 

@@ -1,9 +1,9 @@
 """A head's kernels in a file, for programs in other languages.
 
 The safetensors file holds the FlashHead's arrays, and in its metadata a plan, the kernels and their
-launches as `MetalSteps` gives them to MLX, with the sums of the MLX in Swift. A program that has
-MLX and the model's own rows replays them one after the other, as `metal/swift` does. The plan is
-JSON:
+launches as `MetalOperations` gives them to MLX, with the sums of the MLX in Swift. A program that
+has MLX and the model's own rows replays them one after the other, as `metal/swift` does. The plan
+is JSON:
 
     head       path of the model's output layer, such as "model.embed_tokens"
     dtype      of the hidden states, whose size is "hiddenSize"
@@ -33,7 +33,7 @@ from .draws.draw import Draws
 from .draws.noise import Noise
 from .flash_head import FlashHead
 from .kernel_inputs import SHORTEST
-from .metal_steps import MetalSteps
+from .metal_operations import MetalOperations
 
 METADATA_KEY = "flash_head"
 # The MLX that mlx-swift 0.31.6 contains, at commit ce45c525. The file's scores have the sums that
@@ -91,14 +91,14 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     for name, array in clustered.centroids.matrix.arrays().items():
         stored[f"centroids_{name}"] = array
     recorder = _Recorder(stored, computed)
-    steps = MetalSteps(clustered, recorder.metal_kernel, version=READER)
-    scores = steps.route(hidden)
-    selection = steps.select(scores, n_probes)
-    candidates = steps.score(hidden, selection)
-    steps.expand(scores, selection, candidates)
-    selection = steps.select(scores, n_probes, words=False)
-    candidates = steps.score(hidden, selection)
-    steps.choose(selection, candidates, draws)
+    operations = MetalOperations(clustered, recorder.metal_kernel, version=READER)
+    scores = operations.route(hidden)
+    selection = operations.select(scores, n_probes)
+    candidates = operations.score(hidden, selection)
+    operations.expand(scores, selection, candidates)
+    selection = operations.select(scores, n_probes, words=False)
+    candidates = operations.score(hidden, selection)
+    operations.choose(selection, candidates, draws)
     plan = {
         "head": layer,
         "dtype": dtype,

@@ -1,4 +1,7 @@
-"""What the steps of a FlashHead hand to each other. R positions, p probed clusters of n slots."""
+"""What the operations of a FlashHead hand to each other.
+
+There are R positions, and p probed clusters of n slots.
+"""
 
 from typing import NamedTuple
 

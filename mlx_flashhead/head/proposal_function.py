@@ -9,7 +9,7 @@ import mlx.core as mx
 from .adjustment import Adjustment
 from .draws.draw import Draw, Draws
 from .logit_map import LogitMap
-from .steps import PortableSteps, Risk
+from .operations import PortableOperations, Risk
 
 # So many functions are kept.
 MOST_TRACED = 64
@@ -21,17 +21,17 @@ class ProposalFunction(NamedTuple):
     """The operations of proposals, as a function of arrays. Equal ones need one trace.
 
     Attributes:
-        steps: Of the head.
+        operations: Of the head.
         risk: Estimates the risk by what was not scored.
         n_probes: Clusters that are scored.
         depth: Nats of the model's logits below the mass of all, from which kernels leave clusters
             out.
-        structure: How each row is drawn, as :meth:`PortableSteps.structure_of` says it.
+        structure: How each row is drawn, as :meth:`PortableOperations.structure_of` says it.
         logit_map: What the model does to each of its head's logits.
         most_occurrences: Of the adjustment; None without one.
     """
 
-    steps: PortableSteps
+    operations: PortableOperations
     risk: Risk
     n_probes: int
     depth: float
@@ -57,13 +57,13 @@ class ProposalFunction(NamedTuple):
         Returns:
             The tokens, probes, logits and risks.
         """
-        steps = self.steps
+        operations = self.operations
         draws = Draws(self.structure, draw_inputs)
         adjustment = None
         if self.most_occurrences is not None:
             adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)
-        selection = steps.select(
-            steps.route(hidden),
+        selection = operations.select(
+            operations.route(hidden),
             self.n_probes,
             words=False,
             depth=self.depth / self.logit_map.slope,
@@ -71,13 +71,13 @@ class ProposalFunction(NamedTuple):
             adjustment=adjustment,
             mass=not draws.all_greedy,
         )
-        candidates = steps.score(hidden, selection, self.logit_map)
+        candidates = operations.score(hidden, selection, self.logit_map)
         mask = None
         if allowed:
             mask = allowed[0]
         if adjustment is not None or mask is not None:
-            candidates = steps.adjust(selection, candidates, adjustment, mask)
-        tokens, risk = steps.choose(
+            candidates = operations.adjust(selection, candidates, adjustment, mask)
+        tokens, risk = operations.choose(
             selection, candidates, draws, self.risk, self.logit_map, masked=mask is not None
         )
         # The probes that a kernel repeats are left out.

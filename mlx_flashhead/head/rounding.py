@@ -12,10 +12,10 @@ from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import ANY_ROWS, DenseKernel, dense_kernel, mlx_version
 from .margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
 from .matrix import Matrix
+from .operations import PortableOperations
 from .proposal import Tolerance
 from .same_sums import DenseLogits, logits_of_scores, scores_agree, shows_other_sums
 from .slot_product import CLASSES, SlotProduct
-from .steps import PortableSteps
 
 # So many states' products are compared for the rounding.
 N_STATES = 3
@@ -78,12 +78,12 @@ class Rounding:
     scored: float
     sums: RoundedSums | None = None
 
-    def tolerance(self, hidden: mx.array, steps: PortableSteps) -> Tolerance:
+    def tolerance(self, hidden: mx.array, operations: PortableOperations) -> Tolerance:
         """Returns how far logits of states (k, D) may lie from those of each state alone.
 
-        The head's ``steps`` compute it.
+        The head's ``operations`` compute it.
         """
-        product, scored = steps.tolerances(hidden, self.longest, self.product, self.scored)
+        product, scored = operations.tolerances(hidden, self.longest, self.product, self.scored)
         if self.sums is not None:
             lost = self.sums.tolerance(hidden)
             product = product + lost
@@ -135,7 +135,7 @@ def stretched(
 
 
 def measure_rounding(
-    steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype
+    operations: PortableOperations, dense_logits: DenseLogits, dtype: mx.Dtype
 ) -> dict[int, Rounding]:
     """Measures the bounds for products of states, for each class of their number. Evaluates.
 
@@ -150,14 +150,14 @@ def measure_rounding(
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
 
     Args:
-        steps: Of the head whose products are measured.
+        operations: Of the head whose products are measured.
         dense_logits: The dense logits of a state alone: (1, D) → (1, V).
         dtype: Of the states.
 
     Returns:
         The bounds for each class of the number of states.
     """
-    clustered = steps.clustered
+    clustered = operations.clustered
     rows = clustered.rows
     shape = CLASSES[-1], rows.hidden_size
     hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
@@ -181,13 +181,13 @@ def measure_rounding(
 
     in_float32 = 2 * (rows.hidden_size + 1) * FLOAT32
     scored_share = 0.0
-    if not _scores_are_dense(steps, dense_logits, dtype):
-        scored = mx.concatenate([logits_of_scores(steps, state) for state in states])
+    if not _scores_are_dense(operations, dense_logits, dtype):
+        scored = mx.concatenate([logits_of_scores(operations, state) for state in states])
         scored_share = max(in_float32, _share_beyond(allowed, scored, alone, lengths))
     found = {}
     for size in _classes():
         starts = range(0, N_STATES, size)
-        products = [SlotProduct(steps, hidden[i : i + size]).result() for i in starts]
+        products = [SlotProduct(operations, hidden[i : i + size]).result() for i in starts]
         slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
         together = in_token_order(slots, clustered.slot_of)
         known = in_float32 + _coarser(rows, clustered.token_ids.size, product_dtype, size)
@@ -196,17 +196,19 @@ def measure_rounding(
     return found
 
 
-def _scores_are_dense(steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype) -> bool:
+def _scores_are_dense(
+    operations: PortableOperations, dense_logits: DenseLogits, dtype: mx.Dtype
+) -> bool:
     """Whether scored logits are the dense ones to the last bit: by MLX's table, and as seen.
 
     In 16 bits few logits show another order of sums, so that those of a small vocabulary do not do.
     """
-    clustered = steps.clustered
+    clustered = operations.clustered
     kernel = _dense_kernel(clustered)
     if kernel is not None and not kernel.scored:
         return False
     shown = shows_other_sums(clustered.vocab_size, clustered.rows.logits_dtype(dtype))
-    return shown and scores_agree(steps, dense_logits, dtype) == 1
+    return shown and scores_agree(operations, dense_logits, dtype) == 1
 
 
 def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:

@@ -267,9 +267,9 @@ def _gathered(x: mx.array, rows: Matrix) -> mx.array:
 
 
 @cache
-def _indices(n_states: int, step: int) -> mx.array:
-    """``n_states`` indices, ``step`` apart."""
-    return mx.array([step * i for i in range(n_states)], mx.uint32)
+def _indices(n_states: int, stride: int) -> mx.array:
+    """``n_states`` indices, ``stride`` apart."""
+    return mx.array([stride * i for i in range(n_states)], mx.uint32)
 
 
 def _bits(array: mx.array) -> mx.array:

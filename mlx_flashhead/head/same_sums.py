@@ -11,8 +11,8 @@ import mlx.core as mx
 from .clustered import in_token_order
 from .kernel_inputs import MIN_PROBES
 from .matrix import Matrix
+from .operations import PortableOperations
 from .proposal import Selection
-from .steps import PortableSteps
 
 # A state (1, D) → its logits (1, V).
 DenseLogits = Callable[[mx.array], mx.array]
@@ -27,9 +27,9 @@ MOST_STATES = 128
 SCORED_AT_ONCE = 1024
 
 
-def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
-    """Logits of all tokens as the step that scores clusters gives them: (1, D) → (1, V)."""
-    clustered = steps.clustered
+def logits_of_scores(operations: PortableOperations, hidden: mx.array) -> mx.array:
+    """Logits of all tokens as `score` gives them: (1, D) → (1, V)."""
+    clustered = operations.clustered
     n_clusters = clustered.n_clusters
     size = min(n_clusters, SCORED_AT_ONCE)
     # Fewer than MIN_PROBES would need another kernel.
@@ -39,7 +39,7 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
         first = min(start, n_clusters - size)
         clusters = mx.arange(first, first + n_probes, dtype=mx.uint32)
         probes = mx.minimum(clusters, n_clusters - 1)
-        logits = steps.score(hidden, Selection(probes[None])).logits
+        logits = operations.score(hidden, Selection(probes[None])).logits
         parts.append(logits[:, start - first : size])
     slots = mx.concatenate(parts, axis=1).reshape(1, -1)
     return in_token_order(slots, clustered.slot_of)
@@ -68,20 +68,22 @@ def compared_states(rows: Matrix, vocab_size: int, dtype: mx.Dtype) -> list[mx.a
     return states
 
 
-def scores_agree(steps: PortableSteps, dense_logits: DenseLogits, dtype: mx.Dtype) -> float:
+def scores_agree(
+    operations: PortableOperations, dense_logits: DenseLogits, dtype: mx.Dtype
+) -> float:
     """Returns the share of logits that scoring gives like the product with one state.
 
     They must agree to the last bit. Evaluates.
 
     Args:
-        steps: What scores.
+        operations: What scores.
         dense_logits: Gives the logits (1, V) of a state (1, D).
         dtype: Of the states.
     """
-    clustered = steps.clustered
+    clustered = operations.clustered
     states = compared_states(clustered.rows, clustered.vocab_size, dtype)
     n_same = 0
     for hidden in states:
-        same = logits_of_scores(steps, hidden) == dense_logits(hidden)
+        same = logits_of_scores(operations, hidden) == dense_logits(hidden)
         n_same += cast(int, mx.sum(same).item())
     return n_same / (len(states) * clustered.vocab_size)

@@ -24,7 +24,7 @@ def screen(
     logit_map: LogitMap,
     allowed: mx.array | None,
 ) -> Screen:
-    """Which proposals of k states are the dense choice for sure; see ``PortableSteps.screen``."""
+    """Which proposals of k states are the dense choice: as :meth:`PortableOperations.screen`."""
     others = _not_scored(clustered, slots, proposal, allowed)
     best = mx.max(others, axis=(1, 2)).astype(mx.float32)
     best = mx.maximum(best, LOWEST)[:, None]

@@ -12,7 +12,7 @@ import numpy as np
 
 from .backend import numpy_is_faster
 from .matrix import as_float32, to_mlx
-from .steps import PortableSteps
+from .operations import PortableOperations
 
 # Sizes of a product: of up to so many states the kernels and the rounding are the same.
 CLASSES = (1, 2, 4, 8, 16, 32)
@@ -33,7 +33,7 @@ class SlotProduct:
     steps of the model.
 
     Args:
-        steps: Of the head whose rows are multiplied.
+        operations: Of the head whose rows are multiplied.
         hidden: (k, D), the states.
         sources: For each state an array that has been computed already, and a row of it. A thread
             takes them from there, since ``hidden`` may wait for the step that is running.
@@ -41,14 +41,14 @@ class SlotProduct:
 
     def __init__(
         self,
-        steps: PortableSteps,
+        operations: PortableOperations,
         hidden: mx.array,
         sources: Sequence[Source] | None = None,
     ):
-        self._steps = steps
+        self._operations = operations
         self._k = len(hidden)
         self._future: Future[np.ndarray] | None = None
-        rows = steps.clustered.rows
+        rows = operations.clustered.rows
         by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
         if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
             if sources is None:
@@ -69,9 +69,9 @@ class SlotProduct:
     def result(self) -> mx.array:
         """Returns the logits (k, C, n), after waiting for the thread if there is one."""
         if self._future is None:
-            return self._steps.verifying_product(self._hidden)[: self._k]
+            return self._operations.verifying_product(self._hidden)[: self._k]
         logits = to_mlx(self._future.result())
-        bias = self._steps.clustered.rows.bias
+        bias = self._operations.clustered.rows.bias
         if bias is not None:
             logits = logits + bias
         return logits

@@ -6,36 +6,36 @@ Source: arXiv 2603.14591; for draws of clusters Efraimidis and Spirakis 2006, or
 
 import mlx.core as mx
 
+from .operations import PortableOperations
 from .proposal import Candidates, Selection
-from .steps import PortableSteps
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
 
 def unverified_logits(
-    steps: PortableSteps, hidden: mx.array, n_probes: int, draw_temperature: float | None
+    operations: PortableOperations, hidden: mx.array, n_probes: int, draw_temperature: float | None
 ) -> mx.array:
     """Full logits by few clusters: states (R, D) → (R, V).
 
     Args:
-        steps: Of the head.
+        operations: Of the head.
         hidden: (R, D).
         n_probes: The number of clusters that are scored.
         draw_temperature: Draws the clusters without replacement from softmax(S / temperature), and
             leaves all other tokens out; None takes the best ones.
     """
-    scores, selection, candidates = retrieve(steps, hidden, n_probes, draw_temperature)
+    scores, selection, candidates = retrieve(operations, hidden, n_probes, draw_temperature)
     if draw_temperature is not None:
         scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
         # without the estimates, which belong to other scores
         selection = Selection(selection.probes[:, :n_probes])
         candidates = Candidates(candidates.logits[:, :n_probes])
-    return steps.expand(scores, selection, candidates)
+    return operations.expand(scores, selection, candidates)
 
 
 def retrieve(
-    steps: PortableSteps,
+    operations: PortableOperations,
     hidden: mx.array,
     n_probes: int,
     draw_temperature: float | None,
@@ -46,10 +46,10 @@ def retrieve(
 
     The arguments are those of `unverified_logits`; ``words`` are for `expand`.
     """
-    scores = steps.route(hidden)
+    scores = operations.route(hidden)
     ordering = scores
     if draw_temperature is not None:
         # always probed clusters keep their 1e30 and stay on top
         ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
-    selection = steps.select(ordering, n_probes, words=words)
-    return scores, selection, steps.score(hidden, selection)
+    selection = operations.select(ordering, n_probes, words=words)
+    return scores, selection, operations.score(hidden, selection)

@@ -13,10 +13,10 @@ import mlx.core as mx
 from .clustered import in_token_order
 from .draws.draw import Draws
 from .logit_map import LogitMap
+from .operations import PortableOperations
 from .proposal import Proposal
 from .rounding import Rounding, Stretch, stretched
 from .slot_product import SlotProduct
-from .steps import PortableSteps
 
 
 class Verdict:
@@ -26,7 +26,7 @@ class Verdict:
     launched as soon as the product is there. :meth:`in_doubt` alone waits for it.
 
     Args:
-        steps: Of the head.
+        operations: Of the head.
         proposal: Of k rows.
         draws: How each token is drawn.
         product: Of the rows and the k states.
@@ -42,7 +42,7 @@ class Verdict:
 
     def __init__(
         self,
-        steps: PortableSteps,
+        operations: PortableOperations,
         proposal: Proposal,
         draws: Draws,
         product: SlotProduct,
@@ -52,7 +52,7 @@ class Verdict:
         allowed: mx.array | None,
     ):
         self.certain: mx.array | None = None
-        self._steps = steps
+        self._operations = operations
         self._proposal = proposal
         self._draws = draws
         self._product = product
@@ -81,7 +81,7 @@ class Verdict:
         if self._slots is None:
             self._screen()
         slots = cast(mx.array, self._slots)[row : row + 1]
-        logits = in_token_order(slots.flatten(1), self._steps.clustered.slot_of)
+        logits = in_token_order(slots.flatten(1), self._operations.clustered.slot_of)
         return self._logit_map(logits)
 
     def _screen(self) -> None:
@@ -89,11 +89,11 @@ class Verdict:
         slots = self._product.result()
         proposal = self._proposal
         rounding = self._rounding
-        tolerance = rounding.tolerance(proposal.hidden, self._steps)
+        tolerance = rounding.tolerance(proposal.hidden, self._operations)
         if rounding.scored:
             scored = stretched(tolerance.scored, proposal.logits, self._stretches, rounding.epsilon)
             tolerance = tolerance._replace(scored=scored)
-        screen = self._steps.screen(
+        screen = self._operations.screen(
             slots,
             proposal,
             self._draws,

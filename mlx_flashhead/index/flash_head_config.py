@@ -33,7 +33,7 @@ class Measured(TypedDict):
 
 
 class RiskSettings(TypedDict):
-    """The numbers of `head/steps.py`'s risk."""
+    """The numbers of `head/operations.py`'s risk."""
 
     greedy: RiskLine
     sampled: Annotated[float, Meta(ge=0, le=1e300)]

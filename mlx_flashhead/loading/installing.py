@@ -9,7 +9,7 @@ from ..decoding.measuring.rehearsal import rehearse
 from ..decoding.measuring.tuning import LEAST_MEASUREMENTS
 from ..decoding.policy import policy_of
 from ..head.flash_head import FlashHead
-from ..head.steps import Risk
+from ..head.operations import Risk
 from ..models.install import hidden_dtype, install
 from ..models.locate import HeadLocation, find_head
 from ..models.logit_maps import logit_map_of

@@ -31,12 +31,12 @@ from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.backend import gpu_is_default
-from mlx_flashhead.head.chosen_steps import make_steps
+from mlx_flashhead.head.chosen_operations import make_operations
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.dense_kernels import dense_kernel
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.rounding import may_use_tf32
 from mlx_flashhead.head.same_sums import logits_of_scores
 from mlx_flashhead.head.slot_product import CLASSES
@@ -150,10 +150,10 @@ def _kernels(
 
     None without kernels.
     """
-    if not isinstance(head.steps, MetalSteps):
+    if not isinstance(head.operations, MetalOperations):
         return None
     counted = CountedKernels()
-    head._chosen.steps = MetalSteps(head.clustered, counted.metal_kernel)
+    head._chosen.operations = MetalOperations(head.clustered, counted.metal_kernel)
     head.check_kernels(dtype)
     at_installation = len(counted.texts)
     for sampler in SAMPLERS:
@@ -207,7 +207,7 @@ def sums(
                 rows = random_rows(form, n_rows, hidden_size, dtype)
                 if rows is None:
                     continue
-                steps = make_steps(_clustered(rows), None)[0]
+                operations = make_operations(_clustered(rows), None)[0]
                 state = mx.random.normal((1, hidden_size), key=mx.random.key(1)).astype(dtype)
                 expected = rows.matmul(state)
                 kernel = dense_kernel(rows, n_rows)
@@ -217,9 +217,9 @@ def sums(
                     "columns": hidden_size,
                     "dtype": _name(dtype),
                     "kernel": kernel.name,
-                    "equal_expected": kernel.scored and steps.name == MetalSteps.name,
-                    "scored": _share_equal(logits_of_scores(steps, state), expected),
-                    "dense": _share_equal(steps.dense(state), expected),
+                    "equal_expected": kernel.scored and operations.name == MetalOperations.name,
+                    "scored": _share_equal(logits_of_scores(operations, state), expected),
+                    "dense": _share_equal(operations.dense(state), expected),
                 }
 
 
@@ -284,7 +284,7 @@ def head_times(shapes: Sequence[str], bits: Sequence[int]) -> Iterator[dict[str,
                 "bits": n_bits,
                 "dense": _milliseconds(head.dense_logits, state),
                 "proposal": _milliseconds(partial(_proposed, head), state),
-                "verification": _milliseconds(head.steps.verifying_product, states),
+                "verification": _milliseconds(head.operations.verifying_product, states),
             }
             del head
             mx.clear_cache()

@@ -32,7 +32,7 @@ from mlx_flashhead.head.draws import draw
 from mlx_flashhead.head.draws.noise import position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import as_float32, to_mlx
-from mlx_flashhead.head.steps import Candidates
+from mlx_flashhead.head.operations import Candidates
 from mlx_flashhead.loading.drafts import load_draft
 from mlx_flashhead.models.cpu_products import numpy_products
 from mlx_flashhead.models.fetch import resolve
@@ -202,13 +202,13 @@ def few_logits(head: FlashHead, states: mx.array, exact: mx.array, n_probes: int
     Returns:
         (n, V).
     """
-    steps = head.steps
+    operations = head.operations
     token_ids = mx.minimum(head.clustered.token_ids, exact.shape[1] - 1)
     in_clusters = exact[:, token_ids.reshape(-1)].reshape(len(exact), *token_ids.shape)
-    scores = steps.route(states)
-    selection = steps.select(scores, n_probes)
+    scores = operations.route(states)
+    selection = operations.select(scores, n_probes)
     probed = mx.take_along_axis(in_clusters, selection.probes[..., None], axis=1)
-    return steps.expand(scores, selection, Candidates(probed))
+    return operations.expand(scores, selection, Candidates(probed))
 
 
 def latest_tokens(tokens: list[int], first: int, n: int, vocab_size: int) -> np.ndarray:

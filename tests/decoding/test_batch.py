@@ -48,7 +48,7 @@ def test_mixed_settings_share_the_steps(flash, misses, with_processors):
 
 
 def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
-    monkeypatch.setattr(type(flash.head.steps), "expand", None)
+    monkeypatch.setattr(type(flash.head.operations), "expand", None)
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]

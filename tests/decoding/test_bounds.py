@@ -58,7 +58,7 @@ def faults(monkeypatch):
 
     def with_tolerance(verdict):
         hidden = verdict._proposal.hidden
-        verdict._product.tolerance = verdict._rounding.tolerance(hidden, verdict._steps)
+        verdict._product.tolerance = verdict._rounding.tolerance(hidden, verdict._operations)
         screen(verdict)
 
     monkeypatch.setattr(SlotProduct, "result", wrong)

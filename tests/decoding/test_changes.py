@@ -21,8 +21,8 @@ from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.logit_map import IDENTITY
+from mlx_flashhead.head.operations import NOTHING_ALLOWED, USUAL, PortableOperations
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
-from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT
 from mlx_flashhead.models.logit_maps import logit_map_of
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -108,7 +108,7 @@ def narrow(monkeypatch):
     def expand(*_):
         raise AssertionError("a proposal computes the logits of all tokens")
 
-    monkeypatch.setattr(PortableSteps, "expand", expand)
+    monkeypatch.setattr(PortableOperations, "expand", expand)
 
 
 def plain_tokens(model, **options):
@@ -183,7 +183,9 @@ def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
 
 
 def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
-    steps = PortableSteps(plain_clusters(np.random.default_rng(0), 3, 4))  # two slots are padded
+    operations = PortableOperations(
+        plain_clusters(np.random.default_rng(0), 3, 4)
+    )  # two slots are padded
     logits = mx.full((1, 3, 4), mx.finfo(mx.float32).min)
     left = Unscored(mx.zeros((1, 1)), mx.zeros((1, 1)))
     selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=left)
@@ -191,7 +193,7 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
     for number in np.linspace(0, 0.99, 40, dtype=np.float32):
         draws = Draws.of([(settings, (int(number.view(np.uint32)), 0))])
         candidates = Candidates(logits)
-        token, risk = steps.choose(selection, candidates, draws, USUAL, IDENTITY, masked=True)
+        token, risk = operations.choose(selection, candidates, draws, USUAL, IDENTITY, masked=True)
         assert token.item() < 10 and risk.item() == NOTHING_ALLOWED
 
 

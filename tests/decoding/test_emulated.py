@@ -10,7 +10,7 @@ from flash_loops import OTHERS, PROMPT, flash_of
 from kernel_cases import kernels
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.head.steps import NO_DEPTH
+from mlx_flashhead.head.operations import NO_DEPTH
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator

@@ -24,9 +24,9 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.slot_product import SlotProduct
-from mlx_flashhead.head.steps import PortableSteps
 from recorded_calls import recorded_calls
 from tiny_models import tiny_model
 
@@ -350,7 +350,7 @@ def test_one_evaluation_a_token(flash, monkeypatch):
 def test_pending_tokens_are_joined_along_the_way(monkeypatch):
     """On kernels, so that a verification of 32 states joins no more than one does at once."""
     joins = recorded_calls(monkeypatch, FlashHead, "joined")
-    monkeypatch.setattr(PortableSteps, "joined_early", MetalSteps.joined_early)
+    monkeypatch.setattr(PortableOperations, "joined_early", MetalOperations.joined_early)
     flash = make_flash(n_probes=13)  # all clusters, so none is rejected
     policy = policy_of(flash.head)
     policy.first_pending = policy.max_pending = 32

@@ -18,7 +18,7 @@ from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.text import PendingToken, Text
 from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.proposal import Proposal
 from mlx_flashhead.head.rounding import RoundedSums, Rounding
 from pages import CHECKOUT
@@ -75,7 +75,7 @@ def dispatches(flash, kind, k: int) -> Counter:
             pending = PendingToken(proposal, token=1, is_read=True, allowed=allowed)
             text.pending.append(pending)
             unjoined.append(pending)
-            if len(unjoined) == MetalSteps.joined_early and i + 1 < k:
+            if len(unjoined) == MetalOperations.joined_early and i + 1 < k:
                 join(head, unjoined)
                 unjoined = []
         return [Verification(proposer, [text], [None])._verdict.certain]
@@ -117,8 +117,8 @@ def test_rounded_sums_of_older_versions_add_thirteen(flashes, monkeypatch, k):
 def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, scored):
     """The product, its bounds, screen and certain, and a join for each 7 tokens."""
     found, n_bounds = dispatches_with(flashes[arch], name, k, monkeypatch, scored=scored)
-    n_joins = -(-k // MetalSteps.joined_early)
-    assert MetalSteps.joined_early == step_times.JOINED
+    n_joins = -(-k // MetalOperations.joined_early)
+    assert MetalOperations.joined_early == step_times.JOINED
     if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
         assert 0 < n_bounds <= 12
     else:

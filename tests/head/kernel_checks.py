@@ -1,4 +1,4 @@
-"""Runs all steps of a head on the kernels, and checks each one's results against float64."""
+"""Runs all operations of a head on the kernels, and checks each one's results against float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,27 +6,27 @@ import numpy as np
 from kernel_cases import ROUNDING, kernels, make_clustered, products, to_numpy
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 
 PROBED = 0xFFC00000  # words from this one on are places
 NOT_A_NUMBER = 0x7FC00000
 
 
 def run(clustered, hidden, n_probes, **options):
-    """All steps, on the kernels."""
+    """All operations, on the kernels."""
     with kernels(**options):
-        results = all_steps(MetalSteps(clustered), hidden, n_probes)
+        results = all_operations(MetalOperations(clustered), hidden, n_probes)
         mx.eval(*results)
     return results
 
 
-def all_steps(steps, hidden, n_probes):
-    """Scores, selection, candidates, full logits and greedy token, on the path of ``steps``."""
-    scores = steps.route(hidden)
-    selection = steps.select(scores, n_probes)
-    candidates = steps.score(hidden, selection)
-    full = steps.expand(scores, selection, candidates)
-    tokens, _ = steps.choose(selection, candidates, best_draws(len(hidden)))
+def all_operations(operations, hidden, n_probes):
+    """Scores, selection, candidates, full logits and greedy token, by ``operations``."""
+    scores = operations.route(hidden)
+    selection = operations.select(scores, n_probes)
+    candidates = operations.score(hidden, selection)
+    full = operations.expand(scores, selection, candidates)
+    tokens, _ = operations.choose(selection, candidates, best_draws(len(hidden)))
     return scores, selection, candidates, full, tokens
 
 
@@ -119,7 +119,7 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
 
 
 def check_full(clustered, scores, selection, candidates, full):
-    """Exact, given the other steps' outputs: all of it is one sum, one minimum, one rounding."""
+    """Exact, given the outputs of the others: all of it is one sum, one minimum, one rounding."""
     dtype = candidates.logits.dtype
     logits = to_numpy(candidates.logits)
     n_rows, _, cluster_size = logits.shape

@@ -12,10 +12,10 @@ from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
-from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import NOTHING_ALLOWED, PortableSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import NOTHING_ALLOWED, PortableOperations
 
-BOTH = pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+BOTH = pytest.mark.parametrize("path", [PortableOperations, MetalOperations])
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 N_CLUSTERS = 60
 SIZE = 8
@@ -72,17 +72,17 @@ def case(dtype, seed=0):
     return clustered, mx.array(rng.normal(size=(len(CONTEXTS), 128)) * 4).astype(dtype)
 
 
-def scored(steps, hidden, adjustment, logit_map=IDENTITY):
+def scored(operations, hidden, adjustment, logit_map=IDENTITY):
     """A selection and the model's logits of its tokens."""
-    scores = PortableSteps(steps.clustered).route(hidden)
+    scores = PortableOperations(operations.clustered).route(hidden)
     n_probes = N_PROBES + adjustment.n_tokens
-    selection = steps.select(scores, n_probes, words=False, adjustment=adjustment)
-    return selection, steps.score(hidden, selection, logit_map)
+    selection = operations.select(scores, n_probes, words=False, adjustment=adjustment)
+    return selection, operations.score(hidden, selection, logit_map)
 
 
-def in_token_order(steps, selection, candidates):
+def in_token_order(operations, selection, candidates):
     """Logits (R, V) by token, NaN where a token is not scored."""
-    ids = to_numpy(steps.token_ids(selection.probes)).reshape(len(CONTEXTS), -1)
+    ids = to_numpy(operations.token_ids(selection.probes)).reshape(len(CONTEXTS), -1)
     full = np.full((len(CONTEXTS), VOCAB_SIZE + 1), np.nan, np.float32)
     for row, logits in enumerate(to_numpy(candidates.logits).reshape(len(CONTEXTS), -1)):
         first = np.unique(ids[row], return_index=True)[1]  # of probes that are repeated
@@ -100,12 +100,12 @@ def test_the_values_are_mlx_lms(path, dtype, name):
     processors = make_logits_processors(**settings)
     clustered, hidden = case(dtype)
     with kernels():
-        steps = path(clustered)
+        operations = path(clustered)
         adjustment = adjustment_of(settings)
-        selection, candidates = scored(steps, hidden, adjustment, logit_map)
-        before = in_token_order(steps, selection, candidates)
-        adjusted = steps.adjust(selection, candidates, adjustment, None)
-        found = in_token_order(steps, selection, adjusted)
+        selection, candidates = scored(operations, hidden, adjustment, logit_map)
+        before = in_token_order(operations, selection, candidates)
+        adjusted = operations.adjust(selection, candidates, adjustment, None)
+        found = in_token_order(operations, selection, adjusted)
         if adjusted.best is not None:
             np.testing.assert_array_equal(
                 to_numpy(adjusted.best), to_numpy(adjusted.logits).max(axis=-1)
@@ -130,11 +130,11 @@ def test_infinite_biases_leave_finite_logits(path, dtype):
     clustered, hidden = case(dtype)
     biases = {5: float("inf"), 9: -float("inf")}
     with kernels():
-        steps = path(clustered)
+        operations = path(clustered)
         adjustment = adjustment_of({"logit_bias": biases})
-        selection, candidates = scored(steps, hidden, adjustment)
-        adjusted = steps.adjust(selection, candidates, adjustment, None)
-        found = in_token_order(steps, selection, adjusted)
+        selection, candidates = scored(operations, hidden, adjustment)
+        adjusted = operations.adjust(selection, candidates, adjustment, None)
+        found = in_token_order(operations, selection, adjusted)
     assert not np.isinf(found).any()
     assert (found[:, 5] == mx.finfo(dtype).max).all()
     assert (found[:, 9] == mx.finfo(dtype).min).all()
@@ -145,11 +145,11 @@ def test_the_other_probes_are_the_best(path):
     """The tokens' clusters are probed beside those that would be."""
     clustered, hidden = case(mx.float32)
     with kernels():
-        steps = path(clustered)
-        scores = PortableSteps(clustered).route(hidden)
+        operations = path(clustered)
+        scores = PortableOperations(clustered).route(hidden)
         adjustment = adjustment_of(SETTINGS["all"])
-        plain = steps.select(scores, N_PROBES, words=False).probes[:, :N_PROBES]
-        found = steps.select(scores, 50, words=False, adjustment=adjustment)
+        plain = operations.select(scores, N_PROBES, words=False).probes[:, :N_PROBES]
+        found = operations.select(scores, 50, words=False, adjustment=adjustment)
         for one, other in zip(plain.tolist(), found.probes.tolist(), strict=True):
             assert set(one) <= set(other)
             assert len(set(other)) == 50
@@ -175,15 +175,15 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     applied = adjustment if adjusts else None
     of = Draws.of([(draws, position_key(1, i)) for i in range(len(CONTEXTS))])
     with kernels():
-        steps = path(clustered)
-        selection, candidates = scored(steps, hidden, adjustment)
+        operations = path(clustered)
+        selection, candidates = scored(operations, hidden, adjustment)
         unmasked = candidates
         if adjusts:
-            unmasked = steps.adjust(selection, candidates, adjustment, None)
-        before = in_token_order(steps, selection, unmasked)
-        masked = steps.adjust(selection, candidates, applied, words)
-        found = in_token_order(steps, selection, masked)
-        tokens, risk = steps.choose(selection, masked, of, masked=True)
+            unmasked = operations.adjust(selection, candidates, adjustment, None)
+        before = in_token_order(operations, selection, unmasked)
+        masked = operations.adjust(selection, candidates, applied, words)
+        found = in_token_order(operations, selection, masked)
+        tokens, risk = operations.choose(selection, masked, of, masked=True)
         tokens = tokens.tolist()
         risk = risk.tolist()
     lowest = np.finfo(np.float16).min

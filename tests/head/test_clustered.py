@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.head import steps
+from mlx_flashhead.head import operations
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.head.steps import blocked_product, in_blocks
+from mlx_flashhead.head.operations import blocked_product, in_blocks
 from tiny_models import fitted, random_clusters, random_rows
 
 # vocabulary, cluster size: divisible, padded, one cluster, one token per cluster, almost all padded
@@ -108,7 +108,7 @@ def test_centroids_must_fit():
 @pytest.mark.parametrize("n_rows, hidden_size", [(1, 8), (13, 8), (97, 24), (256, 16)])
 @pytest.mark.parametrize("block_products", [1, 50, 500, 100_000])
 def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_size, block_products):
-    monkeypatch.setattr(steps, "BLOCK_PRODUCTS", block_products)
+    monkeypatch.setattr(operations, "BLOCK_PRODUCTS", block_products)
     hidden = mx.random.normal((n_states, hidden_size))
     weight = mx.random.normal((n_rows, hidden_size))
     blocks = in_blocks(Matrix(weight))

@@ -80,13 +80,13 @@ def verify(head: FlashHead, logit_map: LogitMap, k: int) -> list[mx.array]:
     single = [head.propose(hidden[i : i + 1], None, logit_map=logit_map) for i in range(min(k, 8))]
     rows = [(i % len(single), 0) for i in range(k)]
     joined = head.joined(single, rows, [5] * k)
-    slots = head.steps.verifying_product(joined.hidden)
+    slots = head.operations.verifying_product(joined.hidden)
     tolerance = Tolerance(mx.full((k,), 0.01), mx.zeros(k), relative=0.01)
     allowed = mx.full((k, -(-VOCAB_SIZE // 32)), 0xFFFFFFFF, mx.uint32)
     made = []
     for draws in draws_of(k):
         for mask in (None, allowed):
-            screen = head.steps.screen(slots, joined, draws, tolerance, 0.01, logit_map, mask)
+            screen = head.operations.screen(slots, joined, draws, tolerance, 0.01, logit_map, mask)
             made.append(screen.certain)
     return made
 

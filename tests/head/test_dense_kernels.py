@@ -69,7 +69,7 @@ def test_floats_have_one_kernel_but_for_narrow_ones():
 
 
 def small_head(monkeypatch, n_rows: int, cluster_size: int) -> tuple[FlashHead, Matrix]:
-    """A head as on a GPU, but for its steps."""
+    """A head as on a GPU, but for its operations."""
     rng = np.random.default_rng(0)
     monkeypatch.setattr(dense_kernels, "mlx_version", lambda: BEFORE)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)

@@ -14,9 +14,9 @@ from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES, UNSCORED
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
-from mlx_flashhead.head.steps import PortableSteps
 
 # The definition, in numpy; see metal/flash_head/sample.h.
 uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
@@ -119,9 +119,9 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     assert np.abs(ours - theirs).sum() < farthest
 
 
-def scored(rng, steps, n_rows, n_probes, dtype, ties=False):
+def scored(rng, operations, n_rows, n_probes, dtype, ties=False):
     """A selection of ``n_probes`` clusters of each row, and random logits of their tokens."""
-    clustered = steps.clustered
+    clustered = operations.clustered
     order = rng.permuted(np.tile(np.arange(clustered.n_clusters), (n_rows, 1)), axis=1)
     probes = mx.array(np.sort(order[:, :n_probes]).astype(np.uint32))
     held = mx.minimum(mx.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
@@ -149,11 +149,11 @@ def with_keys(rng, settings):
     return Draws.of([(each, tuple(key)) for each, key in zip(settings, keys, strict=True)])
 
 
-def expected(steps, selection, candidates, inputs):
+def expected(operations, selection, candidates, inputs):
     """Each row's token, by the definition; ``inputs`` are the kernels': settings, top_k, keys."""
-    ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
+    ids = to_numpy(operations.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
-    real = ids < steps.clustered.vocab_size
+    real = ids < operations.clustered.vocab_size
     real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
     masses = to_numpy(selection.unscored.mass)[:, 0]
     settings, top_k, keys = (to_numpy(array)[: len(ids)] for array in inputs)
@@ -172,16 +172,16 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
     """Rows of all settings at once, and few rows, whose arrays MLX passes in `constant`."""
     rng = np.random.default_rng(cluster_size)
     with kernels():
-        steps = MetalSteps(plain_clusters(rng, 50, cluster_size))
+        operations = MetalOperations(plain_clusters(rng, 50, cluster_size))
         for n_probes, ties in ((1, False), (7, True), (8, False), (40, False), (40, True)):
             for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
                 drawing = with_keys(rng, SETTINGS[part])
-                case = scored(rng, steps, len(drawing.settings), n_probes, dtype, ties=ties)
-                tokens, _ = steps.choose(*case, drawing)
-                assert tokens.tolist() == expected(steps, *case, drawing.inputs)
-            greedy = steps.choose(*case, best_draws(len(drawing.settings)))[0].tolist()
+                case = scored(rng, operations, len(drawing.settings), n_probes, dtype, ties=ties)
+                tokens, _ = operations.choose(*case, drawing)
+                assert tokens.tolist() == expected(operations, *case, drawing.inputs)
+            greedy = operations.choose(*case, best_draws(len(drawing.settings)))[0].tolist()
             zeros = mx.zeros_like(drawing.inputs[0])
-            assert greedy == expected(steps, *case, (zeros, *drawing.inputs[1:]))
+            assert greedy == expected(operations, *case, (zeros, *drawing.inputs[1:]))
 
 
 def test_rows_of_all_kinds_are_chosen_as_alone():
@@ -197,15 +197,15 @@ def test_rows_of_all_kinds_are_chosen_as_alone():
         (Noise(0.8, top_p=0.9, top_k=30), (5, 6)),
         (Noise(1.5), (7, 8)),
     ]
-    steps = PortableSteps(plain_clusters(rng, 50, 8))
-    selection, candidates = scored(rng, steps, len(rows), 9, mx.float32)
-    tokens, risks = steps.choose(selection, candidates, Draws.of(rows))
+    operations = PortableOperations(plain_clusters(rng, 50, 8))
+    selection, candidates = scored(rng, operations, len(rows), 9, mx.float32)
+    tokens, risks = operations.choose(selection, candidates, Draws.of(rows))
     for i, row in enumerate(rows):
         one = slice(i, i + 1)
         alone = Selection(
             selection.probes[one], **left(*(each[one] for each in selection.unscored))
         )
-        token, risk = steps.choose(alone, Candidates(candidates.logits[one]), Draws.of([row]))
+        token, risk = operations.choose(alone, Candidates(candidates.logits[one]), Draws.of([row]))
         assert tokens[i].item() == token.item(), row
         assert risks[i].item() == pytest.approx(risk.item()), row
 
@@ -214,15 +214,15 @@ def test_values_without_order():
     """NaN, of which the lowest id wins; all logits saturated; a mass that the others hold."""
     rng = np.random.default_rng(3)
     with kernels():
-        steps = MetalSteps(plain_clusters(rng, 50, 8))
-        selection, candidates = scored(rng, steps, 3, 9, mx.float32)
+        operations = MetalOperations(plain_clusters(rng, 50, 8))
+        selection, candidates = scored(rng, operations, 3, 9, mx.float32)
         logits = candidates.logits
         logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
         logits[1] *= 1e30
         tail = mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]])
         case = selection._replace(**left(*tail)), candidates_of(logits)
         drawing = with_keys(rng, [Noise(1.0, 0.9, top_k=4)] * 3)
-        found = steps.choose(*case, drawing)[0].tolist()
-    ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
-    assert found == expected(steps, *case, drawing.inputs)
+        found = operations.choose(*case, drawing)[0].tolist()
+    ids = to_numpy(operations.clustered.token_ids)[to_numpy(selection.probes)]
+    assert found == expected(operations, *case, drawing.inputs)
     assert found[0] == ids[0][[3, 5], [2, 1]].min()

@@ -55,8 +55,8 @@ def test_head_computes_the_formula(form, size, bias):
     head, rows, hidden = make_head(form, size, bias=bias)
     states = hidden.reshape(-1, hidden_size)
     clustered = head.clustered
-    steps = checks.all_steps(head.steps, states, n_probes)
-    scores, selection, candidates, full, token = steps
+    results = checks.all_operations(head.operations, states, n_probes)
+    scores, selection, candidates, full, token = results
     checks.check_scores(clustered, states, scores)
     probes = to_numpy(selection.probes)
     scores = to_numpy(scores)
@@ -67,7 +67,7 @@ def test_head_computes_the_formula(form, size, bias):
     # MLX's CPU products of 16-bit states with quantized rows are also summed in 16 bits
     summation = ROUNDING[full.dtype] * (150 if "bits" in FORMS[form] else 16)
     checks.check_candidates(clustered, states, selection, candidates, 1e-4 + summation)
-    checks.check_full(clustered, steps[0], selection, candidates, full)
+    checks.check_full(clustered, results[0], selection, candidates, full)
     checks.check_token(full, token)
 
     ids, logits = retrieval.candidates(head, hidden)
@@ -94,7 +94,7 @@ def test_nothing_is_evaluated(form):
         tokens = best_token(head, hidden)
         with head.settings(draw_temperature=1.0):
             drawn = head(hidden)
-        scores = head.steps.route(hidden[0])
+        scores = head.operations.route(hidden[0])
         return logits, tokens, head(hidden), drawn, *retrieval.candidates(head, hidden), scores
 
     outputs = mx.compile(everything)(hidden)
@@ -107,10 +107,10 @@ def test_nothing_is_evaluated(form):
 def test_estimates_below_the_range_of_float16_are_finite(form):
     """A cluster of tokens that are never drawn would else give a filter minus infinity or NaN."""
     head, _, hidden = make_head(form, (203, 64, 8, 5, (2,), ()))
-    scores = head.steps.route(hidden)
-    selection = head.steps.select(scores, 5)
-    candidates = head.steps.score(hidden, selection)
-    full = head.steps.expand(scores - 1e6, selection, candidates)
+    scores = head.operations.route(hidden)
+    selection = head.operations.select(scores, 5)
+    candidates = head.operations.score(hidden, selection)
+    full = head.operations.expand(scores - 1e6, selection, candidates)
     assert full.dtype == mx.float16
     assert full.min().item() == mx.finfo(mx.float16).min
 

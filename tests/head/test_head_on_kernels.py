@@ -83,7 +83,7 @@ def test_metal_where_there_is_none_is_one_clear_sentence(monkeypatch, argument, 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.metal is None], ids=str)
 def test_rows_that_the_kernels_do_not_read(caplog, form):
-    """All other steps are kernels; what is slower is said once, not at each token."""
+    """All other operations are kernels; what is slower is said once, not at each token."""
     hidden = states(1, 2)
     stored = {"bits": form.bits, "group_size": 128, "mode": form.mode}
     portable = make_head("mlx", **stored)
@@ -189,7 +189,7 @@ class TestBroken:
         with kernels(max_threads={f"flash_head_{kernel}": FEWER[kernel]}, check=False):
             portable = install_on(OnlyHead(), backend="mlx")
             head = install_on(OnlyHead())
-            assert (head.backend, head.steps.row_threads) == ("metal", 256)
+            assert (head.backend, head.operations.row_threads) == ("metal", 256)
             assert not caplog.records
             for of in (None, draws):
                 found, expected = (each.propose(hidden, of) for each in (head, portable))
@@ -234,10 +234,10 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog, monkeypatch):
 def test_with_a_map_the_kernel_that_fails_is_named_too(monkeypatch):
     """What it gives is looked at before the next kernel takes it."""
     with kernels(check=False):
-        steps = make_head("metal").steps
-        route = steps.route
-        monkeypatch.setattr(steps, "route", lambda hidden: route(hidden) * mx.nan)
-        trouble = find_trouble(steps, mx.float32, N_PROBES, LogitMap(cap=30.0))
+        operations = make_head("metal").operations
+        route = operations.route
+        monkeypatch.setattr(operations, "route", lambda hidden: route(hidden) * mx.nan)
+        trouble = find_trouble(operations, mx.float32, N_PROBES, LogitMap(cap=30.0))
     assert trouble == f"the kernel 'route' {NOT_FINITE}"
 
 
@@ -261,8 +261,8 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
         head.check_kernels(dtype)
         calls = recorded_calls(monkeypatch, Matrix, "matmul")
         hidden = states(6, key=5).astype(dtype)
-        many = head.steps.verifying_product(hidden)
-        few = head.steps.verifying_product(hidden[:5])
+        many = head.operations.verifying_product(hidden)
+        few = head.operations.verifying_product(hidden[:5])
         head.dense_logits(hidden)
     dtypes = [multiplied.dtype for _, multiplied in calls]
     assert dtypes == [mx.float16 if taken else dtype, dtype, dtype]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.backend import BACKEND_VARIABLE, choose_backend
-from mlx_flashhead.head.chosen_steps import make_steps
+from mlx_flashhead.head.chosen_operations import make_operations
 from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.unverified import NEVER_DRAWN
 from retrieval import best_token, candidates
 from tiny_models import fitted, random_clusters, random_rows
@@ -176,8 +176,8 @@ def test_backend_is_chosen(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert choose_backend("metal") == "metal"
     assert choose_backend() == "mlx"
-    steps, reason = make_steps(make_head()[0].clustered, None)
-    assert type(steps) is PortableSteps and reason == "MLX's default device is the CPU."
+    operations, reason = make_operations(make_head()[0].clustered, None)
+    assert type(operations) is PortableOperations and reason == "MLX's default device is the CPU."
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert choose_backend() == "metal"
     monkeypatch.setenv(BACKEND_VARIABLE, "mlx")

@@ -16,8 +16,8 @@ from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.operations import NO_DEPTH, PortableOperations
 from mlx_flashhead.head.proposal import Proposal, Tolerance
-from mlx_flashhead.head.steps import NO_DEPTH, PortableSteps
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 SETTINGS = (
@@ -72,19 +72,19 @@ def test_draws_from_all_tokens_are_mlxs(settings):
 def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
     monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(11)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
     n_certain = n_same = n_cases = 0
     for case in range(63):
         settings = SETTINGS[case % len(SETTINGS)]
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
         slots, proposal, draws, tolerance, state = case_of(
-            rng, steps.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
+            rng, operations.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
         )
-        certain = steps.screen(slots, proposal, draws, tolerance, epsilon).certain.item()
+        certain = operations.screen(slots, proposal, draws, tolerance, epsilon).certain.item()
         tokens = {
             dense_token(logits, settings, state)
-            for logits in truths(rng, steps.clustered, slots, proposal, tolerance)
+            for logits in truths(rng, operations.clustered, slots, proposal, tolerance)
         }
         if certain:
             assert tokens == {proposal.tokens.item()}, (case, settings)
@@ -101,38 +101,38 @@ def test_kept_tokens_that_are_not_scored_are_no_doubt(nearest, least, most, monk
     """Filters may keep some tokens of the nearest clusters, if they keep none of the others."""
     monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(12)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     settings = InverseCDF(0.7, top_p=0.9)
     same = certain = 0
     while same < 40:
         slots, proposal, draws, tolerance, state = case_of(
-            rng, steps.clustered, mx.float32, settings, 4.0, 1e-5, n_probes=2
+            rng, operations.clustered, mx.float32, settings, 4.0, 1e-5, n_probes=2
         )
-        logits = next(truths(rng, steps.clustered, slots, proposal, tolerance))
+        logits = next(truths(rng, operations.clustered, slots, proposal, tolerance))
         if dense_token(logits, settings, state) == proposal.tokens.item():
             same += 1
-            certain += steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
+            certain += operations.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
     assert least * same <= certain <= most * same
 
 
 def test_rows_with_filters_and_without_are_as_alone():
     rng = np.random.default_rng(9)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     for seed in range(20):
         cases = [
-            case_of(rng, steps.clustered, mx.float32, settings, 2.5, 1e-5, n_probes=5)
+            case_of(rng, operations.clustered, mx.float32, settings, 2.5, 1e-5, n_probes=5)
             for settings in (SETTINGS[1], SETTINGS[2 + seed % 5])
         ]
         slots, proposals, draws, tolerances, _ = zip(*cases, strict=True)
         alone = [
-            steps.screen(*case[:4], 1e-7).certain.item()
+            operations.screen(*case[:4], 1e-7).certain.item()
             for case in zip(slots, proposals, draws, tolerances, strict=True)
         ]
         both = Draws.of([(d.settings[0], tuple(d.keys[0].tolist())) for d in draws])
         fields = zip(*proposals, strict=True)
         proposal = Proposal(*map(mx.concatenate, fields))
         tolerance = Tolerance(*map(mx.concatenate, zip(*(t[:2] for t in tolerances), strict=True)))
-        found = steps.screen(mx.concatenate(slots), proposal, both, tolerance, 1e-7).certain
+        found = operations.screen(mx.concatenate(slots), proposal, both, tolerance, 1e-7).certain
         assert found.tolist() == alone, seed
 
 
@@ -145,17 +145,19 @@ def test_masses_are_whole_where_centroids_have_no_biases():
     rows[ids] = means[:, None]
     no_biases = mx.zeros(60), mx.zeros(60)
     centroids = Centroids(Matrix(weight=mx.array(means)), *no_biases)
-    steps = PortableSteps(ClusteredRows.build(Matrix(weight=mx.array(rows)), ids, centroids))
+    operations = PortableOperations(
+        ClusteredRows.build(Matrix(weight=mx.array(rows)), ids, centroids)
+    )
     settings = InverseCDF(0.7, top_p=0.9)
     for seed in range(40):
         hidden = mx.array(rng.normal(scale=0.35, size=(1, 16)).astype(np.float32))
         key = split((seed, 1))[1]
         draws = Draws.of([(settings, (uniform_bits([key])[0], 0))])
-        selection = steps.select(
-            steps.route(hidden), 40, False, NO_DEPTH, IDENTITY, None, mass=True
+        selection = operations.select(
+            operations.route(hidden), 40, False, NO_DEPTH, IDENTITY, None, mass=True
         )
-        candidates = steps.score(hidden, selection, IDENTITY)
-        token = steps.choose(selection, candidates, draws)[0].item()
+        candidates = operations.score(hidden, selection, IDENTITY)
+        token = operations.choose(selection, candidates, draws)[0].item()
         assert token == dense_token((hidden @ mx.array(rows).T)[0], settings, (seed, 1))
 
 
@@ -182,8 +184,8 @@ def is_certain(tokens, proposed, number, doubt, *, top_p=1.0, steps_down=0.0):
 
     From one to the next the logits may fall by a little, so that their order is known.
     """
-    steps = PortableSteps(plain_clusters(np.random.default_rng(0), 40, 4))
-    clustered = steps.clustered
+    operations = PortableOperations(plain_clusters(np.random.default_rng(0), 40, 4))
+    clustered = operations.clustered
     slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
     ids = to_numpy(clustered.token_ids)
     for i, token in enumerate(tokens):
@@ -196,7 +198,7 @@ def is_certain(tokens, proposed, number, doubt, *, top_p=1.0, steps_down=0.0):
     draws = Draws.of([(InverseCDF(1.0, top_p=top_p), (bits, 0))])
     token = mx.array([proposed], mx.uint32)
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1))
-    return steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
+    return operations.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
 
 
 @pytest.mark.parametrize("tokens, proposed, number, doubt, sure", EDGES)
@@ -234,21 +236,23 @@ def test_the_sums_of_weights_may_be_rounded(proposed, sign, monkeypatch):
 def test_rows_that_draw_by_noise_are_as_alone():
     """A batch may hold one text whose sampler is mlx-lm's beside others."""
     rng = np.random.default_rng(8)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     by_noise = Noise(0.8, top_p=0.9)
     slots, proposal, draws, tolerance, _ = case_of(
-        rng, steps.clustered, mx.float32, SETTINGS[2], 3.0, 1e-4
+        rng, operations.clustered, mx.float32, SETTINGS[2], 3.0, 1e-4
     )
-    ids = steps.clustered.token_ids[proposal.probes].flatten(1)
+    ids = operations.clustered.token_ids[proposal.probes].flatten(1)
     noisy = Draws.of([(by_noise, position_key(4, 0))])
     token = Noise.choose(proposal.logits.flatten(1), noisy, ids)
     both = Draws.of([(SETTINGS[2], tuple(draws.keys[0].tolist())), (by_noise, position_key(4, 0))])
     twice = Proposal(*(mx.concatenate([each, each]) for each in proposal))
     twice = twice._replace(tokens=mx.concatenate([proposal.tokens, token]))
     tolerances = Tolerance(*(mx.concatenate([each, each]) for each in tolerance[:2]))
-    found = steps.screen(mx.concatenate([slots, slots]), twice, both, tolerances, 1e-7).certain
+    found = operations.screen(mx.concatenate([slots, slots]), twice, both, tolerances, 1e-7).certain
     alone = [
-        steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item(),
-        steps.screen(slots, proposal._replace(tokens=token), noisy, tolerance, 1e-7).certain.item(),
+        operations.screen(slots, proposal, draws, tolerance, 1e-7).certain.item(),
+        operations.screen(
+            slots, proposal._replace(tokens=token), noisy, tolerance, 1e-7
+        ).certain.item(),
     ]
     assert found.tolist() == alone

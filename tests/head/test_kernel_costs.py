@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
-from mlx_flashhead.head import metal_steps
+from mlx_flashhead.head import metal_operations
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.draws.noise import Noise
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import LogitMap
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.index.flash_head_config import FlashHeadConfig
 from retrieval import best_token
@@ -47,7 +47,7 @@ class TestGraph:
         rows = replace(rows, bias=mx.array(rng.normal(size=157)).astype(dtype))
         parts = random_clusters(rng, 157, 8), make_centroids(rng, 20, 128, group_size=64)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-        monkeypatch.setattr(metal_steps, "MATRIX_FROM", 1000)
+        monkeypatch.setattr(metal_operations, "MATRIX_FROM", 1000)
         head = FlashHead(rows, *parts, n_probes=6, eos_token_ids=(3,), backend="metal")
         mx.eval(head.arrays())
         return head
@@ -108,8 +108,8 @@ class TestGraph:
             parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None)
                      for n in (31, 1)]  # fmt: skip
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
-            slots = head.steps.verifying_product(one.hidden)
-            return list(head.steps.screen(slots, one, draws, tolerance, 0.0))
+            slots = head.operations.verifying_product(one.hidden)
+            return list(head.operations.screen(slots, one, draws, tolerance, 0.0))
 
         inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)
         found = self.primitives(verify, *inputs, mx.zeros((32, 8, 8), mx.bfloat16))
@@ -122,12 +122,12 @@ def dispatches_of(clustered, n_positions, n_probes, setting=(1.0, 0.95, 0.02, 20
     hidden = mx.random.normal((n_positions, clustered.rows.hidden_size), mx.bfloat16)
     drawing = Draws.of([(Noise(*setting), (0, 0))] * n_positions)
     with kernels() as emulator:
-        steps = MetalSteps(clustered)
-        scores = steps.route(hidden)
-        selection = steps.select(scores, n_probes, words=False)
-        candidates = steps.score(hidden, selection)
-        steps.choose(selection, candidates, drawing)
-        steps.expand(scores, steps.select(scores, n_probes), candidates)
+        operations = MetalOperations(clustered)
+        scores = operations.route(hidden)
+        selection = operations.select(scores, n_probes, words=False)
+        candidates = operations.score(hidden, selection)
+        operations.choose(selection, candidates, drawing)
+        operations.expand(scores, operations.select(scores, n_probes), candidates)
     found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
     assert list(found) == ["route", "select", "score", "sample", "select_words", "expand"]
     return found
@@ -207,7 +207,7 @@ class TestTraffic:
         clustered = plain_clusters(rng, n_clusters)
         scores = mx.array(rng.normal(size=(1, n_clusters)).astype(np.float32))
         with kernels() as emulator:
-            mx.eval(MetalSteps(clustered).select(scores, n_clusters // 10, words=False))
+            mx.eval(MetalOperations(clustered).select(scores, n_clusters // 10, words=False))
         assert emulator.dispatches[0].buffers["scores"].reads == scores.nbytes
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kernel_cases import KERNEL_FILES, on_gpu, plain_clusters
 from mlx_flashhead.head.kernels import header, part
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.row_products import NAME as ROW_PRODUCTS
 
 STANDALONE = KERNEL_FILES.with_suffix(".metal")
@@ -60,7 +60,7 @@ def test_the_file_has_every_kernel_that_python_makes():
     def metal_kernel(*, name, **_):
         names.append(name)
 
-    MetalSteps(plain_clusters(np.random.default_rng(0), 8, 4), metal_kernel)
+    MetalOperations(plain_clusters(np.random.default_rng(0), 8, 4), metal_kernel)
     text = STANDALONE.read_text()
     kernels = set(re.findall(r"\bvoid (flash_head_\w+)\(", text))
     assert kernels == {*names, f"flash_head_{ROW_PRODUCTS}"}

@@ -11,8 +11,8 @@ from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import Candidates, PortableSteps, Selection
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import Candidates, PortableOperations, Selection
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -50,8 +50,8 @@ def test_nan_stays_nan(dtype):
     clustered, hidden = checks.small_head(rng, dtype=dtype, n_tokens=299)
     hidden[1, 7] = float("nan")
     outputs = checks.run(clustered, hidden, 9)
-    for steps_of in (outputs, checks.all_steps(PortableSteps(clustered), hidden, 9)):
-        scores, _, candidates, full, token = steps_of
+    for results in (outputs, checks.all_operations(PortableOperations(clustered), hidden, 9)):
+        scores, _, candidates, full, token = results
         for array in map(to_numpy, (scores, full)):
             assert np.isnan(array[1]).all()
             assert np.isfinite(np.delete(array, 1, axis=0)).all()
@@ -70,7 +70,7 @@ def test_nan_of_one_token():
     clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
     for _, selection, candidates, full, token in (
         checks.run(clustered, hidden, 9),
-        checks.all_steps(PortableSteps(clustered), hidden, 9),
+        checks.all_operations(PortableOperations(clustered), hidden, 9),
     ):
         values = to_numpy(full)
         logits = to_numpy(candidates.logits)
@@ -88,7 +88,7 @@ def test_the_lowest_of_equal_tokens_wins(n_probes):
     clustered, hidden = checks.small_head(rng)
     clustered = replace(clustered, rows=clustered.flat_rows().take(clustered.token_ids % 3))
     checks.check_all(clustered, hidden, n_probes, checks.run(clustered, hidden, n_probes))
-    _, _, _, full, token = checks.all_steps(PortableSteps(clustered), hidden, n_probes)
+    _, _, _, full, token = checks.all_operations(PortableOperations(clustered), hidden, n_probes)
     checks.check_token(full, token)
 
 
@@ -108,8 +108,8 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
     scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
     with kernels():
-        for steps in (MetalSteps(clustered), PortableSteps(clustered)):
-            full = steps.expand(scores, selection, candidates)
+        for operations in (MetalOperations(clustered), PortableOperations(clustered)):
+            full = operations.expand(scores, selection, candidates)
             checks.check_full(clustered, scores, selection, candidates, full)
             others = to_numpy(full)[:, ~scored]
             best = to_numpy(logits).max(axis=(1, 2))
@@ -137,7 +137,7 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
         counts = {200}
     for n_probes in sorted(counts):
         with kernels():
-            selection = MetalSteps(clustered).select(mx.array(scores), n_probes)
+            selection = MetalOperations(clustered).select(mx.array(scores), n_probes)
             mx.eval(selection)
         checks.check_selection(clustered, mx.array(scores), n_probes, selection)
 
@@ -150,9 +150,9 @@ def test_select_takes_nan_first(n_clusters):
     scores[0, 5:] = -np.inf
     scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     with kernels():
-        steps = MetalSteps(plain_clusters(rng, n_clusters))
-        found = steps.select(mx.array(scores), 9)
-        few = to_numpy(steps.select(mx.array(scores[1:]), 2).words)
+        operations = MetalOperations(plain_clusters(rng, n_clusters))
+        found = operations.select(mx.array(scores), 9)
+        few = to_numpy(operations.select(mx.array(scores[1:]), 2).words)
     for probes, words, row in zip(*map(to_numpy, found[:2]), scores, strict=True):
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
@@ -165,12 +165,12 @@ def test_clusters_far_below_the_best_are_not_read(depth):
     rng = np.random.default_rng(8)
     clustered, hidden = checks.small_head(rng, dtype=mx.bfloat16)
     with kernels() as emulator:
-        steps = MetalSteps(clustered)
-        scores = steps.route(hidden)
-        selection = steps.select(scores, 30, depth=depth)
-        candidates = steps.score(hidden, selection)
-        tokens = steps.choose(selection, candidates, best_draws(len(scores)))[0]
-        drawn = steps.select(scores, 30, words=False, depth=depth)
+        operations = MetalOperations(clustered)
+        scores = operations.route(hidden)
+        selection = operations.select(scores, 30, depth=depth)
+        candidates = operations.score(hidden, selection)
+        tokens = operations.choose(selection, candidates, best_draws(len(scores)))[0]
+        drawn = operations.select(scores, 30, words=False, depth=depth)
         mx.eval(tokens, drawn)
     checks.check_selection(clustered, scores, 30, selection, depth)
     checks.check_candidates(clustered, hidden, selection, candidates)

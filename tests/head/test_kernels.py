@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
-from kernel_checks import all_steps, check_all, run, small_head
+from kernel_checks import all_operations, check_all, run, small_head
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.noise import Noise
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 
 F32 = mx.float32
 F16 = mx.float16
@@ -82,9 +82,9 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
     outputs = []
     for order, seed in (("forward", 0), ("reverse", 0), ("shuffle", 1), ("shuffle", 2)):
         with kernels(order=order, seed=seed):
-            steps = MetalSteps(clustered)
-            scores, selection, candidates, full, token = all_steps(steps, hidden, 45)
-            drawn = steps.choose(selection, candidates, draws)
+            operations = MetalOperations(clustered)
+            scores, selection, candidates, full, token = all_operations(operations, hidden, 45)
+            drawn = operations.choose(selection, candidates, draws)
             selected = selection.probes, selection.words, selection.unscored_input
             outputs.append([scores, *selected, *candidates, full, token, *drawn])
     for others in outputs[1:]:

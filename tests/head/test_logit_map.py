@@ -9,8 +9,8 @@ from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap, all_values, fit_logit_map
-from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import PortableOperations
 
 FLOAT32 = mx.float32
 FORMS = {
@@ -69,8 +69,8 @@ def test_the_kernels_map_as_the_operations(logit_map, dtype):
     """In 16 bits all values to the last bit."""
     values = all_values(dtype)
     with kernels(check=False):
-        steps = MetalSteps(plain_clusters(np.random.default_rng(0), 40))
-        found = to_numpy(steps.mapped(values, logit_map))
+        operations = MetalOperations(plain_clusters(np.random.default_rng(0), 40))
+        found = to_numpy(operations.mapped(values, logit_map))
     # the kernels write finite values
     highest = mx.finfo(logit_map.result_dtype(dtype)).max
     expected = to_numpy(mx.clip(logit_map(values), -highest, highest))
@@ -95,23 +95,23 @@ def test_a_proposal_on_the_kernels_is_the_portable_one(logit_map, dtype):
     hidden = mx.array(rng.normal(size=(4, 128)) * 4).astype(dtype)
     with kernels():
         results = []
-        for path in (MetalSteps, PortableSteps):
-            steps = path(clustered)
-            scores = PortableSteps(clustered).route(hidden.astype(mx.float32))
-            selection = steps.select(scores, 9, words=False, logit_map=logit_map)
+        for path in (MetalOperations, PortableOperations):
+            operations = path(clustered)
+            scores = PortableOperations(clustered).route(hidden.astype(mx.float32))
+            selection = operations.select(scores, 9, words=False, logit_map=logit_map)
             probes = selection.probes[:, :9]
-            if path is PortableSteps:
+            if path is PortableOperations:
                 order = mx.argsort(probes, axis=-1)
                 probes = mx.take_along_axis(probes, order, axis=-1)
                 selection = selection._replace(probes=probes)
-            candidates = steps.score(hidden, selection, logit_map)
-            if path is PortableSteps:  # from float32: the CPU's products of 16 bits are coarse
-                exact = steps.score(hidden.astype(mx.float32), selection).logits
+            candidates = operations.score(hidden, selection, logit_map)
+            if path is PortableOperations:  # from float32: the CPU's products of 16 bits are coarse
+                exact = operations.score(hidden.astype(mx.float32), selection).logits
                 lowest = mx.finfo(candidates.logits.dtype).min
                 logits = logit_map(exact.astype(clustered.rows.logits_dtype(dtype)))
-                padded = steps.token_ids(probes) == clustered.vocab_size
+                padded = operations.token_ids(probes) == clustered.vocab_size
                 candidates = candidates._replace(logits=mx.where(padded, lowest, logits))
-            chosen = [steps.choose(selection, candidates, of, logit_map=logit_map)
+            chosen = [operations.choose(selection, candidates, of, logit_map=logit_map)
                       for of in (best_draws(4), draws)]  # fmt: skip
             logits = candidates.logits[:, :9]
             results.append((*selection.unscored, logits, *chosen[0], *chosen[1]))
@@ -130,10 +130,10 @@ def test_a_map_adds_no_dispatch(cap):
     hidden = mx.array(rng.normal(size=(2, 128))).astype(mx.bfloat16)
     logit_map = LogitMap(cap=cap) if cap else IDENTITY
     with kernels() as emulator:
-        steps = MetalSteps(clustered)
-        scores = steps.route(hidden)
-        selection = steps.select(scores, 9, words=False, logit_map=logit_map)
-        candidates = steps.score(hidden, selection, logit_map)
-        mx.eval(steps.choose(selection, candidates, best_draws(2), logit_map=logit_map))
+        operations = MetalOperations(clustered)
+        scores = operations.route(hidden)
+        selection = operations.select(scores, 9, words=False, logit_map=logit_map)
+        candidates = operations.score(hidden, selection, logit_map)
+        mx.eval(operations.choose(selection, candidates, best_draws(2), logit_map=logit_map))
     if emulator is not None:
         assert len(emulator.dispatches) == 4

@@ -11,8 +11,8 @@ from mlx_flashhead.head import dense_kernels
 from mlx_flashhead.head.dense_kernels import ANY_ROWS, mlx_version
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import Selection
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import Selection
 from mlx_kernels import mlx_logits, parts
 from tiny_models import random_clusters
 
@@ -46,9 +46,9 @@ def test_scored_logits_are_those_of_mlxs_kernel(form, sizes, dtype, contract):
     with kernels(check=False, contract=contract):
         expected = to_numpy(mlx_logits(rows, hidden))
     with kernels(contract=contract):
-        steps = MetalSteps(clustered)
+        operations = MetalOperations(clustered)
         selection = Selection(mx.arange(n_clusters, dtype=mx.uint32)[None])
-        found = to_numpy(steps.score(hidden, selection).logits).reshape(1, -1)
+        found = to_numpy(operations.score(hidden, selection).logits).reshape(1, -1)
     np.testing.assert_array_equal(found[:, to_numpy(clustered.slot_of)], expected)
 
 
@@ -65,7 +65,7 @@ def test_dense_logits_are_those_of_mlxs_kernel(monkeypatch, n_rows, cluster_size
     with kernels(check=False):
         head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="mlx")
         expected = to_numpy(mlx_logits(rows, hidden))
-        at_once = to_numpy(head.steps.dense(hidden))
+        at_once = to_numpy(head.operations.dense(hidden))
         found = to_numpy(head.dense_logits(hidden))
     np.testing.assert_array_equal(found, expected)
     assert (at_once != expected).any()
@@ -87,5 +87,5 @@ def test_the_share_of_equal_logits_is_reported(monkeypatch):
     with kernels(check=False):
         head = FlashHead(rows, token_ids, centroids, n_probes=5, backend="metal")
         assert head.scored_logits_agree(mx.float32) < 0.5
-        monkeypatch.setattr(head.steps, "dense", lambda hidden: mlx_logits(rows, hidden))
+        monkeypatch.setattr(head.operations, "dense", lambda hidden: mlx_logits(rows, hidden))
         assert head.scored_logits_agree(mx.float32) == 1

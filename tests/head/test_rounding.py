@@ -14,9 +14,9 @@ from mlx_flashhead.head import rounding, same_sums
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.operations import Candidates
 from mlx_flashhead.head.rounding import RoundedSums
 from mlx_flashhead.head.slot_product import CLASSES
-from mlx_flashhead.head.steps import Candidates
 from recorded_calls import recorded_calls
 from tf32 import in_tf32
 
@@ -81,7 +81,7 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     """One that differs, wherever it is, gives all of them a tolerance."""
     head = flash.head
     assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored == 0
-    score = head.steps.score
+    score = head.operations.score
     last = head.n_clusters - 1
 
     def other(hidden, selection, *logit_map):
@@ -89,12 +89,12 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
         differs = (selection.probes == last)[..., None] & (mx.arange(logits.shape[-1]) == 0)
         return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
 
-    monkeypatch.setattr(head.steps, "score", other)
+    monkeypatch.setattr(head.operations, "score", other)
     head._roundings.clear()
     found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
     assert found.scored >= 2 * head.hidden_size * 2.0**-24
     hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
-    assert (found.tolerance(hidden, head.steps).scored > 0).all()
+    assert (found.tolerance(hidden, head.operations).scored > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatc
     head = flash.head
     monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 100 * head.vocab_size)
     rare = mx.random.normal((1, head.hidden_size), key=mx.random.key(60)).astype(mx.bfloat16)
-    score = head.steps.score
+    score = head.operations.score
 
     def other(hidden, selection, *logit_map):
         logits = score(hidden, selection, *logit_map).logits
@@ -129,7 +129,7 @@ def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatc
         differs = is_first & mx.array_equal(hidden, rare)
         return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
 
-    monkeypatch.setattr(head.steps, "score", other)
+    monkeypatch.setattr(head.operations, "score", other)
     assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
 
 
@@ -141,17 +141,17 @@ def test_scored_logits_of_too_few_have_a_tolerance(flash, monkeypatch):
 def test_a_measured_distance_counts_four_times(flash, monkeypatch):
     """The few states that it was measured on may not show the largest one."""
     head = flash.head
-    score = head.steps.score
+    score = head.operations.score
     far = 2.0  # which two roundings do not explain
 
     def other(hidden, selection, *logit_map):
         return Candidates(score(hidden, selection, *logit_map).logits + far)
 
-    monkeypatch.setattr(head.steps, "score", other)
+    monkeypatch.setattr(head.operations, "score", other)
     head._roundings.clear()
     found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
     states = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0))
-    tolerance = found.tolerance(states[: rounding.N_STATES].astype(mx.bfloat16), head.steps)
+    tolerance = found.tolerance(states[: rounding.N_STATES].astype(mx.bfloat16), head.operations)
     assert 3 * far < tolerance.scored.max().item() < 5 * far
 
 
@@ -160,7 +160,7 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
     flash = make_flash(num_hidden_layers=1, dtype=dtype)
     head = flash.head
     hidden = mx.random.normal((2, head.hidden_size)).astype(dtype)
-    found = head.measure_rounding(dtype)[rounding.N_STATES].tolerance(hidden, head.steps)
+    found = head.measure_rounding(dtype)[rounding.N_STATES].tolerance(hidden, head.operations)
     exact = mx.random.normal((5000,), key=mx.random.key(1)) * 10
     pair = [(exact * (1 + 8 * sign * FLOAT32)).astype(dtype).astype(mx.float32) for sign in (-1, 1)]
     distance = mx.abs(pair[0] - pair[1])
@@ -198,7 +198,7 @@ def test_the_tolerances_have_what_a_state_alone_loses(flash):
     without = replace(more, sums=None)
     hidden = mx.random.normal((2, flash.head.hidden_size)).astype(mx.bfloat16)
     lost = more.sums.tolerance(hidden)
-    pair = [each.tolerance(hidden, flash.head.steps)[:2] for each in (more, without)]
+    pair = [each.tolerance(hidden, flash.head.operations)[:2] for each in (more, without)]
     for one, other in zip(*pair, strict=True):
         assert mx.allclose(one - other, lost, rtol=1e-3) and (lost > 0).all()
 
@@ -231,12 +231,12 @@ def test_other_steps_are_measured_anew(flash):
     head = flash.head
     copied = deepcopy(head)
     with pytest.MonkeyPatch.context() as patch:
-        score = head.steps.score
+        score = head.operations.score
 
         def other(hidden, selection, *logit_map):
             return Candidates(score(hidden, selection, *logit_map).logits + 1)
 
-        patch.setattr(head.steps, "score", other)
+        patch.setattr(head.operations, "score", other)
         assert head.rounding(mx.bfloat16, 1).scored > 0
     shared = deepcopy(head)
     head.fall_back("nothing: it is a test")

@@ -12,9 +12,9 @@ from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, noise_of_all, position_key
 from mlx_flashhead.head.kernel_texts import TALLIED
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.proposal import Proposal, Tolerance
-from mlx_flashhead.head.steps import PortableSteps
 from test_draw import drawn_token
 
 SETTINGS = [
@@ -29,10 +29,10 @@ SETTINGS = [
 ]
 DRAWS = Draws.of([(settings, position_key(3, i)) for i, settings in enumerate(SETTINGS * 4)])
 N_PROBES = 9
-BOTH = pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+BOTH = pytest.mark.parametrize("path", [PortableOperations, MetalOperations])
 
 
-def steps_of(rng, path=MetalSteps, cluster_size=4, n_clusters=1100):
+def operations_of(rng, path=MetalOperations, cluster_size=4, n_clusters=1100):
     """Clusters for more than one threadgroup; two slots are padded."""
     return path(plain_clusters(rng, n_clusters, cluster_size))
 
@@ -147,22 +147,22 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
     allowed = None
     k = len(DRAWS.settings)
     with kernels():
-        steps = steps_of(rng, path)
-        n_tokens = steps.clustered.vocab_size
+        operations = operations_of(rng, path)
+        n_tokens = operations.clustered.vocab_size
         if share is not None:
             every = rng.random((k, -(-n_tokens // 32) * 32)) < share
             allowed = mx.array(np.packbits(every, axis=1, bitorder="little").view(np.uint32))
             bits = every[:, :n_tokens]
         case = case_of(
-            rng, steps.clustered, k, room, scored_room, spread, mx.float32, DRAWS, logit_map,
+            rng, operations.clustered, k, room, scored_room, spread, mx.float32, DRAWS, logit_map,
             relative, bits,
         )  # fmt: skip
-        certain = np.array(steps.screen(*case, 0.0, logit_map, allowed).certain)
-    ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
+        certain = np.array(operations.screen(*case, 0.0, logit_map, allowed).certain)
+    ids = np.arange(operations.clustered.vocab_size, dtype=np.uint32)
     settings, top_k = (array.tolist() for array in DRAWS.inputs[:2])
     keys = np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
-    for truth in truths(rng, steps.clustered, case, 3, logit_map):
+    for truth in truths(rng, operations.clustered, case, 3, logit_map):
         truth = truth if bits is None else np.where(bits, truth, np.float32(-1e30))
         for row in range(k):
             drawn = drawn_token(ids, truth[row], -np.inf, settings[row], top_k[row], keys[row])
@@ -178,11 +178,11 @@ def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     rng = np.random.default_rng(7)
     settings = Noise(1.0, top_p=0.999)
     draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
-    steps = steps_of(rng, PortableSteps)
-    case = case_of(rng, steps.clustered, 24, 1e-3, 0.0, 0.7, draws=draws)
-    certain = np.array(steps.screen(*case, 0.0).certain)
-    truth = next(truths(rng, steps.clustered, case, 1))
-    gumbel = to_numpy(noise_of_all(draws.keys, steps.clustered.vocab_size))
+    operations = operations_of(rng, PortableOperations)
+    case = case_of(rng, operations.clustered, 24, 1e-3, 0.0, 0.7, draws=draws)
+    certain = np.array(operations.screen(*case, 0.0).certain)
+    truth = next(truths(rng, operations.clustered, case, 1))
+    gumbel = to_numpy(noise_of_all(draws.keys, operations.clustered.vocab_size))
     best = (truth + gumbel).argmax(axis=1)  # nearly no token is filtered
     assert (best != to_numpy(case[1].tokens)).sum() > 5
     assert not (certain & (best != to_numpy(case[1].tokens))).any()
@@ -195,19 +195,19 @@ def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
     logit_map = LogitMap(cap=5.0)
     value = 40.0
     with kernels():
-        steps = steps_of(np.random.default_rng(3), path)
-        shape = (1, *steps.clustered.token_ids.shape)
+        operations = operations_of(np.random.default_rng(3), path)
+        shape = (1, *operations.clustered.token_ids.shape)
         slots = mx.zeros(shape, dtype)
         probes = mx.arange(9, dtype=mx.uint32)[None]
         slots[0, 3, 1] = value
-        token = steps.clustered.token_ids[3, 1].reshape(1)
+        token = operations.clustered.token_ids[3, 1].reshape(1)
         tolerance = Tolerance(mx.zeros(1), mx.zeros(1))
         for other, place, sure in ((30.0, 5, False), (30.0, 50, False), (1.0, 50, True)):
             changed = mx.array(slots)
             changed[0, place, 2] = other
             logits = logit_map(mx.take_along_axis(changed, probes[..., None], axis=1))
             proposal = proposal_of(token, probes, logits)
-            screen = steps.screen(changed, proposal, best_draws(1), tolerance, 0.0, logit_map)
+            screen = operations.screen(changed, proposal, best_draws(1), tolerance, 0.0, logit_map)
             assert screen.certain.tolist() == [sure]
 
 
@@ -220,10 +220,10 @@ def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
 def test_two_logits_that_may_change_places_are_a_doubt(path, place, logit_map, relative, doubt):
     """Each may lie off by 0.01 before any map, and by a share of it after."""
     with kernels():
-        steps = steps_of(np.random.default_rng(3), path)
-        shape = (1, *steps.clustered.token_ids.shape)
+        operations = operations_of(np.random.default_rng(3), path)
+        shape = (1, *operations.clustered.token_ids.shape)
         probes = mx.arange(9, dtype=mx.uint32)[None]
-        token = steps.clustered.token_ids[3, 1].reshape(1)
+        token = operations.clustered.token_ids[3, 1].reshape(1)
         tolerance = Tolerance(mx.full((1,), 0.01), mx.full((1,), 0.01), relative)
         for distance, sure in ((0.95 * doubt, False), (1.05 * doubt, True)):
             slots = mx.full(shape, -20.0)
@@ -231,31 +231,33 @@ def test_two_logits_that_may_change_places_are_a_doubt(path, place, logit_map, r
             slots[0, place, 2] = 2.0 - distance
             logits = logit_map(mx.take_along_axis(slots, probes[..., None], axis=1))
             proposal = proposal_of(token, probes, logits)
-            screen = steps.screen(slots, proposal, best_draws(1), tolerance, 0.0, logit_map)
+            screen = operations.screen(slots, proposal, best_draws(1), tolerance, 0.0, logit_map)
             assert screen.certain.tolist() == [sure]
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("cluster_size, n_clusters", [(1, 40), (16, 40), (3, 2100)])
-def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_size, n_clusters):
-    """Where tokens are left out by filters, the operations look at the nearest clusters alone."""
+def test_the_kernels_say_what_the_portable_operations_say(
+    monkeypatch, dtype, cluster_size, n_clusters
+):
+    """Where filters leave tokens out, the portable ones look at the nearest clusters alone."""
     monkeypatch.setattr(noise, "NEAREST", 32)
     rng = np.random.default_rng(cluster_size)
     epsilon = 0.0 if dtype == mx.float32 else mx.finfo(dtype).eps
     with kernels():
-        steps = steps_of(rng, MetalSteps, cluster_size, n_clusters)
-        plain = PortableSteps(steps.clustered)
+        operations = operations_of(rng, MetalOperations, cluster_size, n_clusters)
+        plain = PortableOperations(operations.clustered)
         for draws, k in ((DRAWS, 32), (None, 32), (None, 3)):
-            case = case_of(rng, steps.clustered, k, 0.01, 0.0, 2.0, dtype, draws)
-            found = steps.screen(*case, epsilon)
+            case = case_of(rng, operations.clustered, k, 0.01, 0.0, 2.0, dtype, draws)
+            found = operations.screen(*case, epsilon)
             expected = plain.screen(*case, epsilon)
             for one, other in zip(found[1:], expected[1:], strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
             certain = np.array(found.certain)
-            operations = np.array(expected.certain)
-            assert not (operations & ~certain).any()
+            by_plain = np.array(expected.certain)
+            assert not (by_plain & ~certain).any()
             exact = np.array([draws is None or not s.filters for s in DRAWS.settings[:k]])
-            np.testing.assert_array_equal(certain[exact], operations[exact])
+            np.testing.assert_array_equal(certain[exact], by_plain[exact])
             assert certain.any()
 
 
@@ -268,9 +270,9 @@ def test_filters_count_what_was_not_scored(path, better):
     rng = np.random.default_rng(1)
     k = len(settings)
     with kernels():
-        steps = steps_of(rng, path)
-        clustered = steps.clustered
-        gumbel = noise_of_all(draws.keys, steps.clustered.vocab_size)
+        operations = operations_of(rng, path)
+        clustered = operations.clustered
+        gumbel = noise_of_all(draws.keys, operations.clustered.vocab_size)
         token, other = np.argsort(-to_numpy(gumbel[0]))[[0, 2000]].tolist()
         cluster_of = clustered.slot_of // clustered.cluster_size
         probes = mx.full((k, 9), cluster_of[token].item(), mx.uint32)
@@ -283,7 +285,7 @@ def test_filters_count_what_was_not_scored(path, better):
         logits = mx.take_along_axis(slots, probes[..., None], axis=1)
         proposal = proposal_of(mx.full((k,), token, mx.uint32), probes, logits)
         exact = Tolerance(mx.zeros(k), mx.zeros(k))
-        certain = steps.screen(slots, proposal, draws, exact, 0.0).certain
+        certain = operations.screen(slots, proposal, draws, exact, 0.0).certain
         assert certain.tolist() == [True, *[better < 0] * 3]
 
 
@@ -292,8 +294,8 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
     """The proposed token has less than top-p of the mass, and one of much noise is far below."""
     positions = iter(range(1000))
     with kernels():
-        steps = steps_of(np.random.default_rng(1), path)
-        clustered = steps.clustered
+        operations = operations_of(np.random.default_rng(1), path)
+        clustered = operations.clustered
         gumbel = np.zeros(1)
         while gumbel.max() < 11.5:
             draws = Draws.of([(Noise(1.0, top_p=0.9), position_key(3, next(positions)))])
@@ -311,7 +313,9 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
             blocks = slots.reshape(1, *clustered.token_ids.shape)
             logits = mx.take_along_axis(blocks, probes[..., None], axis=1)
             proposal = proposal_of(mx.array([token], mx.uint32), probes, logits)
-            screen = steps.screen(blocks, proposal, draws, Tolerance(mx.zeros(1), mx.zeros(1)), 0.0)
+            screen = operations.screen(
+                blocks, proposal, draws, Tolerance(mx.zeros(1), mx.zeros(1)), 0.0
+            )
             assert screen.certain.tolist() == [sure]
 
 
@@ -320,8 +324,8 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
 def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(path, top_p):
     """There another sum of the same probabilities may drop the last token, or keep it."""
     with kernels():
-        steps = steps_of(np.random.default_rng(1), path)
-        clustered = steps.clustered
+        operations = operations_of(np.random.default_rng(1), path)
+        clustered = operations.clustered
         slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
         slots[0, 2, 0], slots[0, 5, 1], slots[0, 7, 2] = np.log([0.5, 0.3, 0.2]).tolist()
         last = clustered.token_ids[7, 2].item()
@@ -334,7 +338,7 @@ def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(path, top_p):
         probes = mx.broadcast_to(mx.arange(9, dtype=mx.uint32), (n_draws, 9))
         proposal = proposal_of(draws.choose(logits), probes, slots[:, :9])
         exact = Tolerance(mx.zeros(n_draws), mx.zeros(n_draws))
-        certain = np.array(steps.screen(slots, proposal, draws, exact, 0.0).certain)
+        certain = np.array(operations.screen(slots, proposal, draws, exact, 0.0).certain)
     would_be_last = np.array(without) == last
     assert 20 < would_be_last.sum() < 60
     doubts = would_be_last if abs(top_p - 0.8) < 1e-4 else np.zeros(n_draws, bool)
@@ -347,17 +351,17 @@ def test_a_map_in_float32_may_fail_to_rise(path):
     logit_map = LogitMap(cap=5.0)
     spacing = mx.finfo(mx.float32).eps
     with kernels():
-        steps = steps_of(np.random.default_rng(3), path)
+        operations = operations_of(np.random.default_rng(3), path)
         probes = mx.arange(9, dtype=mx.uint32)[None]
-        token = steps.clustered.token_ids[3, 1].reshape(1)
+        token = operations.clustered.token_ids[3, 1].reshape(1)
         exact = Tolerance(mx.zeros(1), mx.zeros(1))
         for distance, sure in ((6 * spacing, False), (100 * spacing, True)):
-            slots = mx.full((1, *steps.clustered.token_ids.shape), -20.0)
+            slots = mx.full((1, *operations.clustered.token_ids.shape), -20.0)
             logits = logit_map(slots[:, :9])
             logits[0, 3, 1] = 4.0
             logits[0, 5, 2] = 4.0 * (1 - distance)
             proposal = proposal_of(token, probes, logits)
-            found = steps.screen(slots, proposal, best_draws(1), exact, 0.0, logit_map)
+            found = operations.screen(slots, proposal, best_draws(1), exact, 0.0, logit_map)
             assert found.certain.tolist() == [sure]
 
 
@@ -366,8 +370,8 @@ def test_a_map_in_float32_may_fail_to_rise(path):
 def test_noise_of_another_implementation_may_decide(path, place):
     """Two logarithms differ in the last digits."""
     with kernels():
-        steps = steps_of(np.random.default_rng(1), path)
-        clustered = steps.clustered
+        operations = operations_of(np.random.default_rng(1), path)
+        clustered = operations.clustered
         draws = Draws.of([(Noise(1.0), position_key(3, 1))])
         gumbel = noise_of_all(draws.keys, clustered.vocab_size)[0]
         token = clustered.token_ids[3, 1]
@@ -379,7 +383,7 @@ def test_noise_of_another_implementation_may_decide(path, place):
             slots[0, 3, 1] = 0.0
             slots[0, place, 2] = (gumbel[token] - gumbel[rival]).item() - distance
             proposal = proposal_of(token.reshape(1), probes, slots[:, :9])
-            found = steps.screen(slots, proposal, draws, exact, 0.0).certain
+            found = operations.screen(slots, proposal, draws, exact, 0.0).certain
             assert found.tolist() == [sure]
 
 
@@ -388,15 +392,15 @@ def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
     rng = np.random.default_rng(1)
     draws = Draws.of([(s, position_key(1, 2)) for s in (SETTINGS[0], SETTINGS[1], SETTINGS[3])])
     with kernels():
-        steps = steps_of(rng, path)
-        slots, one, *rest = case_of(rng, steps.clustered, 3, 0.0, 0.0, 9.0, draws=draws)
+        operations = operations_of(rng, path)
+        slots, one, *rest = case_of(rng, operations.clustered, 3, 0.0, 0.0, 9.0, draws=draws)
 
         def certain(value, slots=slots):
             logits = mx.zeros_like(one.logits)
             logits[:, 4, 1] = 1000.0
             logits[:, 5, 1] = value
-            proposal = one._replace(logits=logits, tokens=steps.token_ids(one.probes)[:, 4, 1])
-            return steps.screen(slots, proposal, *rest, 0.0).certain.tolist()
+            proposal = one._replace(logits=logits, tokens=operations.token_ids(one.probes)[:, 4, 1])
+            return operations.screen(slots, proposal, *rest, 0.0).certain.tolist()
 
         assert all(certain(0.0))
         assert not certain(1000.0)[0]
@@ -412,7 +416,7 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
     """In any order, each as often as it is named: as by plain indices."""
     rng = np.random.default_rng(n)
     with kernels() as emulator:
-        steps = steps_of(rng, MetalSteps, 16, 40)
+        operations = operations_of(rng, MetalOperations, 16, 40)
         proposals = []
         for _ in range(n):  # of three rows each
             probes = mx.array(rng.integers(40, size=(3, n_probes)), mx.uint32)
@@ -421,7 +425,7 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
             proposals.append(Proposal(hidden, None, probes, logits, None))
         some = [(int(i), int(r)) for i, r in rng.integers([n, 3], size=(2 * n, 2))]
         for rows in (some, [(i, r) for i in range(n) for r in range(3)]):
-            for path in (steps, PortableSteps(steps.clustered)):
+            for path in (operations, PortableOperations(operations.clustered)):
                 names = ("hidden", "probes", "logits")
                 for name, found in zip(names, path.join(proposals, rows), strict=True):
                     expected = [to_numpy(getattr(proposals[i], name))[r] for i, r in rows]
@@ -435,9 +439,9 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
 def test_a_verification_reads_the_logits_once(draws):
     rng = np.random.default_rng(2)
     with kernels() as emulator:
-        steps = steps_of(rng, MetalSteps, 16, 2100)
-        case = case_of(rng, steps.clustered, 32, 0.01, 0.0, 2.0, mx.bfloat16, draws)
-        mx.eval(steps.screen(*case, 0.0))
+        operations = operations_of(rng, MetalOperations, 16, 2100)
+        case = case_of(rng, operations.clustered, 32, 0.01, 0.0, 2.0, mx.bfloat16, draws)
+        mx.eval(operations.screen(*case, 0.0))
     screen, certain = emulator.dispatches
     assert (screen.barriers, certain.barriers) == (3, 1 if draws is None else 2)
     assert screen.buffers["slots"].reads == case[0].nbytes

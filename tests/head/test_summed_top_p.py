@@ -16,8 +16,8 @@ from mlx_flashhead.head.draws import summed_top_p
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.summed_top_p import SummedTopP
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.proposal import Proposal, Tolerance
-from mlx_flashhead.head.steps import PortableSteps
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 # of the hosts' default requests, and with every filter
@@ -52,19 +52,19 @@ def test_the_text_here_is_mlx_lms():
 def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
     monkeypatch.setattr(summed_top_p, "NEAREST", nearest)
     rng = np.random.default_rng(11)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
     n_certain = n_same = n_cases = 0
     for case in range(66):
         settings = SETTINGS[case % len(SETTINGS)]
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
         slots, proposal, draws, tolerance, state = case_of(
-            rng, steps.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
+            rng, operations.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
         )
-        certain = steps.screen(slots, proposal, draws, tolerance, epsilon).certain.item()
+        certain = operations.screen(slots, proposal, draws, tolerance, epsilon).certain.item()
         tokens = {
             dense_token(logits, settings, state)
-            for logits in truths(rng, steps.clustered, slots, proposal, tolerance)
+            for logits in truths(rng, operations.clustered, slots, proposal, tolerance)
         }
         if certain:
             assert tokens == {proposal.tokens.item()}, (case, settings)
@@ -112,8 +112,8 @@ def test_sums_of_16_bits_lose_the_least_likely(kind, expected):
     slots, proposal = proposal_of(logits, clustered, token=7)
     bits = int(np.float32(0.9).view(np.uint32))
     draws = Draws.of([(kind(1.0, top_p=0.9), (bits, 0))])
-    steps = PortableSteps(clustered)
-    found = steps.screen(slots, proposal, draws, EXACT, mx.finfo(mx.bfloat16).eps)
+    operations = PortableOperations(clustered)
+    found = operations.screen(slots, proposal, draws, EXACT, mx.finfo(mx.bfloat16).eps)
     assert found.certain.item() is expected
 
 
@@ -121,7 +121,7 @@ def test_sums_of_16_bits_lose_the_least_likely(kind, expected):
 def test_top_k_sees_what_top_p_has_left(top_k, kept):
     """Each number draws one of the tokens that both filters keep."""
     clustered = plain_clusters(np.random.default_rng(0), 75, 4)
-    steps = PortableSteps(clustered)
+    operations = PortableOperations(clustered)
     logits = mx.array(-0.5 * np.arange(clustered.vocab_size, dtype=np.float32))
     settings = SummedTopP(1.0, top_p=0.9, top_k=top_k)
     seen = set()
@@ -129,7 +129,7 @@ def test_top_k_sees_what_top_p_has_left(top_k, kept):
         state = (seed, 1)
         draws = Draws.of([(settings, (uniform_bits([split(state)[1]])[0], 0))])
         slots, proposal = proposal_of(logits, clustered, draws=draws)
-        if steps.screen(slots, proposal, draws, EXACT, 1e-7).certain.item():
+        if operations.screen(slots, proposal, draws, EXACT, 1e-7).certain.item():
             assert dense_token(logits, settings, state) == proposal.tokens.item()
             seen.add(proposal.tokens.item())
     assert seen == kept
@@ -144,8 +144,8 @@ def is_certain(masses, proposed, number, top_p, dtype=mx.bfloat16):
     slots, proposal = proposal_of(mx.array(by_token).astype(dtype), clustered, token=proposed)
     bits = int(np.float32(number).view(np.uint32))
     draws = Draws.of([(SummedTopP(1.0, top_p=top_p), (bits, 0))])
-    steps = PortableSteps(clustered)
-    return steps.screen(slots, proposal, draws, EXACT, mx.finfo(dtype).eps).certain.item()
+    operations = PortableOperations(clustered)
+    return operations.screen(slots, proposal, draws, EXACT, mx.finfo(dtype).eps).certain.item()
 
 
 # What bfloat16 makes of exp(-2.296875), the log-probability of a mass of 0.1.
@@ -179,17 +179,17 @@ def test_sums_may_fall_from_one_place_to_the_next(monkeypatch):
         return (cumsum(array, **options) * share).astype(array.dtype)
 
     rng = np.random.default_rng(5)
-    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    operations = PortableOperations(plain_clusters(rng, 300, 4))
     n_certain = 0
     for case in range(150):
         settings = SummedTopP(1.0, top_p=0.8, top_k=4 if case % 2 else 0)
         slots, proposal, draws, tolerance, state = case_of(
-            rng, steps.clustered, mx.bfloat16, settings, 3.0, 0.0
+            rng, operations.clustered, mx.bfloat16, settings, 3.0, 0.0
         )
-        logits = slots[0].flatten()[steps.clustered.slot_of]
+        logits = slots[0].flatten()[operations.clustered.slot_of]
         with monkeypatch.context() as patch:
             patch.setattr(mx, "cumsum", of_blocks)
-            certain = steps.screen(slots, proposal, draws, tolerance, 2.0**-7).certain.item()
+            certain = operations.screen(slots, proposal, draws, tolerance, 2.0**-7).certain.item()
             drawn = dense_token(logits, settings, state)
         if certain:
             assert drawn == proposal.tokens.item(), case

@@ -12,7 +12,7 @@ from mlx_flashhead.head import dense_kernels
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise, position_key
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.plan import READER, export_plan
 from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
 
@@ -99,16 +99,16 @@ def test_swift_gives_what_python_gives(tmp_path, monkeypatch, form, tied):
         assert near(arrays["logits_5"], arrays["dense"][:, :5])
         # a prompt: its last position alone
         assert mx.array_equal(arrays["logits_20"][0], head.unverified_logits(hidden[19:20]))
-        steps = MetalSteps(head.clustered)
+        operations = MetalOperations(head.clustered)
         keys = [position_key(SEED, position) for position in range(6)]
         for i, settings in enumerate(SETTINGS):
             draws = Draws.of([(settings, key) for key in keys])
             for name, array in zip(("settings", "top_k", "keys"), draws.inputs, strict=True):
                 found = arrays[f"{name}_{i}"][:4]  # of 8 or more: MLX has another kernel for fewer
                 assert mx.array_equal(found, array[:4]), name
-            selection = steps.select(steps.route(hidden[:6]), N_PROBES, words=False)
-            candidates = steps.score(hidden[:6], selection)
-            tokens, _ = steps.choose(selection, candidates, draws)
+            selection = operations.select(operations.route(hidden[:6]), N_PROBES, words=False)
+            candidates = operations.score(hidden[:6], selection)
+            tokens, _ = operations.choose(selection, candidates, draws)
             found = [arrays[f"token_{i}_{step}"].item() for step in range(4)]
             assert found == tokens.tolist()[2:]
     if tied:

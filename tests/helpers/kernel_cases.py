@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.head import backend, metal_steps
+from mlx_flashhead.head import backend, metal_operations
 from mlx_flashhead.head import kernels as kernel_texts
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
@@ -30,7 +30,7 @@ def on_gpu() -> bool:
 def kernels(**options):
     """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
     # MLX rounds otherwise.
-    always = mock.patch.object(metal_steps, "MATRIX_FROM", 1000)
+    always = mock.patch.object(metal_operations, "MATRIX_FROM", 1000)
     if on_gpu():
         with always:
             yield None

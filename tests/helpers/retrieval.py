@@ -11,20 +11,20 @@ def candidates(head, hidden: mx.array) -> tuple[mx.array, mx.array]:
     selection, scored = _retrieved(head, hidden)
     n_probes = head.unverified_probes
     shape = (*hidden.shape[:-1], n_probes * head.cluster_size)
-    ids = head.steps.token_ids(selection.probes)[:, :n_probes]
+    ids = head.operations.token_ids(selection.probes)[:, :n_probes]
     return ids.reshape(shape), scored.logits[:, :n_probes].reshape(shape)
 
 
 def best_token(head, hidden: mx.array) -> mx.array:
     """The token with the best scored logit for states (..., D): (...) uint32."""
     selection, scored = _retrieved(head, hidden)
-    tokens, _ = head.steps.choose(selection, scored, best_draws(len(scored.logits)))
+    tokens, _ = head.operations.choose(selection, scored, best_draws(len(scored.logits)))
     return tokens.reshape(hidden.shape[:-1])
 
 
 def _retrieved(head, hidden: mx.array):
     states = hidden.reshape(-1, hidden.shape[-1])
     _, selection, scored = retrieve(
-        head.steps, states, head.unverified_probes, head._draw_temperature, words=False
+        head.operations, states, head.unverified_probes, head._draw_temperature, words=False
     )
     return selection, scored

@@ -9,9 +9,9 @@ import pytest
 from kernel_cases import make_clustered
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import least_gain
+from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.proposal import Selection
 from mlx_flashhead.head.slot_product import product_size
-from mlx_flashhead.head.steps import PortableSteps
 from mlx_flashhead.models.install import hidden_dtype
 from pretended_gpu import CHIPS, pretended_gpu
 
@@ -39,11 +39,11 @@ def test_a_gpu_without_metal_gathers_rows_of_16_bits():
     rng = np.random.default_rng(0)
     with pretended_gpu(metal=False):
         clustered = make_clustered(rng, 20, 8, 64, bits=16, group_size=0, dtype=mx.bfloat16)
-        steps = PortableSteps(clustered)
+        operations = PortableOperations(clustered)
         hidden = mx.random.normal((1, 64)).astype(mx.bfloat16)
         selection = Selection(mx.array([[3, 11, 7]], mx.uint32))
         with mock.patch.object(mx, "gather_mm", wraps=mx.gather_mm) as gathered:
-            found = steps.score(hidden, selection).logits
+            found = operations.score(hidden, selection).logits
         assert gathered.call_count == 1
     rows = clustered.rows.weight[selection.probes[0]].astype(mx.float32)
     expected = (rows @ hidden[0].astype(mx.float32)[:, None])[..., 0]

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import compare_paths
 from kernel_cases import kernels
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 
 
 def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, converted, monkeypatch):
@@ -15,7 +15,7 @@ def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, conver
         logits = mx.array([0, 0, 20.0, 0, 20.0 + gap])
         assert compare_paths.verdict(logits, (2, 4))[0] == tie
     flags = ("--model", converted, "--max-tokens", 6, "--prompt", "One day")
-    right = MetalSteps.expand
+    right = MetalOperations.expand
     calls = itertools.count()
 
     def wrong(self, *arguments):
@@ -28,7 +28,7 @@ def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, conver
     with kernels():
         code, printed, _ = run(compare_paths, *flags)
         assert code == 0 and printed.endswith("6 of 6 tokens are the same.\n")
-    monkeypatch.setattr(MetalSteps, "expand", wrong)
+    monkeypatch.setattr(MetalOperations, "expand", wrong)
     with kernels():
         code, printed, _ = run(compare_paths, *flags)
     assert code == 1 and "no tie" in printed

@@ -12,7 +12,7 @@ import wide_parts
 from confirmations import CountedKernels, products, random_rows, sums
 from kernel_cases import kernels, make_clustered, on_gpu
 from mlx_flashhead.head.matrix import FORMATS
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.wide import trial
 
 
@@ -46,14 +46,14 @@ def test_compiled_texts_and_allowed_threads_are_counted():
     clustered = make_clustered(np.random.default_rng(0), 20, 8, 64)
     with kernels(check=False, max_threads={"flash_head_route": 448}) as emulator:
         counted = CountedKernels()
-        steps = MetalSteps(clustered, counted.metal_kernel)
+        operations = MetalOperations(clustered, counted.metal_kernel)
         for n_positions in (1, 1, 2, 3):
-            steps.route(mx.zeros((n_positions, 64), mx.bfloat16))
+            operations.route(mx.zeros((n_positions, 64), mx.bfloat16))
         # They are of one position and of several.
         assert len(counted.texts) == len(emulator.built) == 2
         assert counted.limits == {}
         counted.measures = True
-        steps.route(mx.zeros((1, 64), mx.bfloat16))
+        operations.route(mx.zeros((1, 64), mx.bfloat16))
         assert counted.limits == {"route": 448}
         assert len(counted.texts) == 2
 

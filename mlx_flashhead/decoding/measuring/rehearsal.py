@@ -62,8 +62,9 @@ def kinds(vocab_size: int) -> dict[str, Kind]:
 def rehearse(model: nn.Module) -> None:
     """Takes the steps of all kinds of texts once.
 
-    Where MLX's own operations do all steps, as on a CPU, it takes only those of greedy text. A head
-    whose kernels fail here takes MLX's operations from now on, and says so. Evaluates.
+    Where the head's operations are the portable ones, as on a CPU, it takes only those of greedy
+    text. A head whose kernels fail here takes the portable ones from now on, and says so.
+    Evaluates.
 
     Args:
         model: A model with a FlashHead.

@@ -12,7 +12,7 @@ from mlx_flashhead.decoding.measuring.rehearsal import kinds, rehearse
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.slot_product import CLASSES
 from tiny_models import tiny_model
 
@@ -43,8 +43,8 @@ def test_it_finds_every_kernel_compiled(monkeypatch):
         rehearse(flash.model)
         assert flash.head.backend == "metal" and emulator.built == built
         found = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}
-    steps = {"route", "select", "select_forced", "score", "sample", "adjust"}
-    assert found >= steps | {"join", "tolerance", "screen", "certain"}
+    operations = {"route", "select", "select_forced", "score", "sample", "adjust"}
+    assert found >= operations | {"join", "tolerance", "screen", "certain"}
     assert set(proposals) == {1, *rehearsal.TOGETHER}
 
 
@@ -80,7 +80,7 @@ def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, metho
 
     with kernels(check=False):
         flash = make_flash(dtype=mx.bfloat16, bits=4)
-        monkeypatch.setattr(MetalSteps, method, fails)
+        monkeypatch.setattr(MetalOperations, method, fails)
         rehearse(flash.model)
         assert flash.head.backend == "mlx"
         said = flash.head.backend_reason

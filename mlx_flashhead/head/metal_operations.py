@@ -1,4 +1,4 @@
-"""The steps of a FlashHead by the Metal kernels of ``metal/flash_head/``, one dispatch each."""
+"""The operations of a FlashHead as Metal kernels of ``metal/flash_head/``, one dispatch each."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +30,8 @@ from .kernel_texts import (
 )
 from .kernels import make_kernels
 from .logit_map import IDENTITY, LogitMap
+from .operations import NO_DEPTH, USUAL, PortableOperations, Risk
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
-from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 from .stored_rows import StoredRows
 
 # So many positions share one reading of the centroids.
@@ -46,8 +46,8 @@ DRAWN = Noise(temperature=1.0)
 ScreenInputs = tuple[Proposal, mx.array, mx.array, mx.array]
 
 
-class MetalSteps(PortableSteps):
-    """The steps of ``PortableSteps``, each one Metal kernel.
+class MetalOperations(PortableOperations):
+    """The operations of ``PortableOperations``, each one Metal kernel.
 
     A position holds max(p, 8) probes; beyond p the last one is repeated.
 
@@ -84,7 +84,7 @@ class MetalSteps(PortableSteps):
         )
 
     def arrays(self) -> list[mx.array]:
-        """The arrays that the steps hold beside the rows."""
+        """The arrays that the operations hold beside the rows."""
         return [*super().arrays(), self._tail_offset]
 
     def structure_of(
@@ -139,7 +139,7 @@ class MetalSteps(PortableSteps):
         """
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
-            # MLX's operations would read the repeated probes.
+            # The portable operation would read the repeated probes.
             depth = NO_DEPTH
         name = "select"
         more: list[mx.array] = []

@@ -1,4 +1,4 @@
-"""The steps of a FlashHead in plain MLX operations, and what they hand to each other.
+"""The operations of a FlashHead as functions of MLX: route, select, score, expand, choose, screen.
 
 They are the CPU path, the fallback, and the reference of the Metal kernels. Nothing here evaluates.
 
@@ -129,8 +129,8 @@ def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
     return products.reshape(len(hidden), -1)
 
 
-class PortableSteps:
-    """Each step as MLX operations."""
+class PortableOperations:
+    """Each operation as functions of MLX."""
 
     name = "mlx"
     # All rows, for :meth:`verifying_product` on some GPUs.
@@ -154,7 +154,7 @@ class PortableSteps:
         self._columns = clustered.rows.weight.swapaxes(-1, -2)
 
     def arrays(self) -> list[mx.array]:
-        """The arrays that the steps hold beside the rows."""
+        """The arrays that the operations hold beside the rows."""
         held = [self._columns]
         if self._centroids is not None:
             held.append(self._centroids)
