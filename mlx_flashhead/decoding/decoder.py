@@ -3,7 +3,7 @@
     states   ← model(latest tokens, caches)         taken where the head is called     _step
     proposed ← the head's tokens, or the dense ones, launched in one evaluation        _step
     read the latest tokens, which the step before has launched                         round
-    verify when it is due: launched, and read a step later                  schedule.py
+    verify when it is due: launched, and read a step later                  verification.py
     accept up to the first rejected token, which the dense choice replaces
     roll back: the rejected text's caches; its next step is launched                _restart
 
@@ -27,8 +27,8 @@ from .guessing.guesses import Guesses
 from .phase import Phase
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
-from .schedule import VerifySchedule
 from .text import PendingToken, Text
+from .verification import VerifySchedule
 
 log = logging.getLogger("mlx_flashhead")
 

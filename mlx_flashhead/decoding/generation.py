@@ -23,20 +23,19 @@ from .batch import Response, VerifiedBatchGenerator, check_batched_lookup
 from .drafting import drafted_tokens
 from .guessing.draft_model import draft_report
 from .guessing.trained import drafter_report
-from .keywords import (
+from .loop import GuessedTokens, verified_tokens, with_guesses
+from .proposer import Proposer
+from .sampler import Processor, SamplerFunction
+from .settings import (
     CacheOptions,
     DecodeOptions,
+    DecodingSettings,
     GenerateOptions,
-    LogitsProcessor,
     SettingsOptions,
     StreamOptions,
     check_keywords,
     check_prompt,
 )
-from .loop import GuessedTokens, verified_tokens, with_guesses
-from .proposer import Proposer
-from .sampler import SamplerFunction
-from .settings import DecodingSettings
 
 # What there is of a text.
 Held = TypeVar("Held")
@@ -345,7 +344,7 @@ def _steps(
     logprobs: bool,
     max_tokens: int,
     sampler: SamplerFunction | None = None,
-    logits_processors: list[LogitsProcessor] | None = None,
+    logits_processors: list[Processor] | None = None,
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,

@@ -19,7 +19,6 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
 from .changes import mask_array, with_few_allowed
 from .guessing.dense_states import DenseStates
-from .pace import Pace
 from .phase import (
     PAUSED,
     SAMPLED_DENSE,
@@ -28,7 +27,7 @@ from .phase import (
     VERIFIED,
     Mode,
 )
-from .policy import DecodingPolicy, decoding_mode, policy_of
+from .policy import DecodingPolicy, Pace, decoding_mode, policy_of
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 

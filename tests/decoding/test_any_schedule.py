@@ -18,11 +18,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from architecture_models import tiny_architecture
 from flash_loops import OTHERS, PROMPT, flash_of
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.pace import Pace
-from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.schedule import VerifySchedule
+from mlx_flashhead.decoding.policy import Pace, policy_of
 from mlx_flashhead.decoding.text import Text
-from mlx_flashhead.decoding.verification import Verification
+from mlx_flashhead.decoding.verification import Verification, VerifySchedule
 from tiny_models import tiny_model
 
 N_SCHEDULES = int(os.environ.get("SCHEDULES", "12"))

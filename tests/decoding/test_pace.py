@@ -10,8 +10,7 @@ from mlx_lm.generate import generate_step
 
 from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding.pace import Pace
-from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.policy import Pace, policy_of
 from tiny_models import tiny_model
 
 DENSE = 1.0  # seconds of a dense token

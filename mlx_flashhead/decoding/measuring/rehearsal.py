@@ -25,9 +25,9 @@ from ..policy import MAX_PENDING
 from ..proposer import Proposer, step_arrays
 from ..random_state import random_key
 from ..sampler import Processor, Sampler, SamplerFunction
-from ..schedule import VerifySchedule
 from ..settings import DecodingSettings
 from ..text import Text
+from ..verification import VerifySchedule
 
 # Texts at once: from 12 on MLX's own product scores the centroids.
 TOGETHER = (2, 12)

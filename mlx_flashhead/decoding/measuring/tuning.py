@@ -26,9 +26,9 @@ from ..decoder import Decoder
 from ..policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
 from ..proposer import Proposer
 from ..sampler import Sampler
-from ..schedule import FEW
 from ..settings import DecodingSettings
 from ..text import Text
+from ..verification import FEW
 
 # Turns are taken until their gains agree: as many at least, and none after so many seconds.
 TURNS = 3

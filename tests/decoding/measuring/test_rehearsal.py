@@ -6,7 +6,7 @@ import pytest
 from flash_loops import PROMPT, flash_of
 from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding import schedule
+from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.measuring import rehearsal
 from mlx_flashhead.decoding.measuring.rehearsal import kinds, rehearse
 from mlx_flashhead.decoding.proposer import Proposer
@@ -64,7 +64,7 @@ def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
         flash = make_flash(dtype=mx.bfloat16, bits=4)
         several = kinds(flash.head.vocab_size)
         monkeypatch.setattr(rehearsal, "kinds", lambda vocab_size: several)
-        monkeypatch.setattr(schedule, "Verification", Counted)
+        monkeypatch.setattr(verification, "Verification", Counted)
         rehearse(flash.model)
     expected = {(sampler, tuple(each)): list(CLASSES) for sampler, each in several.values()}
     assert sizes == expected

@@ -12,7 +12,7 @@ from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.measuring import tuning
 from mlx_flashhead.decoding.measuring.tuning import tune
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
-from mlx_flashhead.decoding.schedule import VerifySchedule
+from mlx_flashhead.decoding.verification import VerifySchedule
 from mlx_flashhead.models.install import installed_head
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import WideSteps

@@ -14,9 +14,9 @@ from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.loop import verified_tokens
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.decoding.text import PendingToken
+from mlx_flashhead.decoding.verification import VerifySchedule
 from recorded_calls import recorded_calls
 
 

@@ -7,16 +7,16 @@ from typing import get_args
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.decoding.keywords import (
+from mlx_flashhead.decoding.settings import (
     PROCESSOR_ARGUMENTS,
     SAMPLER_ARGUMENTS,
     DecodeOptions,
+    DecodingSettings,
     GenerateOptions,
     SettingsOptions,
     check_keywords,
     check_prompt,
 )
-from mlx_flashhead.decoding.settings import DecodingSettings
 
 mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
