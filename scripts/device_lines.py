@@ -41,7 +41,7 @@ BEHIND = (
     "head/kernel_texts.py",
     "head/kernels.py",
     "head/metal_operations.py",
-    "head/rounding.py",
+    "head/rounded_product.py",
     "head/row_products.py",
     "head/stored_rows.py",
     "head/kernel_trial.py",
@@ -49,7 +49,7 @@ BEHIND = (
 )
 # Places that ask which no test of tests/mac reaches, and lines that no test runs: by a file, the
 # text of the statement's first line, and why.
-MLX_0_32_3 = "mlx up to 0.32.3, and rows of one bit: tests/head/test_rounding.py has its bounds"
+MLX_0_32_3 = "mlx up to 0.32.3, and rows of one bit: test_rounded_product.py has its bounds"
 MLX_LM_0_31 = "mlx-lm 0.31 alone, which scripts/test.sh --oldest installs"
 NOT_RUN: dict[tuple[str, str], str] = {
     (
@@ -69,11 +69,11 @@ NOT_RUN: dict[tuple[str, str], str] = {
         'return "OpenBLAS"',
     ): "only where OpenBLAS is preloaded",
     (
-        "head/rounding.py",
+        "head/rounded_product.py",
         "sums = RoundedSums(product_dtype, kernel.added, rows.group_size, longest_offsets)",
     ): MLX_0_32_3,
     (
-        "head/rounding.py",
+        "head/rounded_product.py",
         "allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]",
     ): MLX_0_32_3,
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
-from ..head.rounding import Stretch
+from ..head.rounded_product import Stretch
 from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
 
 # mlx-lm's makers apply their processors in this order, each at most once.

@@ -23,10 +23,16 @@ from .matrix import Matrix
 from .operations import NO_DEPTH, PortableOperations, Risk
 from .proposal import Proposal, ProposalRow
 from .proposal_function import ProposalFunction, TracedFunctions
-from .rounding import Rounding, Stretch, differs_in_batches, measure_rounding
+from .rounded_product import (
+    Rounding,
+    SlotProduct,
+    Source,
+    Stretch,
+    differs_in_batches,
+    measure_rounding,
+)
 from .row_products import products_of_each
 from .same_sums import compared_states, scores_agree
-from .slot_product import SlotProduct, Source
 from .unverified import unverified_logits
 from .verdict import Verdict
 

@@ -18,12 +18,11 @@ import numpy as np
 
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_columns, in_token_order
-from .draws.bounds import log_mass
+from .draws.bounds import LOWEST, Bounds, log_mass
 from .draws.draw import Draw, Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
-from .screening import screen
 
 # A depth in nats with which every probe is scored.
 NO_DEPTH = 1e30
@@ -469,13 +468,28 @@ class PortableOperations:
             allowed: (k, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. The proposal's logits of others are the lowest finite value.
         """
-        return screen(
-            self.clustered,
-            slots,
-            proposal,
-            draws,
-            tolerance,
-            epsilon,
-            logit_map,
-            allowed,
-        )
+        unscored = self._not_scored(slots, proposal, allowed)
+        best = mx.max(unscored, axis=(1, 2)).astype(mx.float32)
+        best = mx.maximum(best, LOWEST)[:, None]
+        bounds = Bounds.of(self.clustered, proposal, unscored, best, tolerance, epsilon, logit_map)
+        largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
+        # Float16 may overflow.
+        certain = draws.certain(bounds) & (largest < mx.inf)
+        return Screen(certain, largest, best[:, 0], bounds.unscored_mass[:, 0])
+
+    def _not_scored(
+        self, slots: mx.array, proposal: Proposal, allowed: mx.array | None
+    ) -> mx.array:
+        """The slots' logits (k, C, n); minus infinity for what is scored, padded or masked."""
+        clustered = self.clustered
+        nothing = mx.array(-mx.inf, slots.dtype)
+        others = mx.put_along_axis(slots, proposal.probes[..., None], nothing, axis=1)
+        if clustered.padded:
+            others = mx.where(clustered.token_ids == clustered.vocab_size, nothing, others)
+        if allowed is not None:
+            # A padded slot has any word.
+            index = mx.minimum(clustered.token_ids // 32, allowed.shape[1] - 1)
+            words = mx.take(allowed, index, axis=1)
+            may = (words >> (clustered.token_ids % 32)) & 1 != 0
+            others = mx.where(may, others, nothing)
+        return others

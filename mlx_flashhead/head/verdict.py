@@ -15,8 +15,7 @@ from .draws.draw import Draws
 from .logit_map import LogitMap
 from .operations import PortableOperations
 from .proposal import Proposal
-from .rounding import Rounding, Stretch, stretched
-from .slot_product import SlotProduct
+from .rounded_product import Rounding, SlotProduct, Stretch, stretched
 
 
 class Verdict:

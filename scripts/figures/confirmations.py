@@ -37,9 +37,8 @@ from mlx_flashhead.head.dense_kernels import dense_kernel
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
 from mlx_flashhead.head.metal_operations import MetalOperations
-from mlx_flashhead.head.rounding import may_use_tf32
+from mlx_flashhead.head.rounded_product import CLASSES, may_use_tf32
 from mlx_flashhead.head.same_sums import logits_of_scores
-from mlx_flashhead.head.slot_product import CLASSES
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import hidden_dtype, installed_head
 from mlx_flashhead.models.vlm import is_vlm

@@ -373,7 +373,7 @@ def flash_us(
 
 
 def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
-    """The verification of k states, filled up to the next size of head/slot_product.py."""
+    """The verification of k states, filled up to the next size of head/rounded_product.py."""
     size = next(size for size in SIZES if size >= k)
     read = chip.us(model.head * BYTES[head])
     matrix = 2 * STATES * model.head / chip.tflops / 1e6

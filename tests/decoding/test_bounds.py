@@ -10,9 +10,9 @@ from architecture_models import tiny_architecture
 from emulated_mlx_lm import emulated
 from flash_loops import flash_of, make_flash
 from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.head import rounding
+from mlx_flashhead.head import rounded_product
 from mlx_flashhead.head.margins import TF32
-from mlx_flashhead.head.slot_product import SlotProduct
+from mlx_flashhead.head.rounded_product import SlotProduct
 from mlx_flashhead.head.verdict import Verdict
 from recorded_calls import recorded_calls
 from tf32 import in_tf32
@@ -139,7 +139,7 @@ def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):
             slots.dtype
         )
 
-    monkeypatch.setattr(rounding, "may_use_tf32", lambda: True)
+    monkeypatch.setattr(rounded_product, "may_use_tf32", lambda: True)
     assert flash.head.rounding(mx.float32, 4).product > TF32
     monkeypatch.setattr(SlotProduct, "result", coarse)
     for seed in range(3):
@@ -156,7 +156,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
     flash = make_flash(num_hidden_layers=2)
     monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
     alone = recorded_calls(monkeypatch, Proposer, "dense_row")
-    monkeypatch.setattr(rounding, "may_use_tf32", lambda: by_tf32)
+    monkeypatch.setattr(rounded_product, "may_use_tf32", lambda: by_tf32)
     tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
     n_dense_steps = 2 * 7
     assert len(alone) >= n_dense_steps if by_tf32 else len(alone) < n_dense_steps / 2

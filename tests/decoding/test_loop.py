@@ -26,7 +26,7 @@ from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.operations import PortableOperations
-from mlx_flashhead.head.slot_product import SlotProduct
+from mlx_flashhead.head.rounded_product import SlotProduct
 from recorded_calls import recorded_calls
 from tiny_models import tiny_model
 
@@ -63,7 +63,7 @@ def test_every_sampler(flash, name, n_probes, misses):
 def test_every_processor(flash, name, settings, misses, monkeypatch):
     """Without one, a thread computes the verification."""
     if name is None:
-        monkeypatch.setattr("mlx_flashhead.head.slot_product.WORTH_A_THREAD", 0)
+        monkeypatch.setattr("mlx_flashhead.head.rounded_product.WORTH_A_THREAD", 0)
     flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
     # the clusters of tokens that these change are scored too: here nearly all; a scale is dense
     assert misses or name in ("penalty", "bias", "scale")

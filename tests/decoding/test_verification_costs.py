@@ -20,7 +20,7 @@ from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.proposal import Proposal
-from mlx_flashhead.head.rounding import RoundedSums, Rounding
+from mlx_flashhead.head.rounded_product import RoundedSums, Rounding
 from pages import CHECKOUT
 from tiny_models import tiny_model
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from flash_loops import make_flash
-from mlx_flashhead.head import slot_product
+from mlx_flashhead.head import rounded_product
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.draws.noise import Noise, position_key
@@ -15,7 +15,7 @@ K = 6
 @pytest.fixture(params=[False, True], ids=["lazily", "in a thread"])
 def head(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(slot_product, "WORTH_A_THREAD", 0)
+        monkeypatch.setattr(rounded_product, "WORTH_A_THREAD", 0)
     return make_flash(num_hidden_layers=1).head
 
 

@@ -11,7 +11,7 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import least_gain
 from mlx_flashhead.head.operations import PortableOperations
 from mlx_flashhead.head.proposal import Selection
-from mlx_flashhead.head.slot_product import product_size
+from mlx_flashhead.head.rounded_product import product_size
 from mlx_flashhead.models.install import hidden_dtype
 from pretended_gpu import CHIPS, pretended_gpu
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ...common.masks import Mask
 from ...head.backend import METAL
 from ...head.draws.noise import Noise
-from ...head.slot_product import CLASSES
+from ...head.rounded_product import CLASSES
 from ...models.compat.mlx_lm import sample_utils
 from ...models.install import hidden_dtype, installed_head
 from ..caches import OwnCaches

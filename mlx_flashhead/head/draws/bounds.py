@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..clustered import ClusteredRows
+from ..logit_map import LogitMap
+from ..proposal import Proposal, Tolerance
 
 LOWEST = mx.finfo(mx.float32).min
 # From so many logits on, powers of two are faster on a CPU, in more operations.
@@ -144,6 +146,116 @@ class Bounds(NamedTuple):
     best_unscored: mx.array
     epsilon: float
     dtype: mx.Dtype
+
+    @classmethod
+    def of(
+        cls,
+        clustered: ClusteredRows,
+        proposal: Proposal,
+        unscored: mx.array,
+        best_unscored: mx.array,
+        tolerance: Tolerance,
+        epsilon: float,
+        logit_map: LogitMap,
+    ) -> "Bounds":
+        """The bounds of the model's logits, by the head's and how far these may be off.
+
+        Args:
+            clustered: The rows.
+            proposal: Of k positions, with the model's logits of the scored tokens.
+            unscored: (k, C, n), the head's logits of the others; minus infinity for what is scored,
+                padded or ruled out.
+            best_unscored: (k, 1) float32, the best of these.
+            tolerance: How far the head's logits may be off.
+            epsilon: As the attribute.
+            logit_map: What the model does to each of its head's logits.
+        """
+        scored = _scored(clustered, proposal, tolerance, logit_map, unscored.dtype)
+        others = _unscored(unscored, tolerance, logit_map)
+        return cls(
+            clustered=clustered,
+            scored=scored,
+            scored_mass=scored.all.mass,
+            unscored=others,
+            unscored_mass=others.mass,
+            best_unscored=_best_unscored(best_unscored, tolerance, logit_map, unscored.dtype),
+            epsilon=epsilon,
+            dtype=logit_map.result_dtype(unscored.dtype),
+        )
+
+
+def _scored(
+    clustered: ClusteredRows,
+    proposal: Proposal,
+    tolerance: Tolerance,
+    logit_map: LogitMap,
+    dtype: mx.Dtype,
+) -> Scored:
+    """The scored tokens, with bounds of the model's logits."""
+    logits = proposal.logits.astype(mx.float32).flatten(1)
+    ids = mx.take(clustered.token_ids, proposal.probes, axis=0).flatten(1)
+    tokens = proposal.tokens[:, None]
+    is_own = ids == tokens
+    own = mx.max(mx.where(is_own, logits, -mx.inf), axis=-1, keepdims=True)
+    rest = mx.where(is_own, LOWEST, logits)
+    second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), LOWEST)
+    absolute = tolerance.scored[:, None]
+    if logit_map.slope != 1:
+        absolute = logit_map.slope * absolute
+    rounding = tolerance.relative + logit_map.rounding(dtype)
+    slack = logit_map.slack(dtype)
+    share = None
+    if rounding or slack:
+        share = mx.where(absolute > 0, rounding, 0.0) + slack
+
+    def interval(values: mx.array) -> Interval:
+        if share is None:
+            return Interval(values, absolute)
+        return Interval(values, absolute + share * mx.abs(values))
+
+    return Scored(
+        ids=ids,
+        tokens=tokens,
+        own=interval(own),
+        all=interval(logits),
+        rest=interval(rest),
+        second=interval(second),
+    )
+
+
+def _unscored(others: mx.array, tolerance: Tolerance, logit_map: LogitMap) -> Interval:
+    """The model's logits of the slots (k, C, n) that are left, the lowest value for others."""
+    left = others.astype(mx.float32)
+    off = tolerance.product[:, None, None]
+    left = mx.maximum(left, LOWEST)
+    if tolerance.relative:
+        off = off + tolerance.relative * mx.abs(left)
+    if logit_map.identity:
+        return Interval(left, off)
+    mapped = logit_map(others).astype(mx.float32)
+    mapped = mx.where(others == -mx.inf, LOWEST, mapped)
+    share = logit_map.rounding(others.dtype) + logit_map.slack(others.dtype)
+    sizes = mx.abs(mapped)
+    # All logits of a state are equally far off then.
+    if not tolerance.relative:
+        sizes = mx.where(others == -mx.inf, 0.0, sizes)
+        sizes = mx.max(sizes, axis=(1, 2), keepdims=True)
+    return Interval(mapped, logit_map.slope * off + share * sizes)
+
+
+def _best_unscored(
+    logits: mx.array, tolerance: Tolerance, logit_map: LogitMap, dtype: mx.Dtype
+) -> mx.array:
+    """The highest that the model's logits may be: the head's (k, 1) float32 → (k, 1)."""
+    high = logits + tolerance.product[:, None]
+    if tolerance.relative:
+        high = high + tolerance.relative * mx.abs(logits)
+    if logit_map.identity:
+        return high
+    # This rounds to the nearest: no value of the dtype below `high` is rounded higher.
+    mapped = logit_map(high.astype(dtype)).astype(mx.float32)
+    mapped = mapped + logit_map.slack(dtype) * mx.abs(mapped)
+    return mx.where(logits <= LOWEST, LOWEST, mapped)
 
 
 class Near(NamedTuple):

@@ -194,6 +194,10 @@ class Draws:
             logits, lambda kind, some, logits: kind.choose(logits.astype(mx.float32), some)
         )
 
+    def certain(self, bounds: Bounds) -> mx.array:
+        """Whether proposed tokens are drawn whatever the logits are in their bounds: (k,) bool."""
+        return self.by_kind(bounds, lambda kind, some, bounds: kind.certain(bounds, some)[:, 0])
+
     def by_kind(
         self, arrays: Given, results_of: Callable[[type[Draw], "Draws", Given], Results]
     ) -> Results:

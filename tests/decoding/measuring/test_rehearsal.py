@@ -13,7 +13,7 @@ from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_operations import MetalOperations
-from mlx_flashhead.head.slot_product import CLASSES
+from mlx_flashhead.head.rounded_product import CLASSES
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator

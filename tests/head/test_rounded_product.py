@@ -10,13 +10,12 @@ import pytest
 
 from flash_loops import make_flash
 from kernel_cases import make_rows
-from mlx_flashhead.head import rounding, same_sums
+from mlx_flashhead.head import rounded_product, same_sums
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.operations import Candidates
-from mlx_flashhead.head.rounding import RoundedSums
-from mlx_flashhead.head.slot_product import CLASSES
+from mlx_flashhead.head.rounded_product import CLASSES, N_STATES, RoundedSums
 from recorded_calls import recorded_calls
 from tf32 import in_tf32
 
@@ -42,15 +41,15 @@ def test_tf32_lies_within_its_bound(hidden_size, cut_off):
     [("applegpu_g13g", False), ("applegpu_g16s", False), ("applegpu_g17s", True), (None, True)],
 )
 def test_machines_that_may_use_tf32(monkeypatch, architecture, expected):
-    assert not rounding.may_use_tf32()  # a CPU
+    assert not rounded_product.may_use_tf32()  # a CPU
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
-    assert rounding.may_use_tf32() == expected
+    assert rounded_product.may_use_tf32() == expected
     rows = make_rows(np.random.default_rng(0), 9000, 64, bits=8, group_size=64, dtype=mx.float32)
-    shares = [rounding._coarser(rows, 9000, mx.float32, n) for n in (1, 2, 32)]
+    shares = [rounded_product._coarser(rows, 9000, mx.float32, n) for n in (1, 2, 32)]
     assert shares == ([0.0, TF32, TF32] if expected else [0.0] * 3)
     half = mx.finfo(mx.bfloat16).eps / 2  # rows of few bits, in 16 bits first
-    assert rounding._coarser(rows, 9000, mx.bfloat16, 2) == half
+    assert rounded_product._coarser(rows, 9000, mx.bfloat16, 2) == half
 
 
 def test_sums_of_several_states_are_cut_for_few_rows_alone(monkeypatch):
@@ -58,12 +57,12 @@ def test_sums_of_several_states_are_cut_for_few_rows_alone(monkeypatch):
     rows = make_rows(np.random.default_rng(0), 64, 64, bits=4, group_size=64, dtype=mx.bfloat16)
     half = mx.finfo(mx.bfloat16).eps / 2
     for version, times in (((0, 32, 3), [17, 3, 1, 1]), ((0, 32, 4), [1, 1, 1, 1])):
-        monkeypatch.setattr(rounding, "mlx_version", lambda version=version: version)
+        monkeypatch.setattr(rounded_product, "mlx_version", lambda version=version: version)
         sizes = 1024, 8192, 8224, 32000
-        shares = [rounding._coarser(rows, n_rows, mx.bfloat16, 2) for n_rows in sizes]
+        shares = [rounded_product._coarser(rows, n_rows, mx.bfloat16, 2) for n_rows in sizes]
         assert shares == [half * each for each in times]
         floats = Matrix(mx.zeros((1, 64), mx.bfloat16))
-        assert rounding._coarser(floats, 1024, mx.bfloat16, 2) == 0
+        assert rounded_product._coarser(floats, 1024, mx.bfloat16, 2) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,7 @@ def flash():
 def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     """One that differs, wherever it is, gives all of them a tolerance."""
     head = flash.head
-    assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored == 0
+    assert head.measure_rounding(mx.bfloat16)[N_STATES].scored == 0
     score = head.operations.score
     last = head.n_clusters - 1
 
@@ -91,7 +90,7 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
 
     monkeypatch.setattr(head.operations, "score", other)
     head._roundings.clear()
-    found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
+    found = head.measure_rounding(mx.bfloat16)[N_STATES]
     assert found.scored >= 2 * head.hidden_size * 2.0**-24
     hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
     assert (found.tolerance(hidden, head.operations).scored > 0).all()
@@ -130,12 +129,12 @@ def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatc
         return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
 
     monkeypatch.setattr(head.operations, "score", other)
-    assert head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
+    assert head.measure_rounding(mx.bfloat16)[N_STATES].scored > 0
 
 
 def test_scored_logits_of_too_few_have_a_tolerance(flash, monkeypatch):
     monkeypatch.setattr(same_sums, "ENOUGH_LOGITS", 1_000_000)
-    assert flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
+    assert flash.head.measure_rounding(mx.bfloat16)[N_STATES].scored > 0
 
 
 def test_a_measured_distance_counts_four_times(flash, monkeypatch):
@@ -149,9 +148,9 @@ def test_a_measured_distance_counts_four_times(flash, monkeypatch):
 
     monkeypatch.setattr(head.operations, "score", other)
     head._roundings.clear()
-    found = head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
+    found = head.measure_rounding(mx.bfloat16)[N_STATES]
     states = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0))
-    tolerance = found.tolerance(states[: rounding.N_STATES].astype(mx.bfloat16), head.operations)
+    tolerance = found.tolerance(states[:N_STATES].astype(mx.bfloat16), head.operations)
     assert 3 * far < tolerance.scored.max().item() < 5 * far
 
 
@@ -160,7 +159,7 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
     flash = make_flash(num_hidden_layers=1, dtype=dtype)
     head = flash.head
     hidden = mx.random.normal((2, head.hidden_size)).astype(dtype)
-    found = head.measure_rounding(dtype)[rounding.N_STATES].tolerance(hidden, head.operations)
+    found = head.measure_rounding(dtype)[N_STATES].tolerance(hidden, head.operations)
     exact = mx.random.normal((5000,), key=mx.random.key(1)) * 10
     pair = [(exact * (1 + 8 * sign * FLOAT32)).astype(dtype).astype(mx.float32) for sign in (-1, 1)]
     distance = mx.abs(pair[0] - pair[1])
@@ -169,8 +168,8 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
 
 def test_a_kernel_of_another_order_gives_scored_logits_a_tolerance(flash, monkeypatch):
     kernel = DenseKernel("qmv_quad", scored=False)
-    monkeypatch.setattr(rounding, "_dense_kernel", lambda clustered: kernel)
-    assert flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES].scored > 0
+    monkeypatch.setattr(rounded_product, "_dense_kernel", lambda clustered: kernel)
+    assert flash.head.measure_rounding(mx.bfloat16)[N_STATES].scored > 0
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -193,7 +192,7 @@ def test_rounded_sums_of_hidden_values(dtype, bits, added):
 
 
 def test_the_tolerances_have_what_a_state_alone_loses(flash):
-    found = flash.head.measure_rounding(mx.bfloat16)[rounding.N_STATES]
+    found = flash.head.measure_rounding(mx.bfloat16)[N_STATES]
     more = replace(found, scored=1e-6, sums=RoundedSums(mx.bfloat16, 4, 64, 2.0))
     without = replace(more, sums=None)
     hidden = mx.random.normal((2, flash.head.hidden_size)).astype(mx.bfloat16)
@@ -205,8 +204,8 @@ def test_the_tolerances_have_what_a_state_alone_loses(flash):
 
 def test_all_classes_are_measured_at_once(flash, monkeypatch):
     """And the longest row is computed once for all of them."""
-    asked = recorded_calls(monkeypatch, rounding, "_longest_rows")
-    monkeypatch.setattr(rounding, "_classes", lambda: CLASSES)
+    asked = recorded_calls(monkeypatch, rounded_product, "_longest_rows")
+    monkeypatch.setattr(rounded_product, "_classes", lambda: CLASSES)
     head = flash.head
     sizes = (1, 2, 3, 5, 9, 17, 32, 40)
     found = [head.rounding(mx.bfloat16, k) for k in sizes]
@@ -222,7 +221,7 @@ def test_the_longest_row_has_its_bias():
     rows = flash.head.clustered.rows
     lengths = np.linalg.norm(np.array(rows.weight, np.float32), axis=-1)
     lengths += np.abs(np.array(rows.bias))
-    longest, offsets = rounding._longest_rows(flash.head.clustered)
+    longest, offsets = rounded_product._longest_rows(flash.head.clustered)
     assert longest == pytest.approx(lengths.max(), rel=1e-5) and offsets == 0
 
 
