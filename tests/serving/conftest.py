@@ -103,7 +103,7 @@ def chain(chain_model):
 
 @pytest.fixture(scope="session")
 def start_engine(converted):
-    """A context with an engine, of the random model if no other is named."""
+    """A context with an engine that ends in time, of the random model if no other is named."""
 
     @contextmanager
     def started(*arguments, folder=converted, drafts=False):

@@ -12,7 +12,8 @@ from mlx_flashhead.serving.server_options import make_parser
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]
 SHORT = [40, 41, 42]
-CHUNK = 16  # tokens of a prompt in the tests' engines
+# The tests' engines read so many tokens of a prompt at once.
+CHUNK = 16
 
 
 def flags(*arguments):
@@ -71,15 +72,30 @@ def until(job, kind):
             return event
 
 
+def next_token(job):
+    """The next token of an answer; raises what has ended the answer, if it failed."""
+    event = until(job, Token | BaseException)
+    if isinstance(event, BaseException):
+        raise event
+    return event
+
+
 def tokens_of(job):
-    """All tokens of an answer, but an end token."""
+    """All tokens of an answer, but an end token; raises what has ended the answer, if it failed."""
     found = []
     while True:
-        event = until(job, Token | BaseException)
-        assert isinstance(event, Token), event
-        found += [token for (token, _), *_ in event.logprobs]
-        if event.finish_reason is not None:
+        token = next_token(job)
+        found += [token_id for (token_id, _), *_ in token.logprobs]
+        if token.finish_reason is not None:
             return found
+
+
+def whole_answer(job):
+    """All tokens of an answer in one; raises what has ended the answer, if it failed."""
+    answer = Token()
+    while answer.finish_reason is None:
+        answer.add(next_token(job))
+    return answer
 
 
 def generated(flash, tokens, max_tokens=8, **options):

@@ -42,7 +42,8 @@ class Script(logging.Handler):
         routes = [Route("/v1/chat/completions", self._post, methods=["POST"])]
         routes += [Route(path, self._get) for path in ("/health", "/page/info.json", "/v1/models")]
         self.server = Server(Router([*routes, *PAGE_ROUTES]), Access())
-        self.pages = set()  # of all tests, as they name themselves in their requests
+        # The pages of all tests, as they name themselves in their requests.
+        self.pages = set()
         self.reset()
 
     def reset(self):
@@ -52,7 +53,8 @@ class Script(logging.Handler):
         self.access = Access()
         self.info = INFO
         self.left = Event()
-        self.loading = False  # whether the model is being loaded: nothing else is answered
+        # While it is true, the model is being loaded, and nothing else is answered.
+        self.loading = False
         self.answers = []
         self.requests = []
         self.log = []
@@ -78,18 +80,17 @@ class Script(logging.Handler):
     async def _post(self, request):
         body = json.loads(await read_body(request))
         if request.headers.get("X-Test") in self.pages - {self.test}:
-            raise ClientDisconnect  # a page of the last test has left with its request on the way
+            # A page of the last test has left with its request on the way.
+            raise ClientDisconnect
         self.requests.append(body)
         if self.loading:
             raise still_loading()
         pieces = self.answers.pop(0) if self.answers else ["Fine."]
         if isinstance(pieces, str):
             raise ApiError(pieces)
-        left = self.left  # those of this test
-        models = self.info["models"]
-        model = next((m for m in models if m["name"] == body.get("model")), models[0])
-        decoding = "verified" if "n_probes" in body else model["decoding"]  # or forced on
-        decoding = "dense: as requested" if body.get("dense") else decoding
+        # The next test has another event.
+        left = self.left
+        decoding = self._decoding(body)
 
         async def stream(scope, receive, send):
             answering = asyncio.create_task(_stream(pieces, decoding, send))
@@ -103,6 +104,17 @@ class Script(logging.Handler):
             raise ClientDisconnect
 
         return stream
+
+    def _decoding(self, body):
+        """How the model of a request is said to decode."""
+        if body.get("dense"):
+            return "dense: as requested"
+        if "n_probes" in body:
+            return "verified"
+        models = self.info["models"]
+        asked = [model for model in models if model["name"] == body.get("model")]
+        model = asked[0] if asked else models[0]
+        return model["decoding"]
 
 
 async def _disconnected(receive):
@@ -132,10 +144,12 @@ async def _stream(pieces, decoding, send):
             await write(": prompt {}/{}".format(*piece))
         else:
             n_tokens += 1
-            await event(piece if isinstance(piece, dict) else {"content": piece})
+            delta = piece if isinstance(piece, dict) else {"content": piece}
+            await event(delta)
     await event({}, finish_reason="stop")
     await write(f": decoding {decoding}")
-    await write(f": {SPEEDS[decoding.startswith('dense')]:.2f} tokens/s")
+    speed = SPEEDS[decoding.startswith("dense")]
+    await write(f": {speed:.2f} tokens/s")
     usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
     await write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
     await write("data: [DONE]", more=False)
@@ -144,7 +158,8 @@ async def _stream(pieces, decoding, send):
 @contextmanager
 def running(server: Server, port: int = 0):
     """Runs a server on 127.0.0.1; yields its port."""
-    server.should_exit = server.started = False
+    server.should_exit = False
+    server.started = False
     with listening("127.0.0.1", port) as listener:
         thread = Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -158,7 +173,8 @@ def running(server: Server, port: int = 0):
 @contextmanager
 def scripted_server(script: Script | None = None, port: int = 0):
     """Runs a server with a script; yields ``(port, script)``."""
-    script = script or Script()
+    if script is None:
+        script = Script()
     logger.addHandler(script)
     logger.setLevel(logging.INFO)
     with running(script.server, port) as port:

@@ -48,11 +48,15 @@ FOREIGN += ("mac.local.evil.example", "local", "nas", "", "localhost:80:80")
 )
 def test_names_of_the_server(hosts, local, lan):
     """On this machine without a token, on the network with it."""
+    if lan is None:
+        without_token = 401
+    else:
+        without_token = lan
     for host in hosts:
         assert status(LOCAL, Host=host) == local, host
         assert status(LOCAL, "POST", "/v1/chat/completions", Host=host, **POST) == local, host
         assert status(LAN, Host=host, **BEARER) == lan, host
-        assert status(LAN, Host=host) == (lan or 401), host
+        assert status(LAN, Host=host) == without_token, host
 
 
 def test_everything_needs_the_token_on_the_network():
@@ -99,7 +103,8 @@ def test_own_and_named_origins_are_served_and_no_others():
     # A preflight carries no token; all it learns is that the site may ask.
     assert status(rules, "OPTIONS", "/v1/chat/completions", **SITE) is None
     assert status(rules, "OPTIONS", "/v1/models") == 401
-    for site, mode, expected in (  # other sites may link here, but not load
+    # Other sites may link here, but load nothing.
+    for site, mode, expected in (
         *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
         *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
         ("same-origin", "cors", None),
@@ -115,7 +120,9 @@ def test_a_page_behind_a_proxy_is_the_servers_own(tmp_path, lan):
     """The proxy answers by https, and passes on the name that it was asked by or its own."""
     (tmp_path / "token").write_text(TOKEN)
     arguments = ["--allowed-hosts", f"other.example,{NAME}", "--token-file", tmp_path / "token"]
-    parsed = flags(*arguments, *(["--lan"] if lan else []))
+    if lan:
+        arguments.append("--lan")
+    parsed = flags(*arguments)
     check_options(make_parser(), parsed)
     rules = access_of(parsed)
     chat = ("POST", "/v1/chat/completions")
@@ -128,7 +135,8 @@ def test_a_page_behind_a_proxy_is_the_servers_own(tmp_path, lan):
         (NAME, "https://evil.example", 403),
         (NAME, f"https://{NAME}.evil.example", 403),
         (NAME, f"https://evil.{NAME}", 403),
-        (NAME, f"https://{NAME}:8443", 403),  # another server of that machine
+        # This is another server of that machine.
+        (NAME, f"https://{NAME}:8443", 403),
         ("127.0.0.1:8080", f"https://{NAME}:8443", 403),
         ("127.0.0.1:8080", f"http://{NAME}", 403),
         ("127.0.0.1:8080", "https://127.0.0.1:8080", 403),
@@ -210,7 +218,8 @@ def test_every_file_of_the_page_is_served_with_a_strict_policy(lan, ask):
     for name in ("", "../access.py", "..%2faccess.py", "vendor", "/etc/passwd"):
         assert ask(f"/page/{name}", **BEARER)[0].status == 404
     logged = [line for line in lan.log if "/page/" in line]
-    assert all(" 404, " in line for line in logged)  # no line for a file
+    # A file that is served has no line in the log.
+    assert all(" 404, " in line for line in logged)
 
 
 def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask):
@@ -266,8 +275,12 @@ def test_the_log_has_refusals_and_no_token(lan, ask):
     logged = {f"/v1/x?{query}": "/v1/x" for query in queries}
     logged |= {"/v1/token={}": "/v1/token=…", "/v1/%3Ftoken={}%0a%1b[2J": r"/v1/?token=…\n\x1b[2J"}
     for path in logged:
-        ask(path.format(TOKEN.upper() if "TOKEN" in path else TOKEN))
-    while len(lan.log) < len(logged):  # a line is written when its client has the answer
+        if "TOKEN" in path:
+            ask(path.format(TOKEN.upper()))
+        else:
+            ask(path.format(TOKEN))
+    # A line is written when its client has the answer.
+    while len(lan.log) < len(logged):
         time.sleep(0.01)
     lines = [line.rpartition(", ")[0] for line in lan.log]
     assert lines == [f"127.0.0.1 GET {path} 401" for path in logged.values()]

@@ -28,7 +28,11 @@ def scanned(lines):
     """What a camera reads from a terminal with light letters on dark ground."""
     lines = list(lines)
     width = max(map(len, lines))
-    rows = [[c in light for c in line.ljust(width)] for line in lines for light in ("█▀", "█▄")]
+    rows = []
+    for line in lines:
+        # A letter has two points, one above the other.
+        for light_letters in ("█▀", "█▄"):
+            rows.append([letter in light_letters for letter in line.ljust(width)])
     image = np.kron(np.array(rows, np.uint8) * 255, np.ones((6, 6), np.uint8))
     return zxingcpp.read_barcode(np.pad(image, 24)).text
 
@@ -105,8 +109,9 @@ def test_addresses(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "gethostname", lambda: "Studio.fritz.box")
     rules = access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
     assert rules.hosts == {"studio", "studio.fritz.box", "::"}
-    monkeypatch.setattr(socket.socket, "connect", Mock(side_effect=OSError))
-    assert own_address("0.0.0.0") == "127.0.0.1"  # without a network
+    without_network = Mock(side_effect=OSError)
+    monkeypatch.setattr(socket.socket, "connect", without_network)
+    assert own_address("0.0.0.0") == "127.0.0.1"
 
 
 def test_a_signal_that_ends_the_server_as_its_models_are_loaded(monkeypatch, capsys):

@@ -59,14 +59,17 @@ def emitted(parts, stop=(), state="normal"):
         ("ab cd ef", "cd", Token("ab"), True),
         ("ab cd ef", "de bc", Token("a"), True),
         ("ab cd ef", "abcdef", Token(), True),
-        ("ab cd ef", "fg x", Token("abcdef"), False),  # held back until it is certain
+        # The "f" is held back until it is certain to be text.
+        ("ab cd ef", "fg x", Token("abcdef"), False),
         ("<thi nk>Hm m.</think> Yes", "", Token("Yes", "Hmm."), False),
         ("<think>Hm m.</think> Yes", "mm", Token("", "H"), True),
         ("<call>f( 1) </call> and <call>g()</call>", "", Token("and", "", ["f(1)", "g()"]), False),
-        ("<call>f( 1", "", Token("", "", ["f(1"]), False),  # cut off
-        # what was held back is text after all, and a call is as long as it is
+        # The tokens end within a call.
+        ("<call>f( 1", "", Token("", "", ["f(1"]), False),
+        # What was held back is text after all, and a call is as long as it is.
         ("a<cal .b", ".", Token("a<cal"), True),
-        ("<call>f( 1.5)", ".", Token("f(1"), True),  # a call that is cut is none
+        # A call that a stop text ends is none.
+        ("<call>f( 1.5)", ".", Token("f(1"), True),
         ("a<cal f>b<ca", "", Token("a<calf>b<ca"), False),
     ],
 )
@@ -75,8 +78,8 @@ def test_parts_of_an_answer(parts, stop, expected, ended):
     for token in emitted(parts.split(), stop.split()):
         answer.add(token)
     assert (answer.stop_text in stop.split()) == ended
-    end = "stop" if ended else None
-    assert answer == replace(expected, finish_reason=end, stop_text=answer.stop_text)
+    finish_reason = "stop" if ended else None
+    assert answer == replace(expected, finish_reason=finish_reason, stop_text=answer.stop_text)
 
 
 def test_what_is_not_certain_is_held_back():

@@ -37,7 +37,10 @@ def send(engine):
         def send(path, fields=None):
             connection = HTTPConnection("127.0.0.1", port, timeout=20)
             opened.callback(connection.close)
-            connection.request("POST" if fields else "GET", path, fields and json.dumps(fields))
+            if fields is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, json.dumps(fields))
             return connection
 
         yield send

@@ -85,7 +85,10 @@ def answer_to(server, sent):
     """(status, body) of the answer to a recorded request."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     headers = {"Authorization": f"Bearer {server.token}", **sent["headers"]}
-    body = None if sent["body"] is None else json.dumps(sent["body"])
+    if sent["body"] is None:
+        body = None
+    else:
+        body = json.dumps(sent["body"])
     with closing(HTTPConnection(host, int(port.strip("/")), timeout=60)) as connection:
         connection.request(sent["method"], sent["path"], body, headers)
         response = connection.getresponse()
@@ -111,8 +114,11 @@ def check(text, sent):
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client["client"])
 def test_a_client_gets_what_the_table_says(request, client):
-    # agents name models of their own
-    server = request.getfixturevalue("agents_server" if "any_model" in client else "http_server")
+    # Agents name models of their own.
+    if "any_model" in client:
+        server = request.getfixturevalue("agents_server")
+    else:
+        server = request.getfixturevalue("http_server")
     rows = [line for line in PAGE.splitlines() if line.startswith(f"| {client['client']} |")]
     assert f"| {client['gets']} |" in rows[-1]
     assert client["sources"]

@@ -36,7 +36,8 @@ def trickle(connection):
         for _ in range(1000):
             connection.sendall(b"x")
             with suppress(TimeoutError):
-                if (part := connection.recv(1 << 16)) == b"":
+                part = connection.recv(1 << 16)
+                if part == b"":
                     return answer
                 answer += part
         raise AssertionError("the server still waits")
@@ -80,7 +81,10 @@ def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_before(
     script, connect, after, together
 ):
     script.answers = [[Event()]]
-    connection = connect(HEAD % 2 + b"{}" + (after if together else b""))
+    sent = HEAD % 2 + b"{}"
+    if together:
+        sent += after
+    connection = connect(sent)
     while not script.requests:
         time.sleep(0.01)
     if not together:
@@ -99,7 +103,8 @@ def test_bytes_after_a_request_are_bounded(script, connect):
 
 
 def test_a_client_that_only_sends_no_more_has_what_is_ready(monkeypatch, connect):
-    monkeypatch.setattr(connections, "HALF_CLOSED_SECONDS", 2)  # for a machine that is busy
+    # A machine that is busy needs as long.
+    monkeypatch.setattr(connections, "HALF_CLOSED_SECONDS", 2)
     connection = connect(HEAD % 2 + b"{}")
     connection.shutdown(socket.SHUT_WR)
     assert received(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -110,7 +115,8 @@ def test_health_is_answered_however_many_connections_wait(monkeypatch, ask, conn
     opened = [connect(b"G") for _ in range(24)]
     for _ in range(5):
         assert ask("/health")[0].status == 200
-    wait_for_ends(opened, 16)  # the oldest have made room
+    # The oldest have made room.
+    wait_for_ends(opened, 16)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,8 @@ def test_bodies_that_never_come_take_nobodys_place(monkeypatch, script, ask, con
     for limit in ("MAX_ANSWERED_PER_ADDRESS", "MAX_ANSWERED", "MAX_WAITING"):
         monkeypatch.setattr(connections, limit, 3)
     opened = [connect(HEAD % 1000 + b"{") for _ in range(9)]
-    wait_for_ends(opened, 6)  # the oldest have made room
+    # The oldest have made room.
+    wait_for_ends(opened, 6)
     for _ in range(4):
         assert ask(CHAT, "POST", b"{}")[0].status == 200
     connection = connect(HEAD % 2 + b"{")

@@ -14,7 +14,8 @@ from mlx_flashhead.serving.served_models import ServedModel
 from model_folders import VOCAB_SIZE, write_tokenizer
 from trained_drafters import exact_pair
 
-LONG = [2 + (7 * i) % 250 for i in range(40)]  # more than two chunks
+# This is longer than two chunks.
+LONG = [2 + (7 * i) % 250 for i in range(40)]
 SHORT = [40, 41, 42]
 
 
@@ -23,13 +24,16 @@ def test_answers(tmp_path, monkeypatch, arguments):
     guess_always(monkeypatch)
     write_tokenizer(tmp_path)
     model, drafter = exact_pair("qwen3_5", noise=0.3, vocab_size=VOCAB_SIZE)
-    mx.eval(model.parameters(), drafter.module.parameters())  # another thread could not
+    # The engine's thread could not evaluate what was made in this one.
+    mx.eval(model.parameters(), drafter.module.parameters())
     tokenizer = load_tokenizer(tmp_path)
 
     def plain(prompt, n_tokens):
         steps = generate_step(mx.array(prompt), model, max_tokens=n_tokens)
         tokens = [token for token, _ in steps]
-        return tokens[: tokens.index(1)] if 1 in tokens else tokens
+        if 1 in tokens:
+            return tokens[: tokens.index(1)]
+        return tokens
 
     expected = {name: plain(prompt, 30) for name, prompt in (("long", LONG), ("short", SHORT))}
 

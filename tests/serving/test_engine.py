@@ -17,8 +17,10 @@ def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
     one = submit(engine, LONG)
     until(one, PromptProgress)
     answer = endless(engine, SHORT)
-    waiting = submit(engine, LONG[1:])  # in the queue, and never begun
-    one.ended = waiting.ended = answer.ended = True
+    # It is in the queue, and never begun.
+    waiting = submit(engine, LONG[1:])
+    for each in (one, waiting, answer):
+        each.ended = True
     tokens_of(submit(engine, SHORT))
     n_read = len(chunks)
     other = submit(engine, LONG)
@@ -92,7 +94,8 @@ def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts
         n_before = len(n_steps)
         try:
             until(submit(engine, LONG[: 10 * CHUNK + 1]), Token)
-            assert len(n_steps) - n_before < 12  # about 5 for ten chunks
+            # Ten chunks take about five steps.
+            assert len(n_steps) - n_before < 12
         finally:
             ended.set()
             for one in answers:

@@ -37,10 +37,11 @@ def generated(flash, prompt="One day", **options):
 
 
 def request(server, path, body=None):
-    """(status, JSON) of any request."""
+    """(status, JSON) of any request; a body is bytes, or what becomes JSON."""
     headers = {"Authorization": f"Bearer {server.token}"}
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    asked = urllib.request.Request(server.url + path, data=data, headers=headers)
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    asked = urllib.request.Request(server.url + path, data=body, headers=headers)
     try:
         with urllib.request.urlopen(asked, timeout=60) as answer:
             return answer.status, read_json(answer.read())
@@ -50,8 +51,10 @@ def request(server, path, body=None):
 
 def chosen(answer, stream):
     """The choices of a whole answer, or of all chunks, and the messages or deltas in them."""
-    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
-    return choices, [choice.delta if stream else choice.message for choice in choices]
+    if stream:
+        choices = [choice for chunk in answer for choice in chunk.choices]
+        return choices, [choice.delta for choice in choices]
+    return answer.choices, [choice.message for choice in answer.choices]
 
 
 def texts_of(answer, stream, n):
@@ -59,8 +62,10 @@ def texts_of(answer, stream, n):
     texts = [""] * n
     ends = []
     for choice, part in zip(*chosen(answer, stream), strict=True):
-        texts[choice.index] += part.content or ""
-        ends += [choice.finish_reason] if choice.finish_reason else []
+        if part.content is not None:
+            texts[choice.index] += part.content
+        if choice.finish_reason is not None:
+            ends.append(choice.finish_reason)
     return texts, ends
 
 
@@ -82,7 +87,8 @@ def test_spaces_at_the_beginning_stay(client):
     places = zip(answer.logprobs.tokens, answer.logprobs.text_offset, strict=True)
     assert all(answer.text.startswith(token, offset) for token, offset in places)
     answer = complete(client, "a", "chain", stop=["x", "wo th"]).choices[0]
-    assert (answer.text, answer.finish_reason) == (" one t", "stop")  # found within tokens
+    # A stop text is found within tokens.
+    assert (answer.text, answer.finish_reason) == (" one t", "stop")
     form = {"regex": " one( two)?"}
     content = chat(client, model="chain", extra_body=form).choices[0].message.content
     assert content.startswith(" one")
@@ -104,9 +110,11 @@ def test_logprobs_of_a_chat_are_those_of_the_tokens_that_were_drawn(client, stre
     answer = chat(client, logprobs=True, top_logprobs=2, stream=stream, **drawn)
     choices, parts = chosen(answer, stream)
     content = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
-    found = bytes(byte for entry in content for byte in entry.bytes)  # one of each token
-    text = "".join(part.content or "" for part in parts)
-    assert len(content) == TOKENS and found.decode("utf-8", "replace") == text
+    # Each token has an entry.
+    assert len(content) == TOKENS
+    found = bytes(byte for entry in content for byte in entry.bytes)
+    text = "".join(part.content for part in parts if part.content is not None)
+    assert found.decode("utf-8", "replace") == text
     likely = []
     for entry in content:
         assert entry.token == bytes(entry.bytes).decode("utf-8", "replace")
@@ -121,7 +129,7 @@ def test_logprobs_of_a_chat_are_those_of_the_tokens_that_were_drawn(client, stre
 def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, stream):
     answer = chat(client, model="chain", tools=TOOLS, stream=stream)
     choices, parts = chosen(answer, stream)
-    (call,) = [call for part in parts for call in part.tool_calls or ()]
+    (call,) = [call for part in parts if part.tool_calls for call in part.tool_calls]
     assert (call.function.name, choices[-1].finish_reason) == ("weather", "tool_calls")
     assert read_json(call.function.arguments.encode()) == {"city": "Rome", "limit": 5}
     made = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
@@ -134,14 +142,16 @@ def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, strea
 def test_models_have_names_and_no_paths(http_server, client, dense):
     names = [model.id for model in client.models.list().data]
     assert names == ["mine", "model", "chain"]
-    for name in names:
+    # "model" is the first one's other name.
+    for name, answering in (("mine", "mine"), ("model", "mine"), ("chain", "chain")):
         assert client.models.retrieve(name).id == name
-        assert chat(client, model=name, max_tokens=1).model == ("mine" if name == "model" else name)
+        assert chat(client, model=name, max_tokens=1).model == answering
     with pytest.raises(openai.NotFoundError, match="choose mine or model"):
         client.models.retrieve("/etc")
     asked = ({"model": name} for name in ("/no/such", str(dense)))
     absent, present = [request(http_server, "/v1/completions", body) for body in asked]
-    assert absent == present  # which folders there are is not said
+    # It is not said which folders there are.
+    assert absent == present
     first, second = request(http_server, "/page/info.json")[1]["models"]
     known = {"name": "mine", "dense": False, "decoding": "verified", "flash_head": "verified"}
     assert (first, second["name"]) == (known | {"n_probes": 4, "context": 512}, "chain")

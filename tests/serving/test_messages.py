@@ -157,8 +157,8 @@ def test_thinking_and_tools_need_a_template_that_knows_them(tiny, chain, monkeyp
         checked(tiny, tools)
 
 
-def events_of(served, tokens):
-    """The events of an answer with these tokens, without their names' parts."""
+def checked_events(served, tokens):
+    """The events of an answer with these tokens, and the whole of it, which is complete."""
     job = Job(checked(served, {"messages": MESSAGES}), Prompt([5] * 30), cached=20)
     answer = MessageAnswer([job], {})
     events = answer.begin()
@@ -183,7 +183,7 @@ def test_blocks_follow_each_other(tiny):
         Token(calls=[call]),
         Token("\n", finish_reason="stop"),
     ]
-    events, whole = events_of(tiny, tokens)
+    events, whole = checked_events(tiny, tokens)
     assert [event.name for event in events] == [event.data["type"] for event in events]
     shown = []
     for event in events:
@@ -231,7 +231,7 @@ def test_blocks_follow_each_other(tiny):
     ],
 )
 def test_reasons_of_the_end(tiny, token, reason, stop):
-    _, whole = events_of(tiny, [token])
+    _, whole = checked_events(tiny, [token])
     assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, stop)
 
 
@@ -276,7 +276,8 @@ def test_anthropics_client_gets_calls_and_sends_their_results(client, stream):
         messages += [{"role": "user", "content": [result]}]
 
 
-TOO_HOT = {"extra_body": {"temperature": 5}}  # which the client does not know any more
+# The client does not know a temperature any more.
+TOO_HOT = {"extra_body": {"temperature": 5}}
 
 
 def test_errors_have_anthropics_shape(client, http_server):

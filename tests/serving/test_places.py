@@ -16,8 +16,10 @@ from mlx_flashhead.serving.serve import Server
 from mlx_flashhead.serving.stages import Batch
 from scripted_server import running
 
-PLACES = 32  # the default
-SHARE = 11  # of an address where there are two
+# An engine answers so many at once by default.
+PLACES = 32
+# An address has so many of them where there are two.
+SHARE = 11
 ENDLESS = {"prompt": "x", "max_tokens": 400, "logit_bias": {"50": 100}}
 
 
@@ -33,7 +35,7 @@ def many(engine, address, number, **fields):
     return addressed([job(engine, [*SHORT, i], **fields) for i in range(number)], address)
 
 
-def has_begun(one):
+def wait_until_begun(one):
     until(one, Token)
 
 
@@ -78,7 +80,8 @@ def test_two_requests_of_16_do_not_keep_another_address_out(send):
                 seen |= {choice["index"] for choice in json.loads(line[6:])["choices"]}
     small = send("b", prompt="Hi", max_tokens=4).getresponse()
     assert json.loads(small.read())["usage"]["completion_tokens"] == 4
-    for response in greedy:  # which go on, and each of their answers ends as it would have
+    # They go on, and each of their answers ends as it would have.
+    for response in greedy:
         ends = [line for line in response if b'"finish_reason": "length"' in line]
         assert len(ends) == 16
     assert send.engine.status == "ok" and all(one.ended for one in send.engine._begun)
@@ -89,12 +92,13 @@ def test_who_comes_takes_the_place_of_an_answer_beyond_a_share(start):
     greedy = many(engine, "a", PLACES)
     engine.submit(greedy)
     for one in greedy:
-        has_begun(one)
-    assert len(engine._begun) == PLACES  # nobody else waits
+        wait_until_begun(one)
+    # All of them answer while nobody else waits.
+    assert len(engine._begun) == PLACES
     others = many(engine, "b", PLACES)
     engine.submit(others)
     for one in others[:SHARE]:
-        has_begun(one)
+        wait_until_begun(one)
     counts = [sum(one in engine._begun for one in jobs) for jobs in (greedy, others)]
     assert counts[0] <= PLACES - SHARE and counts[1] == SHARE
     third = addressed([job(engine, SHORT)], "c")
@@ -136,12 +140,13 @@ def test_two_addresses_that_come_at_once_have_a_third_each(start):
     engine = start()
     gate = Gate(2)
     submit(engine, SHORT, processors=[gate])
-    assert gate.reached.wait(30)  # so that all of them have come when it looks
+    # The engine looks at its queue when all of the next have come.
+    assert gate.reached.wait(30)
     jobs = [*many(engine, "a", PLACES), *many(engine, "b", PLACES)]
     engine.submit(jobs)
     gate.open.set()
     for one in (*jobs[:SHARE], *jobs[PLACES : PLACES + SHARE]):
-        has_begun(one)
+        wait_until_begun(one)
     begun = [one.address for one in engine._begun]
     assert (begun.count("a"), begun.count("b")) == (SHARE, SHARE)
     stop(engine, jobs)
@@ -162,7 +167,8 @@ def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(
     jobs = [job(engine, SHORT, 40, **drawn), job(engine, [*SHORT, 5], 40)]
     jobs.append(job(engine, [*SHORT, 6], 40, processors=[gate]))
     engine.submit(addressed(jobs, "a"))
-    assert gate.reached.wait(30)  # all three have begun, and none has ended
+    # All three have begun then, and none has ended.
+    assert gate.reached.wait(30)
     others = addressed([job(engine, [*SHORT, 7, i]) for i in range(6)], "b")
     engine.submit(others)
     gate.open.set()

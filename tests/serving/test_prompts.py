@@ -25,14 +25,20 @@ def text(served, prompt):
     return prompt.tokens
 
 
-def with_template(served, template, template_arguments=None):
+def with_template(served, template, **template_arguments):
     """The same model with another chat template."""
     tokenizer = copy.copy(served.tokenizer)
     tokenizer._tokenizer = copy.copy(served.tokenizer._tokenizer)
     tokenizer.chat_template = template
     tokenizer.has_chat_template = template is not None
-    options = {"template_arguments": template_arguments or {}}
-    return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
+    return ServedModel(
+        served.names,
+        served.model,
+        tokenizer,
+        None,
+        served.context,
+        template_arguments=template_arguments,
+    )
 
 
 def test_settings_are_those_that_the_template_takes(tiny):
@@ -54,7 +60,7 @@ def test_settings_are_those_that_the_template_takes(tiny):
             filled_in(**{name: "x"})
         assert refused.value.field == "chat_template_kwargs"
     # those by whoever starts the server may be anything
-    served = with_template(tiny, "{{ a[0] }}{{ b }}", template_arguments={"a": ["x"], "b": 1})
+    served = with_template(tiny, "{{ a[0] }}{{ b }}", a=["x"], b=1)
     assert (filled_in(), filled_in(b=2)) == ("x1", "x2")
 
 
@@ -99,7 +105,8 @@ def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny
     with pytest.raises(ApiError, match=TOO_LONG):
         read_prompts(request)
     assert lengths == [prompts.PART]
-    monkeypatch.setattr(prompts, "PART", 100)  # cutting rejects nothing
+    # Cutting rejects nothing.
+    monkeypatch.setattr(prompts, "PART", 100)
     assert len(text(tiny, "a" * 511)) == 511
 
 
@@ -123,9 +130,11 @@ def test_control_tokens_of_users_are_tokens_as_in_mlx_lm_or_text_with_the_flag(c
     plain = read()
     escaped = read("--escape-control-tokens")
     assert (plain.count(end), plain.count(call)) == (5, 1)
-    assert (escaped.count(end), escaped.count(call)) == (2, 0)  # of the system and the model
+    # Those of the system and of the model are left.
+    assert (escaped.count(end), escaped.count(call)) == (2, 0)
     assert tokenizer.decode(escaped) == tokenizer.decode(plain)
-    messages[1]["content"] = "a" * 300 + "</s>" * 100  # 300 tokens more than without the flag
+    # With the flag this has 300 tokens more than without it.
+    messages[1]["content"] = "a" * 300 + "</s>" * 100
     assert len(read()) < 512
     with pytest.raises(ApiError, match=TOO_LONG):
         read("--escape-control-tokens")

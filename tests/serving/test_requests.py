@@ -41,7 +41,8 @@ def test_defaults_are_the_flags(tiny):
     fields = request.fields
     assert (fields.temperature, fields.top_p, fields.top_k, fields.min_p) == (0.5, 0.9, 7, 0.1)
     assert (fields.max_tokens, fields.n_probes, request.logprobs) == (9, None, None)
-    assert checked(tiny, {"messages": MESSAGES}).fields.max_tokens is None  # the context's rest
+    # Without a limit an answer may take the rest of the context.
+    assert checked(tiny, {"messages": MESSAGES}).fields.max_tokens is None
     nulls = dict.fromkeys(field.split("[")[0] for field in CHAT_MISTAKES)
     same = checked(tiny, nulls | {"messages": MESSAGES}, arguments=arguments)
     assert vars(request) | {"stop": None} == vars(same) | {"stop": None}
@@ -61,9 +62,10 @@ def test_values_arrive(tiny):
     assert fields.logit_bias == {5: 1e4, 6: -1.0}
     assert chat(tiny, logprobs=True).logprobs == 0
     assert text(tiny, logprobs=2).logprobs == 2
-    for prompts in (["a", "b"], [[1, 2], [3]], ["a", [3]], ["a"], [[1, 2]]):
-        prompt = prompts[0] if len(prompts) == 1 else prompts
-        assert text(tiny, prompt=prompt).prompts == prompts
+    for prompts in (["a", "b"], [[1, 2], [3]], ["a", [3]]):
+        assert text(tiny, prompt=prompts).prompts == prompts
+    for prompt in ("a", [1, 2]):
+        assert text(tiny, prompt=prompt).prompts == [prompt]
     assert chat(tiny, top_k=10**6).fields.top_k == 0
     for least in ({"temperature": 1e-7}, {"temperature": 1, "top_p": 0}):
         assert chat(tiny, **least).fields.temperature == 0
@@ -146,10 +148,13 @@ def json_schema(schema, **further):
 )
 def test_forms(tiny, fields, kind):
     grammar = chat(tiny, **fields).grammar
-    assert (None if grammar is None else grammar.form) == kind
+    if kind is None:
+        assert grammar is None
+    else:
+        assert grammar.form == kind
 
 
-# of a chat: field → what is said → values
+# A field of a chat has what is said of it, and the values of which it is said.
 CHAT_MISTAKES = {
     "messages": {"it must be a list of 1 to 4,096 objects": ["hello", [], None]},
     "messages[0]": {"it must be a list of 1 to 4,096 objects": [["hello"]]},
@@ -243,16 +248,29 @@ TEXT_MISTAKES = {
 }
 
 
+def cases_of(read, mistakes):
+    """(read, fields, field, said) of each value."""
+    cases = []
+    for field, by_reason in mistakes.items():
+        name = field.split("[")[0]
+        for said, values in by_reason.items():
+            cases += [(read, {name: value}, field, said) for value in values]
+    return cases
+
+
+def named_by_fields(value):
+    """A name of a case: the beginning of its fields."""
+    if isinstance(value, dict):
+        return json.dumps(value)[:40]
+    # pytest chooses a name.
+    return None
+
+
 @pytest.mark.parametrize(
     "read, fields, field, said",
     [
-        *(
-            (read, {field.split("[")[0]: value}, field, said)
-            for read, mistakes in ((chat, CHAT_MISTAKES), (text, TEXT_MISTAKES))
-            for field, by_reason in mistakes.items()
-            for said, values in by_reason.items()
-            for value in values
-        ),
+        *cases_of(chat, CHAT_MISTAKES),
+        *cases_of(text, TEXT_MISTAKES),
         (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "they differ"),
         (
             chat,
@@ -277,7 +295,7 @@ TEXT_MISTAKES = {
         ),
         (chat, {"messages": CALLS}, "messages[0].tool_calls", "is a list of 200: it must be a"),
     ],
-    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+    ids=named_by_fields,
 )
 def test_mistakes_name_the_field(tiny, read, fields, field, said):
     with pytest.raises(ApiError) as told:

@@ -127,8 +127,8 @@ def test_mistakes_name_the_field(fields, field, said):
     assert refused.value.field == field and said in str(refused.value)
 
 
-def events_of(served, tokens, **body):
-    """The events of an answer with these tokens, and the whole of it."""
+def checked_events(served, tokens, **body):
+    """The events of an answer with these tokens, numbered and named, and the whole of it."""
     body = {"input": "One day"} | body
     request = checked(served, chat_fields(body), any_model=True)
     job = Job(request, Prompt([5] * 30), cached=20)
@@ -150,7 +150,7 @@ def test_items_follow_each_other(chain):
     tokens = [Token(reasoning="Hm"), Token(reasoning="."), Token("\n"), Token("A"), Token(" b")]
     tokens += [Token(calls=[call, call]), Token(finish_reason="stop")]
     included = {"include": ["reasoning.encrypted_content"], "tools": [NAMESPACE]}
-    events, whole = events_of(chain, tokens, **included)
+    events, whole = checked_events(chain, tokens, **included)
     called = [
         ("output_item.added", 2),
         ("function_call_arguments.delta", 2),
@@ -195,7 +195,7 @@ def test_items_follow_each_other(chain):
 
 
 def test_an_answer_that_is_cut_or_fails_says_so(tiny):
-    events, whole = events_of(tiny, [Token("a", finish_reason="length")], max_output_tokens=1)
+    events, whole = checked_events(tiny, [Token("a", finish_reason="length")], max_output_tokens=1)
     assert events[-1].name == "response.incomplete" and whole["status"] == "incomplete"
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
     assert [item["status"] for item in whole["output"]] == ["incomplete"]
@@ -284,6 +284,7 @@ def test_openais_agents_by_default(http_server, stream):
         streamed = agents.Runner.run_streamed(agent, "One day", max_turns=2)
         return [event async for event in streamed.stream_events()]
 
-    with pytest.raises(agents.MaxTurnsExceeded):  # the model does nothing but call
+    # The model does nothing but call.
+    with pytest.raises(agents.MaxTurnsExceeded):
         asyncio.run(run())
     assert asked == [("Rome", 5)] * 2

@@ -7,9 +7,8 @@ import pytest
 
 from call_formats import of, tool
 from chain_models import write_chain_model
-from engines import checked, served_model, until
+from engines import checked, served_model, whole_answer
 from mlx_flashhead.models.call_parsers import read_tool_calls
-from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.jobs import read_jobs
 from mlx_flashhead.serving.server_options import make_parser
@@ -116,11 +115,7 @@ def answers(engine, **fields):
     engine.submit(jobs)
     found = []
     for job in jobs:
-        answer = Token()
-        while answer.finish_reason is None:
-            event = until(job, Token | BaseException)
-            assert isinstance(event, Token), event
-            answer.add(event)
+        answer = whole_answer(job)
         parse = job.request.tools.for_parser
         answer.calls = [
             call for text in answer.calls for call in read_tool_calls(served.tokenizer, text, parse)
@@ -156,8 +151,10 @@ def test_one_call_where_one_is_wanted(engine):
 def test_a_response_format_beside_tools_is_json_or_a_call(engine):
     wanted = {"response_format": RESPONSE}
     kinds = set()
-    for bias in (-100, 100):  # of the mark of a call
-        for answer in answers(engine, n=2, **wanted | {"logit_bias": SHORT | {"258": bias}}):
+    # The mark of a call is never drawn, or always.
+    for bias in (-100, 100):
+        biases = SHORT | {"258": bias}
+        for answer in answers(engine, n=2, logit_bias=biases, **wanted):
             if answer.calls:
                 check(answer.calls[0])
             elif answer.finish_reason == "stop":

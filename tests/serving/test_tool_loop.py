@@ -6,9 +6,8 @@ import jsonschema
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from engines import convert, flags, until
+from engines import convert, flags, whole_answer
 from mlx_flashhead.serving import messages, responses
-from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.completions import read_calls
 from mlx_flashhead.serving.jobs import read_jobs
 from model_folders import VOCAB_SIZE, write_model
@@ -34,7 +33,8 @@ CONVOLUTIONS = {
     "full_attn_idxs": [1],
     "rope_theta": 10_000.0,
 }
-AFTER_LANDMARK = 11  # tokens of a prompt that the next one may lack
+# The next prompt may lack so many tokens of a prompt.
+AFTER_LANDMARK = 11
 
 
 def schema(**properties):
@@ -53,7 +53,8 @@ def folder(request, tmp_path_factory):
     """A random model whose template has tools: with keys and values, or with states too."""
     dense = tmp_path_factory.mktemp(request.param) / "dense"
     further = {"max_position_embeddings": 4096}
-    further |= CONVOLUTIONS if request.param == "lfm2" else {}
+    if request.param == "lfm2":
+        further |= CONVOLUTIONS
     size = VOCAB_SIZE + len(MARKS)
     options = {"vocab_size": size, "chat_template": TEMPLATE, "further": further}
     write_model(dense, arch=request.param, **options)
@@ -85,8 +86,10 @@ class Messages:
 
     def fields(self, tool):
         tools = [{"name": name, "input_schema": SCHEMAS[name]} for name in SCHEMAS]
-        choice = {"type": "tool", "name": tool} if tool else {"type": "auto"}
-        choice |= {"disable_parallel_tool_use": True} if tool else {}
+        if tool is None:
+            choice = {"type": "auto"}
+        else:
+            choice = {"type": "tool", "name": tool, "disable_parallel_tool_use": True}
         body = {"messages": self.turns, "system": "Be brief.", "tools": tools}
         return messages.chat_fields(body | {"tool_choice": choice})
 
@@ -112,7 +115,7 @@ class Responses:
         tools = [
             {"type": "function", "name": name, "parameters": SCHEMAS[name]} for name in SCHEMAS
         ]
-        choice = {"type": "function", "name": tool} if tool else "auto"
+        choice = "auto" if tool is None else {"type": "function", "name": tool}
         body = {"input": self.items, "instructions": "Be brief.", "tools": tools}
         return responses.chat_fields(body | {"tool_choice": choice, "parallel_tool_calls": False})
 
@@ -136,21 +139,21 @@ def test_a_file_is_edited_and_only_what_is_new_is_read(start_engine, folder, tmp
     with start_engine(folder=folder) as engine:
         (served,) = engine.models.result()
         assert served.cuttable == ("llama" in str(folder))
-        for tool in ("read", "edit", None):
-            fields = client.fields(tool) | {"max_tokens": 200 if tool else 5}
+        for tool, max_tokens, called in (
+            ("read", 200, ["read"]),
+            ("edit", 200, ["edit"]),
+            (None, 5, []),
+        ):
+            fields = client.fields(tool) | {"max_tokens": max_tokens}
             jobs = read_jobs(fields, chat=True, models=[served], flags=flags())
             engine.submit(jobs)
-            answer = Token()
-            while answer.finish_reason is None:
-                event = until(jobs[0], Token | BaseException)
-                assert isinstance(event, Token), event
-                answer.add(event)
+            answer = whole_answer(jobs[0])
             assert jobs[0].cached >= max(0, last - AFTER_LANDMARK)
             last = len(jobs[0].prompt.tokens)
             answer.calls = [
                 call for text in answer.calls for call in read_calls(jobs[0].request, text)
             ]
-            assert [call["function"]["name"] for call in answer.calls] == ([tool] if tool else [])
-            if tool:
+            assert [call["function"]["name"] for call in answer.calls] == called
+            if called:
                 client.add(jobs, answer, use(path, answer.calls))
     assert path.read_text() in ('print("goodbye")\n', 'print("good evening")\n')

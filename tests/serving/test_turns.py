@@ -14,7 +14,10 @@ def finish(coroutine):
 
 
 def order_of(works, total, each):
-    """The order in which works begin, of (address, name), if all of them come at once."""
+    """The order in which works begin, of (address, name), if all of them come at once.
+
+    Nobody holds a turn at the end.
+    """
     begun = []
 
     async def work(turns, address, name):
@@ -34,7 +37,7 @@ def order_of(works, total, each):
 def test_an_address_with_many_works_waits_for_its_own():
     many = [("a", f"a{i}") for i in range(5)]
     assert order_of([*many, ("b", "b0")], total=3, each=2)[:3] == ["a0", "a1", "b0"]
-    # one place: the addresses alternate, whichever of them came first
+    # With one place the addresses alternate, whichever of them came first.
     both = [*many[:3], ("b", "b0"), ("b", "b1")]
     assert order_of(both, total=1, each=1) == ["a0", "b0", "a1", "b1", "a2"]
     assert order_of(many, total=8, each=2) == [name for _, name in many]
@@ -55,13 +58,15 @@ def test_one_that_is_cancelled_holds_no_turn():
             chosen = asyncio.create_task(work("c"))
             await asyncio.sleep(0)
             leaving.cancel()
-        chosen.cancel()  # it has its turn, and is cancelled before it learns of it
+        # It has its turn, and is cancelled before it learns of it.
+        chosen.cancel()
         await asyncio.wait([waiting, leaving, chosen])
         await work("b")
         assert begun == ["a", "b"]
         del waiting, leaving, chosen
         await asyncio.sleep(0)
-        gc.collect()  # tracebacks of the cancelled
+        # Tracebacks of the cancelled hold their turns.
+        gc.collect()
         assert not turns._of_address
 
     finish(run())

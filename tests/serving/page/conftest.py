@@ -14,11 +14,13 @@ from scripted_server import LAN_NAME, TOKEN
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 ARGUMENTS = (
-    "--no-sandbox",  # Chromium's own does not work as root, as in a container
+    # Chromium's own sandbox does not work as root, as in a container.
+    "--no-sandbox",
     "--disable-gpu",
     f"--host-resolver-rules=MAP {LAN_NAME} 127.0.0.1",
 )
-SCREENS = {  # points
+# Their widths and heights are points.
+SCREENS = {
     "macbook": (1440, 900),
     "ipad": (820, 1180),
     "ipad-landscape": (1180, 820),
@@ -33,9 +35,13 @@ expect.set_options(timeout=60_000)
 @pytest.fixture(scope="module")
 def chromium():
     """The browser, or a visible skip. While it is open, its event loop runs in this thread."""
+    installed = [path for path in map(shutil.which, BROWSERS) if path is not None]
     named = os.environ.get("MLX_FLASHHEAD_TEST_BROWSER")
-    path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    if named:
+        path = named
+    elif installed:
+        path = installed[0]
+    else:
         pytest.skip("no Chromium: install Debian's chromium-headless-shell, or Chrome on a Mac")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
@@ -56,13 +62,17 @@ def opener(chromium, port, headers=None):
             problems.append(message.text)
 
     def open_page(screen="iphone", url="/", *, dark=False, worker=False, locale=None):
+        width, height = SCREENS[screen]
+        service_workers = "allow" if worker else "block"
+        color_scheme = "dark" if dark else "light"
         context = chromium.new_context(
-            viewport=dict(zip(("width", "height"), SCREENS[screen], strict=True)),
-            service_workers="allow" if worker else "block",
+            viewport={"width": width, "height": height},
+            service_workers=service_workers,
             has_touch=screen != "macbook",
             is_mobile=screen != "macbook",
-            color_scheme="dark" if dark else "light",
-            reduced_motion="reduce",  # no frames are drawn for what moves
+            color_scheme=color_scheme,
+            # No frames are drawn for what moves.
+            reduced_motion="reduce",
             locale=locale,
             base_url=f"http://127.0.0.1:{port}",
             extra_http_headers=headers,

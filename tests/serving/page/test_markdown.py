@@ -152,7 +152,8 @@ def test_growing_code_is_coloured_and_stays_as_it_is_written(page):
         source,
     )
     assert source.startswith(text) and len(source) - len(text) < 4
-    assert keywords == [1, 1]  # the first three letters were a block by themselves
+    # The first three letters were a block by themselves.
+    assert keywords == [1, 1]
     expect(page.locator(".hljs-keyword")).to_have_count(10)
     assert page.locator("#messages code").text_content() == text
 
@@ -168,7 +169,8 @@ def test_formulas_are_set_without_inline_styles(script, open_page):
     ask(page, "Formulas?", ends=1)
     expect(page.locator(".katex .katex-overlay svg")).to_be_visible()
     becomes(page, "document.fonts.check('16px KaTeX_Math')")
-    becomes(page, f"{WIDTH_OF}('.katex .katex-overlay svg') < 12")  # 0.471em
+    # It is 0.471em wide.
+    becomes(page, f"{WIDTH_OF}('.katex .katex-overlay svg') < 12")
     becomes(page, "scroller.scrollWidth <= scroller.clientWidth")
     becomes(page, f"0 < {WIDTH_OF}('.katex-rule') && {WIDTH_OF}('.katex-rule') < 500")
 

@@ -33,8 +33,9 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     """And pictures of everything, for people to look at."""
 
     def picture(name):
-        name = f"{screen}-{'dark' if dark else 'light'}-{name}.png"
-        page.screenshot(path=SCREENSHOTS / name, animations="disabled")
+        theme = "dark" if dark else "light"
+        path = SCREENSHOTS / f"{screen}-{theme}-{name}.png"
+        page.screenshot(path=path, animations="disabled")
 
     half = Event()
     text = [ANSWER[i : i + 6] for i in range(0, len(ANSWER), 6)]
@@ -43,7 +44,8 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     expect(page.locator("#mode")).to_have_text("· verified")
     assert not page.evaluate("isSecureContext")
-    assert page.url == lan  # the token has left the address bar
+    # The token has left the address bar.
+    assert page.url == lan
     picture("1-welcome")
 
     ask(page, "Why is the sky blue?")
@@ -56,7 +58,8 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     figures = f"35.5 tokens/s · verified · {len(text)} tokens"
     expect(page.locator(".stats")).to_contain_text(figures)
     expect(page.locator("#send")).to_be_visible()
-    expect(page.locator("article > h2")).to_have_text(["You", "Answer"])  # VoiceOver hears them
+    # VoiceOver reads them.
+    expect(page.locator("article > h2")).to_have_text(["You", "Answer"])
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
     expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
     becomes(page, "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
@@ -187,12 +190,15 @@ SHOWN = """[getComputedStyle(document.documentElement).backgroundColor,
 def test_appearance(page):
     """The choice stays, and comes before the system's."""
     grounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 23)"}
-    for choice, system in (("", "dark"), ("light", "dark"), ("dark", "light")):
+    for choice, system, shown in (
+        ("System", "dark", "dark"),
+        ("Light", "dark", "light"),
+        ("Dark", "light", "dark"),
+    ):
         page.emulate_media(color_scheme=system)
         with settings(page):
-            page.get_by_label(choice.title() or "System").check()
+            page.get_by_label(choice).check()
         for _ in range(2):
-            shown = choice or system
             becomes(page, SHOWN, [grounds[shown], shown])
             page.reload()
 
@@ -229,7 +235,8 @@ def test_nothing_is_too_small_or_sticks_out_or_has_no_name(script, open_page, sc
         """[...document.querySelectorAll("input, textarea, select")]
             .map((e) => parseFloat(getComputedStyle(e).fontSize))"""
     )
-    assert len(fonts) > 5 and min(fonts) >= 16  # below that iOS zooms in
+    # Below 16 pixels iOS zooms in.
+    assert len(fonts) > 5 and min(fonts) >= 16
     tap(page, "Edit the question")
     for opener in (None, ".actions .text", "#open-settings"):
         if opener:
@@ -241,7 +248,8 @@ def test_nothing_is_too_small_or_sticks_out_or_has_no_name(script, open_page, sc
         )
         assert len(sizes) > 5
         for name, box in sizes:
-            assert min(box["width"], box["height"]) >= (32 if name in SMALL else 43), name
+            smallest = 32 if name in SMALL else 43
+            assert min(box["width"], box["height"]) >= smallest, name
             assert box["left"] >= 0 and box["right"] <= page.viewport_size["width"], name
         page.evaluate("document.querySelector('dialog[open]')?.close()")
     becomes(page, "scroller.scrollWidth <= scroller.clientWidth")

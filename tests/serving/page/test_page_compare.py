@@ -48,17 +48,20 @@ def test_equal_texts(script, first_answer, screen):
     expect(sides(page).first).to_contain_text("Because")
     expect(page.locator("#verdict")).to_have_text("FlashHead answers …")
     expect(sides(page).last).to_be_empty()
-    assert len(script.requests) == 2  # dense follows
+    # The dense answer follows.
+    assert len(script.requests) == 2
     half.set()
     verdict(page, "The texts are equal. FlashHead has 1.42 times the speed")
     expect(page.locator("#sides .speed")).to_have_text(["35.5 tokens/s", "25.0 tokens/s"])
     expect(page.locator("#sides small")).to_contain_text(["verified · 3", "dense · 3"])
     expect(sides(page).locator(".katex")).to_have_count(2)
-    left, right = page.locator("#sides article").evaluate_all(BOXES)  # at one moment
+    # Both are measured at one moment.
+    left, right = page.locator("#sides article").evaluate_all(BOXES)
     assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
     assert right["x"] + right["width"] <= page.viewport_size["width"]
     tap(page, "Done")
-    expect(answers(page)).to_have_text("First.")  # the conversation is as it was
+    # The conversation is as it was.
+    expect(answers(page)).to_have_text("First.")
     assert [body.get("dense") for body in script.requests] == [None, False, True]
     assert all(body["messages"] == script.requests[0]["messages"] for body in script.requests)
     assert not any(body.keys() & {"seed", "n_probes"} for body in script.requests)
@@ -82,10 +85,12 @@ def test_a_dense_model_is_not_compared_with_itself(script, first_answer):
     assert dense["dense"] and "n_probes" not in dense
     tap(page, "Done")
 
-    serve(script)  # its FlashHead is used meanwhile
+    # Its FlashHead is used meanwhile.
+    serve(script)
     tap(page, "Compare")
     verdict(page, "The texts are equal. FlashHead has 1.42 times the speed")
-    for decoding, said in (  # what an answer reports comes before what was announced
+    # What an answer reports comes before what was announced.
+    for decoding, said in (
         (SLOWER, "FlashHead is no faster here. There is nothing to compare."),
         ("unverified", "Unverified, FlashHead has"),
     ):

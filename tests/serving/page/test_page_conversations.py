@@ -203,12 +203,14 @@ def test_two_windows_lose_no_message(script, page):
     other.locator("#open-history").tap()
     other.locator("#chats .open").tap()
     ask(other, "Two?", ends=2)
-    page.bring_to_front()  # Chromium draws the others once a second
+    # Chromium draws the others once a second.
+    page.bring_to_front()
     expect(answers(page)).to_have_text(["Uno.", "Due."])
     ask(page, "Three?")
     expect(answers(page).last).to_have_text("Tre,")
     other.bring_to_front()
-    ask(other, "Four?", ends=3)  # at the same time: both go on, each with its own text
+    # Both go on at the same time, each with its own text.
+    ask(other, "Four?", ends=3)
     half.set()
     expect(answers(page)).to_have_text(["Uno.", "Due.", "Tre, end."])
     expect(other.locator("#note")).to_contain_text("both are kept")
@@ -244,7 +246,8 @@ def test_a_choice_of_models(script, open_page):
     assert [body["model"] for body in script.requests] == [MODEL["name"], OTHER["name"], "plain"]
     assert "dense" not in script.requests[-1]
 
-    script.info = INFO  # a server of one model
+    # A server of one model shows no choice.
+    script.info = INFO
     page.reload()
     expect(choice).to_be_hidden()
     ask(page, "Four?", ends=4)
@@ -263,7 +266,8 @@ def test_times_and_titles(script, open_page, locale, time):
     title = page.locator("#chats .name").text_content()
     assert title == f"{'word ' * 15}word…"
     page.get_by_role("button", name="Rename “").click()
-    page.keyboard.press("Enter")  # which changes nothing
+    # This changes nothing.
+    page.keyboard.press("Enter")
     expect(page.locator("#chats .name")).to_have_text(title)
     record = page.evaluate(
         "Object.entries(localStorage).find(([key]) => key.includes('.chat.'))[1]"

@@ -21,7 +21,8 @@ def test_stop_reload_and_refusal_of_an_answer(script, page):
     ask(page, "Tell me.")
     expect(answers(page)).to_have_text("One,")
     page.locator("#stop").tap()
-    assert script.left.wait(60)  # the server notices, and stops
+    # The server notices, and stops.
+    assert script.left.wait(60)
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     script.left.clear()
     tap(page, "Answer again")
@@ -57,7 +58,8 @@ def test_a_question_while_the_model_loads_is_sent_when_it_can_be(script, open_pa
     ask(page, "Two?")
     expect(page.locator(".notice")).to_contain_text("The server failed.")
     again = page.get_by_role("button", name=re.compile("again", re.IGNORECASE))
-    expect(again).to_have_count(1)  # one way to try it again
+    # There is one way to try it again.
+    expect(again).to_have_count(1)
     page.screenshot(path=SCREENSHOTS / "small-3-failure.png")
     again.tap()
     expect(answers(page)).to_have_text(["Here it is.", "Fine."])
@@ -97,7 +99,8 @@ def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     page.reload()
     expect(page.locator("#model")).to_have_text(MODEL["name"])
-    with page.expect_response("**/page/info.json"):  # which is read after each answer
+    # It is read after each answer.
+    with page.expect_response("**/page/info.json"):
         ask(page, "One?", ends=1)
     script.access = Access(OTHER_TOKEN)
     ask(page, "Two?")

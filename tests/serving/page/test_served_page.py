@@ -12,17 +12,18 @@ from vendor_page import checksum
 
 
 @pytest.fixture(scope="session")
-def page_url(http_server):
-    """The address that the command printed, with the token, below a code."""
+def printed(http_server):
+    """What the command printed: a code, and below it the address with the token."""
     printed = ""
     while "?token=" not in printed:
         printed += http_server.process.stdout.readline()
+    return printed
+
+
+def test_page_talks_to_the_models_and_compares_with_dense(printed, open_page):
     assert printed.count("▄") > 50 and "http://0.0.0.0" not in printed
-    return re.search(r"http://\S+\?token=[a-z0-9-]{24}", printed)[0]
-
-
-def test_page_talks_to_the_models_and_compares_with_dense(page_url, open_page):
-    page = open_page("ipad", page_url)
+    address = re.search(r"http://\S+\?token=[a-z0-9-]{24}", printed)[0]
+    page = open_page("ipad", address)
     expect(page.locator("#model")).to_have_text("mine")
     ask(page, "Hello")
     expect(page.locator(".stats")).to_contain_text("tokens/s")
