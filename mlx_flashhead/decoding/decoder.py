@@ -21,7 +21,6 @@ import mlx.core as mx
 from ..wide.twin import NoWideStepError
 from .caches import Caches, RowMark
 from .clock import now
-from .dense_choice import choose_densely
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
 from .phase import Phase
@@ -69,7 +68,7 @@ class Decoder:
             text.vocab_size = logits.shape[-1]
             self._proposer.begin(text)
             self._n_started += 1
-        tokens = choose_densely(self._proposer, texts, logits, [])
+        tokens = self._proposer.choose_densely(texts, logits, [])
         mx.async_eval(step_arrays(tokens, [text.pending[-1] for text in texts]))
         self._join(texts, layers, tokens)
 
@@ -355,7 +354,7 @@ class Decoder:
         some = [texts[row] for row in dense]
         others = [*self.texts, *texts]
         of_some = _rows(logits, dense)
-        chosen.append(choose_densely(self._proposer, some, of_some, others, among_others))
+        chosen.append(self._proposer.choose_densely(some, of_some, others, among_others))
         if not proposed:
             return chosen[0]
         return mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]

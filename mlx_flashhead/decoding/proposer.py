@@ -1,4 +1,7 @@
-"""Proposes the tokens of texts, by the policy of their head."""
+"""Chooses the next tokens of texts: by their FlashHead, which proposes them, or by the dense head.
+
+Whether a text's tokens are proposed is decided here, too, by the policy of the head.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -12,13 +15,14 @@ import numpy as np
 
 from ..head.adjustment import Adjustment, ChangedTokens
 from ..head.draws.draw import Draw, Draws, Key
+from ..head.draws.noise import Noise
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.operations import NOTHING_ALLOWED
 from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
+from ..wide.head_states import HeadStates
 from .changes import mask_array, with_few_allowed
-from .guessing.dense_states import DenseStates
 from .phase import (
     PAUSED,
     SAMPLED_DENSE,
@@ -28,6 +32,7 @@ from .phase import (
     Mode,
 )
 from .policy import DecodingPolicy, Pace, decoding_mode, policy_of
+from .sampler import SamplerFunction, normalized
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 
@@ -64,7 +69,7 @@ class Proposer:
         self.n_guessed: Counter[str] = Counter()
         self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.head: FlashHead | None = get_flash_head(model)
-        self._dense_states: DenseStates | None = None
+        self._head_states: HeadStates | None = None
         self.policy = DecodingPolicy()
         if self.head is not None:
             self.policy = policy_of(self.head)
@@ -109,6 +114,8 @@ class Proposer:
             return CPU_BATCH
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
         return max(1, n_reading_as_much)
+
+    # How texts are decoded.
 
     def begin(self, text: Text) -> None:
         """Decides before a text's first token whether it can be verified at all.
@@ -185,6 +192,8 @@ class Proposer:
         """Whether the choices of a text that has begun can be verified."""
         return text.why_dense is None and self.pays(text, n_texts=2)
 
+    # The states with which the head is called, and the logits of these.
+
     def reading(self, states: list[mx.array] | None = None) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
 
@@ -198,32 +207,6 @@ class Proposer:
         if states is None:
             return self.head.intercepted(self._project)
         return self.head.intercepted(self._noting_project(states))
-
-    def _noting_dense(self, states: list[mx.array] | None) -> AbstractContextManager[None]:
-        """As :meth:`noting`, where :meth:`hear_states` was called."""
-        if self._dense_states is None or states is None:
-            return nullcontext()
-        return self._dense_states.noted(states)
-
-    def hear_states(self) -> None:
-        """From now on the states are noted of a model without a FlashHead, too."""
-        if self.head is None and self._dense_states is None:
-            self._dense_states = DenseStates(self.model)
-
-    def _noting_project(self, states: list[mx.array]) -> Callable[[mx.array], mx.array]:
-        def project(hidden: mx.array) -> mx.array:
-            states.append(hidden)
-            return self._project(hidden)
-
-        return project
-
-    def _project(self, hidden: mx.array) -> mx.array:
-        if self.unverified and hidden.shape[-2] == 1:
-            settings = self.settings
-            return self.flash_head.unverified_logits(
-                hidden, settings.n_probes, settings.draw_temperature
-            )
-        return self.flash_head.dense_logits(hidden)
 
     def noting(
         self, states: list[mx.array], *, logits: bool = True
@@ -248,6 +231,34 @@ class Proposer:
             return self._project(hidden)
 
         return head.intercepted(project)
+
+    def hear_states(self) -> None:
+        """From now on the states are noted of a model without a FlashHead, too."""
+        if self.head is None and self._head_states is None:
+            self._head_states = HeadStates(self.model)
+
+    def _noting_dense(self, states: list[mx.array] | None) -> AbstractContextManager[None]:
+        """As :meth:`noting`, where :meth:`hear_states` was called."""
+        if self._head_states is None or states is None:
+            return nullcontext()
+        return self._head_states.noted(states)
+
+    def _noting_project(self, states: list[mx.array]) -> Callable[[mx.array], mx.array]:
+        def project(hidden: mx.array) -> mx.array:
+            states.append(hidden)
+            return self._project(hidden)
+
+        return project
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        if self.unverified and hidden.shape[-2] == 1:
+            settings = self.settings
+            return self.flash_head.unverified_logits(
+                hidden, settings.n_probes, settings.draw_temperature
+            )
+        return self.flash_head.dense_logits(hidden)
+
+    # Their tokens.
 
     def propose(
         self,
@@ -327,6 +338,41 @@ class Proposer:
                 return None
         return changes.mask.allowed(text.context(text.n_chosen), self.flash_head.vocab_size)
 
+    def choose_densely(
+        self,
+        texts: list[Text],
+        logits: mx.array,
+        others: list[Text],
+        states: mx.array | None = None,
+    ) -> mx.array:
+        """Tokens that the normal (dense) head chooses as mlx-lm's loops do. They are pending then.
+
+        Args:
+            texts: R of them.
+            logits: The model's logits (R, V).
+            others: Those beside them in the batch: mlx-lm calls a sampler that all share once.
+            states: Their states (R, D), where several texts were fed at once.
+
+        Returns:
+            The tokens (R,), lazy.
+        """
+        n = len(texts)
+        each = [logits]
+        if n > 1:
+            each = [logits[i : i + 1] for i in range(n)]
+        head = self.head
+        if states is not None and head is not None and head.differs_in_batches(states.dtype):
+            # A text that can be verified reads as it does alone.
+            for i, text in enumerate(texts):
+                if self.can_verify(text):
+                    each[i] = self.dense_row(states[i : i + 1])
+        # A text that was rolled back comes last in the batch, and draws in its turn.
+        order = sorted(range(n), key=lambda i: texts[i].joined)
+        tokens = _choose_in_turn([texts[i] for i in order], [each[i] for i in order], others)
+        if order == list(range(n)):
+            return tokens
+        return tokens[mx.argsort(mx.array(order))]
+
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them, where a map describes that."""
         return cast(LogitMap, self.logit_map)(logits)
@@ -337,6 +383,8 @@ class Proposer:
         A product of several states rounds otherwise in 16 bits.
         """
         return self.model_logits(self.flash_head.dense_logits(hidden))
+
+    # What is said of a text.
 
     def report_guesses(self, n_tokens: int) -> str:
         """How many of a text's ``n_tokens`` were guessed, for a line under it."""
@@ -385,6 +433,34 @@ def _adjustment(
     elif latest is not None and any(counted):
         latest = mx.where(mx.array(counted), vocab_size, latest)
     return Adjustment.of(changes, latest, vocab_size)
+
+
+def _choose_in_turn(texts: list[Text], each: list[mx.array], others: list[Text]) -> mx.array:
+    """Chooses tokens (R,) by the logits (1, V) of each text, in the order in which they draw."""
+    first = texts[0]
+    if len(texts) == 1:
+        return first.extend(each[0])
+    shared = all(
+        text.shares_sampler and text.sampler is first.sampler for text in [*others, *texts]
+    )
+    if shared and first.draws_from_mlx and not first.ahead:
+        processed = [
+            text.process(own, text.context(text.n_chosen))
+            for text, own in zip(texts, each, strict=True)
+        ]
+        logprobs = normalized(mx.concatenate(processed))
+        # The sampler is called once, as mlx-lm does.
+        tokens = cast(SamplerFunction, first.sampler)(logprobs)
+    elif all(isinstance(text.settings, Noise) and not text.current_processors for text in texts):
+        # One draw takes a fraction of the operations.
+        together = mx.concatenate(each)
+        logprobs = normalized(together)
+        tokens = Draws.of([text.draw_at(text.n_chosen) for text in texts]).choose(together)
+    else:
+        return mx.concatenate([text.extend(own) for text, own in zip(texts, each, strict=True)])
+    for text, own in zip(texts, logprobs, strict=True):
+        text.add_dense(own)
+    return tokens
 
 
 def step_arrays(tokens: mx.array, chosen: list[PendingToken]) -> list[Any]:

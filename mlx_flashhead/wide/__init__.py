@@ -32,5 +32,6 @@ Here ``guess`` gets a text and returns tokens that may follow; the text is the o
 their caches and values of ``positions``. A stand-in is made before a step: it is the mark from
 which ``back_to(n)`` keeps n tokens. Keys and values are trimmed, what a window has written over is
 put back, and ``states`` are made anew. ``trial`` tries it all on this machine, ``store`` keeps what
-was found, and ``parts`` says whether a model has changed since. Nothing here knows who guesses.
+was found, and ``parts`` says whether a model has changed since. ``head_states`` hears the states of
+a model and its twins, for whoever guesses by them. Nothing here knows who guesses.
 """

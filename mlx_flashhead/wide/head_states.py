@@ -1,4 +1,4 @@
-"""The states with which a normal (dense) head is called, of a model without a FlashHead."""
+"""The states with which the normal (dense) head of a model is called."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -6,15 +6,15 @@ from contextlib import AbstractContextManager
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...models.locate import find_head, recorded_inputs
-from ...wide.step import WideSteps
+from ..models.locate import find_head, recorded_inputs
+from .step import WideSteps
 
 
-class DenseStates:
+class HeadStates:
     """Hears the head of a model, and those of its twins.
 
     Args:
-        model: Of mlx-lm, without a FlashHead.
+        model: Of mlx-lm, without a FlashHead, which hands out its states itself.
     """
 
     def __init__(self, model: nn.Module):
@@ -29,6 +29,7 @@ class DenseStates:
         return recorded_inputs(self._of_all(), self._method, states)
 
     def _of_all(self) -> Iterator[nn.Module]:
+        """The head of the model, and that of each twin."""
         for model in (self._model, *WideSteps.of(self._model).twins):
             if id(model) not in self._heads:
                 self._heads[id(model)] = dict(model.named_modules())[self._path]
