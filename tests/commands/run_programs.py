@@ -64,7 +64,10 @@ def start(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
 
 
 def start_many(place: Path, *words, typed: str = "", code: int = 0) -> list[tuple[str, str]]:
-    """(standard output, standard error) of each program that ``many.py`` runs in a process."""
+    """(standard output, standard error) of each program that ``many.py`` runs in a process.
+
+    The process ends with the code.
+    """
     ended, *streams = start(place, *words, typed=typed)
     assert ended == code, streams[1]
     parts = [stream.split("\n== ")[1:] for stream in streams]

@@ -46,10 +46,9 @@ def test_heads_of_shapes_and_of_a_model(run, converted, tmp_path):
 
 def test_model(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "LONG", (60,))
-    screen, results = check_outputs(
-        run, tmp_path, "model", "--model", converted, *FEW,
-        "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
-    )  # fmt: skip
+    batches = ("--batch", 1, "--batch", 2)
+    flags = ("--model", converted, *FEW, "--tokens", 3, *batches, "--sampler", "greedy")
+    screen, results = check_outputs(run, tmp_path, "model", *flags)
     settings = [(result["sampler"], result["batch"]) for result in results]
     assert settings == [("greedy", 1), ("greedy", 2)]
     for result in results:
@@ -63,10 +62,9 @@ def test_model(run, converted, tmp_path, monkeypatch):
 
 
 def test_evaluate_prints_and_writes(run, converted, text, tmp_path):
-    code, output, errors = run(
-        "evaluate", "text", "--model", converted, "--text", text, "--probes", f"2,4,{N_CLUSTERS}",
-        "--positions", 100, "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png",
-    )  # fmt: skip
+    asked = ("--text", text, "--probes", f"2,4,{N_CLUSTERS}", "--positions", 100)
+    written = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    code, output, errors = run("evaluate", "text", "--model", converted, *asked, *written)
     assert code == 0 and "Warning" not in errors
     assert max(map(len, output.splitlines())) <= 80 and "100 positions" in output
     figures = json.loads((tmp_path / "out.json").read_text())

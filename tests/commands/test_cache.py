@@ -112,9 +112,15 @@ def test_what_is_not_its_own_stays(run, kept, flash_head_home):
     """Folders and files of other names, and other files within its own folders."""
     own = [entry.path for entry in cache.entries()]
     key = own[1].name[:24]
-    names = ["flash_heads/thesis/text.md", "fine_heads/weights.safetensors", "speeds/mine.json",
-             "notes.txt", f"flash_heads/{own[0].name}/mine.txt", "flash_heads/abc-1/x",
-             f"fine_heads/.{own[0].name}.part"]  # fmt: skip
+    names = [
+        "flash_heads/thesis/text.md",
+        "fine_heads/weights.safetensors",
+        "speeds/mine.json",
+        "notes.txt",
+        f"flash_heads/{own[0].name}/mine.txt",
+        "flash_heads/abc-1/x",
+        f"fine_heads/.{own[0].name}.part",
+    ]
     gone = [f"fine_heads/{key}-8.safetensors", f"speeds/{key}.json"]
     for name in [*names, *gone]:
         (flash_head_home / name).parent.mkdir(exist_ok=True, parents=True)

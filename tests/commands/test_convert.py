@@ -17,11 +17,10 @@ POSITIONS = ("--calibration-positions", 150)
 
 def test_convert_says_what_it_does(run, dense, tmp_path, text):
     target = tmp_path / "model"
-    code, output, errors = run(
-        "convert", "--hf-path", dense, "--mlx-path", target, "--calibration", text, "-q",
-        "--q-bits", 8, "--head-bits", 16, "--cluster-size", 8, "--target-agreement", 0.9,
-        *POSITIONS, "--seed", 2, "--dtype", "bfloat16",
-    )  # fmt: skip
+    flags = ["--calibration", text, *POSITIONS, "--seed", 2]
+    flags += ["-q", "--q-bits", 8, "--head-bits", 16, "--dtype", "bfloat16"]
+    flags += ["--cluster-size", 8, "--target-agreement", 0.9]
+    code, output, errors = run("convert", "--hf-path", dense, "--mlx-path", target, *flags)
     assert code == 0 and "Reading" in errors and "Fitting" in errors
     assert output.startswith(f"Loading {dense}\n") and output.endswith(f"\nWriting {target}\n")
     assert "held-out positions: bytes and perplexity relative to" in output
@@ -43,10 +42,15 @@ def test_every_option_has_a_flag_with_the_default_of_python():
         "--model m --mlx-path p -q --q-group-size 32 --q-bits 4 --q-mode affine --quant-predicate "
         "mixed_4_6 --dtype float16 --upload-repo me/tiny --trust-remote-code --overwrite"
     )
-    assert ConvertOptions(**vars(make_parser().parse_args(words.split()))) == ConvertOptions(
-        "m", "p", True, 32, 4, "affine", "float16", "me/tiny", quant_predicate="mixed_4_6",
-        trust_remote_code=True, overwrite=True,
-    )  # fmt: skip
+    parsed = vars(make_parser().parse_args(words.split()))
+    # The order of these is that of mlx_lm.convert.
+    in_order = ("m", "p", True, 32, 4, "affine", "float16", "me/tiny")
+    assert ConvertOptions(**parsed) == ConvertOptions(
+        *in_order,
+        quant_predicate="mixed_4_6",
+        trust_remote_code=True,
+        overwrite=True,
+    )
 
 
 def test_a_quantized_model_has_a_head_of_8_bits_and_what_4_would_cost_is_said(run, dense, tmp_path):

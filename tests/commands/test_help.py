@@ -41,7 +41,8 @@ def all_parsers():
     """The parsers of all commands and their subcommands, by name."""
     found = {}
     for name in COMMANDS:
-        found[name] = parser = parser_of(name)
+        parser = parser_of(name)
+        found[name] = parser
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 found |= {f"{name} {what}": each for what, each in action.choices.items()}

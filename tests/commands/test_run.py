@@ -146,13 +146,13 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
 
 
 def test_what_does_not_generate_gets_the_dense_model_silently(place):
-    shown = start_many(
-        place, *HEAD, "many.py",
+    programs = [
         "-m mlx_lm.convert --hf-path model -q --q-group-size 32 --mlx-path out",
         "-m mlx_lm convert --hf-path model --mlx-path copy",
         "-m mlx_lm.lora --model model --train --fine-tune-type lora --iters 1 --batch-size 1 "
         "--num-layers 1 --data data",
-    )  # fmt: skip
+    ]
+    shown = start_many(place, *HEAD, "many.py", *programs)
     assert len(shown) == 3 and not any("FlashHead" in errors for _, errors in shown)
 
 
@@ -266,7 +266,8 @@ def test_the_tokens_are_counted_at_the_end(place):
     if output.count("\n") == 2:
         first, second = output.splitlines()
     else:
-        first, second = (output, output)
+        first = output
+        second = output
     assert code == 0 and first == second
     reason = "dense: its sampler, or one of its processors, cannot be verified"
     assert f"Text of model: {reason}." in errors

@@ -59,13 +59,17 @@ def test_programs_of_mlx_vlm(place, capsys):
     """Greedy texts are verified, also after a picture; the others use the normal head. A picture
     that is none is the program's own affair."""
     words = "--model model --max-tokens 5"
-    (layers, said), *shown = start_many(
-        place, "--flash-head", "head", "many.py", "program.py", "texts.py",
+    programs = [
+        "program.py",
+        "texts.py",
         f"-m mlx_vlm generate {words} --prompt What --image picture.png --verbose",
         f"-m mlx_vlm.chat {words}",
         f"-m mlx_vlm.generate {words} --prompt What --image no_picture.png",
-        typed="/image picture.png\nWhat is it?\n/exit\n", code=1,
-    )  # fmt: skip
+    ]
+    typed = "/image picture.png\nWhat is it?\n/exit\n"
+    flags = ("--flash-head", "head")
+    shown = start_many(place, *flags, "many.py", *programs, typed=typed, code=1)
+    layers, said = shown.pop(0)
     assert layers.split() == ["FlashLinear", "FlashLinear", "Module"]
     # The FlashHead is of other rows.
     assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)

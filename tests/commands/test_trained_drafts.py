@@ -56,7 +56,8 @@ def test_generate(run, place, monkeypatch, door, options):
     monkeypatch.chdir(place)
     model, *flags = DOORS[door]
     given = ["generate", "--model", model, *ASK, *options]
-    given += [] if "--no-build" in options else ["--build-first", "--flash-head-always"]
+    if "--no-build" not in options:
+        given += ["--build-first", "--flash-head-always"]
     # This builds the FlashHead.
     run(*given)
     plain = run(*given)[1].split("=====")[2]
@@ -69,14 +70,17 @@ def test_generate(run, place, monkeypatch, door, options):
     assert ("FlashHead" in drafts) == (not {"--no-build", "--dense"}.intersection(options))
 
 
-@pytest.mark.parametrize("flags", [("--draft-model", "drafter"), ()])
-def test_run(place, flags):
+@pytest.mark.parametrize("by_program", [True, False])
+def test_run(place, by_program):
     """By the program's flag, and by that of this command."""
     program = ["-m", "mlx_lm", "generate", "--model", "model", *map(str, ASK)]
     plain = _output(place, *program).split("=====")[2]
     ours = ["-m", "mlx_flashhead.run", "--lookup", "on", "--build-first"]
-    ours += [] if flags else ["--draft-model", "drafter"]
-    program = ["mlx_lm.generate", "--model", "model", *map(str, ASK), *flags]
+    program = ["mlx_lm.generate", "--model", "model", *map(str, ASK)]
+    if by_program:
+        program += ["--draft-model", "drafter"]
+    else:
+        ours += ["--draft-model", "drafter"]
     assert _output(place, *ours, *program).split("=====")[2] == plain
 
 

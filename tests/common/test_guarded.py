@@ -80,8 +80,10 @@ def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
 def test_time_is_the_processor_s_and_a_helper_that_stands_still_ends_later(guard, monkeypatch):
     """A busy machine refuses nothing that a quiet one takes."""
     process = guard.call(["", 1])[1]
-    assert guard.call(["sleep", 0.8])[1] == process  # by the clock more than the limit
-    for _ in range(2):  # and no call pays for the one before
+    # By the clock this takes more than the limit.
+    assert guard.call(["sleep", 0.8])[1] == process
+    # No call pays for the one before.
+    for _ in range(2):
         assert guard.call(["spin", 0.3])[1] == process
     monkeypatch.setattr(guarded, "PATIENCE", 1)
     with pytest.raises(GuardError, match="takes more than"):
@@ -104,16 +106,21 @@ def test_helpers_stay_and_no_two_calls_share_one(guard, tmp_path):
     guard.seconds = 10
     (tmp_path / "met").mkdir()
     first = guard.call(["", 1])[1]
-    assert first == guard.call(["", 2])[1] != os.getpid()
-    meeting = str(tmp_path / "met"), 4  # none ends before the others have begun
+    assert first != os.getpid()
+    assert guard.call(["", 2])[1] == first
+    # None of the four ends before the others have begun.
+    meeting = (str(tmp_path / "met"), 4)
     with ThreadPoolExecutor(4) as pool:
         processes = {answer[1] for answer in pool.map(guard.call, [["meet", meeting]] * 4)}
     assert len(processes) == 4 and first in processes
-    assert len(guard._idle) == 4  # for as many calls at once
-    guard._idle[-1].kill()  # as by a system that is short of memory
+    # As many calls at once find a helper.
+    assert len(guard._idle) == 4
+    # A system that is short of memory ends one so.
+    guard._idle[-1].kill()
     guard._idle[-1].wait()
     assert guard.call(["", 1])[1] in processes
-    guard._idle[0].stdin.close()  # as when the caller ends
+    # It is closed so when the caller ends.
+    guard._idle[0].stdin.close()
     assert guard._idle[0].wait(20) == 0
     guard.close()
     assert not guard._idle

@@ -42,8 +42,9 @@ def end(work, number):
     with subprocess.Popen(program, **pipes) as process:
         before = ""
         while not before.endswith("here\n"):
-            before += (line := process.stdout.readline())
+            line = process.stdout.readline()
             assert line, process.stderr.read()
+            before += line
         process.send_signal(number)
         after, errors = process.communicate(timeout=120)
     return process.returncode, before.removesuffix("here\n") + after, errors
@@ -120,9 +121,13 @@ def test_a_block_in_which_ctrl_c_raises():
 def test_what_is_ignored_stays_so_and_a_handler_stays(monkeypatch):
     before = {number: signal.getsignal(number) for number in ENDING}
     descriptor = signal.set_wakeup_fd(-1)
+
+    def handler(number, frame):
+        pass
+
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, handler := lambda *_: None)
+        signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         interrupts.end_at_signals()
         found = [signal.getsignal(number) for number in ENDING]

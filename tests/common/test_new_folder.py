@@ -33,7 +33,8 @@ def test_appears_at_the_end(tmp_path, replaces):
         assert snapshot(target) == before
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
-    assert target.stat().st_mode & 0o777 == 0o755  # others can read it
+    # Others can read it.
+    assert target.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("new", [new_file, new_folder])
@@ -101,7 +102,8 @@ def test_signal_to_a_real_conversion(dense, converted, tmp_path):
     command += ["--calibration-positions", "100000000"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         seen = b""
-        while seen.count(b"%|") < 2:  # the bar moves: the conversion is well under way
+        # When the bar has moved, the conversion is well under way.
+        while seen.count(b"%|") < 2:
             part = os.read(process.stderr.fileno(), 4096)
             assert part, seen
             seen += part

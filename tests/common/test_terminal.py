@@ -34,10 +34,13 @@ def wrapped(text, columns, seed=None):
     "text, columns, expected",
     [
         ("one two three four", 10, "one two\nthree\nfour"),
-        ("one two three", 13, "one two\nthree"),  # the last column stays empty
+        # The last column stays empty.
+        ("one two three", 13, "one two\nthree"),
         ("see " + "x" * 25 + " now", 10, "see\n" + "x" * 25 + " now"),
-        ("一二三四五六", 9, "一二三四\n五六"),  # two columns each, and no spaces between
-        ("e\u0301" * 3 + " e", 6, "e\u0301" * 3 + " e"),  # an accent takes none
+        # They take two columns each, and have no spaces between them.
+        ("一二三四五六", 9, "一二三四\n五六"),
+        # An accent takes no column.
+        ("e\u0301" * 3 + " e", 6, "e\u0301" * 3 + " e"),
     ],
 )
 def test_lines_end_between_words(text, columns, expected):
@@ -49,10 +52,13 @@ def test_no_word_changes_and_no_line_is_too_long(columns):
     shown = wrapped(TEXT, columns)
     assert shown.split() == TEXT.split()
     for line in shown.splitlines():
-        # after a word of several lines others may stand
-        assert len(line) < columns or " " not in line.strip() or len(line.split()[0]) >= columns
+        is_long_word = " " not in line.strip()
+        # Others may stand after a word of several lines.
+        ends_long_word = not is_long_word and len(line.split()[0]) >= columns
+        assert len(line) < columns or is_long_word or ends_long_word
     assert wrapped(TEXT, 10_000) == TEXT
-    for seed in range(5):  # however the text is cut into pieces
+    # The same is shown however the text is cut into pieces.
+    for seed in range(5):
         assert wrapped(TEXT, columns, seed) == shown
 
 

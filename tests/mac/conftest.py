@@ -21,7 +21,7 @@ DTYPES = {"M1": mx.bfloat16, "M4": mx.bfloat16, "M5": mx.float32}
 def gpu(request) -> Iterator[SimpleNamespace]:
     """The pretended GPU of a module: its chip, and the emulator with what has run on it."""
     with pretended_gpu(request.param) as emulator, pytest.MonkeyPatch.context() as patch:
-        # so few logits of these small vocabularies show as much as a million of a real one
+        # So few logits of these small vocabularies show as much as a million of a real one.
         patch.setattr(same_sums, "ENOUGH_LOGITS", 600)
         yield SimpleNamespace(chip=request.param, emulator=emulator)
 
@@ -30,7 +30,7 @@ def gpu(request) -> Iterator[SimpleNamespace]:
 def folder(tmp_path_factory) -> Path:
     """A folder of a 4-bit model in bfloat16, with a tokenizer."""
     place = tmp_path_factory.mktemp("mac")
-    # products of these widths have MLX's usual kernels
+    # Products of these widths have MLX's usual kernels.
     further = {"num_hidden_layers": 1}
     floats = write_model(place / "floats", hidden_size=256, dtype=mx.bfloat16, further=further)
     options = {"quantize": True, "q_bits": 4, "q_group_size": 64}
@@ -62,4 +62,8 @@ def kernels(gpu):
     if gpu.emulator is None:
         return lambda: None
     gpu.emulator.dispatches.clear()
-    return lambda: {each.name.removeprefix("flash_head_") for each in gpu.emulator.dispatches}
+
+    def names():
+        return {each.name.removeprefix("flash_head_") for each in gpu.emulator.dispatches}
+
+    return names

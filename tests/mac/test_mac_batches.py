@@ -46,9 +46,11 @@ def test_a_batch_of_which_one_text_cannot_be_verified(pair, kernels):
     def tokens(generator):
         uids = generator.insert(prompts, [N_TOKENS] * 3, samplers=samplers)
         found = {uid: [] for uid in uids}
-        while responses := generator.next_generated():
+        responses = generator.next_generated()
+        while responses:
             for response in responses:
                 found[response.uid].append(response.token)
+            responses = generator.next_generated()
         generator.close()
         return list(found.values())
 

@@ -15,7 +15,8 @@ from mlx_flashhead.head.rounded_product import product_size
 from mlx_flashhead.models.install import hidden_dtype
 from pretended_gpu import CHIPS, pretended_gpu
 
-pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+# The oldest environment has no compiler for the emulator.
+pytestmark = pytest.mark.newest
 SIZES = [1, 2, 4, 8, 16, 32]
 
 

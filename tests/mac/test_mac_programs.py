@@ -21,11 +21,13 @@ from mlx_flashhead.loading.gain_sentences import speed_text
 from mlx_flashhead.wide import trial
 from quick_builds import build_quickly
 
-pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+# The oldest environment has no compiler for the emulator.
+pytestmark = pytest.mark.newest
 PROMPT = "One day"
 N_TOKENS = 10
 TESTS = Path(__file__).parents[1]
-PLACES = (TESTS, TESTS / "helpers")  # of the pretended GPU and the emulator
+# The pretended GPU and the emulator are there.
+PLACES = (TESTS, TESTS / "helpers")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_what_was_measured_is_of_this_gpu(gpu, first, home, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     kept = [json.loads(file.read_text()) for file in home.rglob("*.json")]
     names = [key for each in kept for key in each if ", mlx " in key]
-    # the speed of its FlashHead, and the steps of several tokens
+    # One is the speed of its FlashHead, and one the steps of several tokens.
     assert len(names) >= 2
     assert all(key.startswith(f"Apple {gpu.chip}, ") for key in names) or gpu.emulator is None
     code, output, _ = run("cache")

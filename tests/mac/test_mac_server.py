@@ -37,9 +37,10 @@ def test_two_clients_before_while_and_after_a_build(gpu, folder, quick, monkeypa
     while served.build is not None:
         assert answers() == expected
         seen.append(served.decoding())
-        time.sleep(0.3)  # in which the build goes on
+        # The build goes on meanwhile.
+        time.sleep(0.3)
     assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert answers() == expected
     assert engine.close(60) and engine.status == "shutting down"
-    # a turn that fails is taken again, alone, so that only the log knows
+    # A turn that fails is taken again, alone, so that only the log knows.
     assert "Traceback" not in caplog.text and "failed" not in caplog.text

@@ -15,7 +15,8 @@ from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import WideSteps
 
-pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+# The oldest environment has no compiler for the emulator.
+pytestmark = pytest.mark.newest
 N_TOKENS = 12
 # The kernel takes heads of 32 columns and more.
 HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}

@@ -24,12 +24,13 @@ MARKED = f"<tool_call>{CALL}</tool_call>"
 def processor_of(tokenizer, tools=(COLOUR,), grammar=None, *, several=True, **options):
     calls = tool_calls(tokenizer, tools, several=several)
     made = GrammarProcessor(tokenizer, grammar, calls=calls, **options)
-    made([0], mx.zeros((1, made._vocabulary.size)))  # the prompt
+    prompt = [0]
+    made(prompt, mx.zeros((1, made._vocabulary.size)))
     return made
 
 
 def allowed(processor, tokens):
-    """The tokens that may follow; None for all of them."""
+    """The tokens that may follow; None for all of them. The logits are masked likewise."""
     size = processor._vocabulary.size
     words = processor.allowed([0, *tokens], size)
     if words is None:
@@ -47,7 +48,10 @@ def ids(tokenizer, *texts):
     found = []
     for text in texts:
         whole = vocabulary.get(text.replace("\n", "Ċ").replace(" ", "Ġ"))
-        found += [whole] if whole is not None else tokenizer.encode(text, add_special_tokens=False)
+        if whole is None:
+            found += tokenizer.encode(text, add_special_tokens=False)
+        else:
+            found.append(whole)
     return found
 
 
@@ -80,8 +84,11 @@ def test_a_token_that_completes_the_mark_goes_on_as_a_call_does():
         begun = ids(tokenizer, "a <too")
         token = ids(tokenizer, "l_call>{")
         following = allowed(processor, begun)
-        assert (following is None or token[0] in following) == right
-        assert following is None or len(following) > 250
+        if following is None:
+            assert right
+        else:
+            assert (token[0] in following) == right
+            assert len(following) > 250
         if right:
             assert ids(tokenizer, '"')[0] in allowed(processor, [*begun, *token])
             assert len(allowed(processor, [*begun, *token])) < 20
@@ -122,7 +129,7 @@ def test_a_required_call_is_first_but_for_a_thought():
     assert allowed(thought, begun) == everything_but_the_end(tokenizer)
     thought_over = [*begun, *ids(tokenizer, "[/T]")]
     assert mark in allowed(thought, thought_over) <= {mark} | space
-    # a thought that the prompt begins; a call within it is one, as mlx-lm has it
+    # The prompt begins a thought. A call within it is one, as mlx-lm has it.
     end = ids(tokenizer, "[/T]")
     begun_by_prompt = processor_of(tokenizer, required=True, thought=("", "[/T]"))
     assert allowed(begun_by_prompt, ids(tokenizer, "Hm")) == everything_but_the_end(tokenizer)
@@ -172,16 +179,20 @@ def test_a_free_text_may_have_any_tokens(parser):
     processor = processor_of(tokenizer)
     begun = {"json_tools": "<tool_", "kimi_k3": "<|open|>"}[parser]
     for text in ("\xc3", "\xa9\xa9", "\xc3a", "a", "<s>", begun, begun + "x"):
-        tokens = [token for byte in text for token in ids(tokenizer, byte)]
-        tokens = ids(tokenizer, text) if text.isascii() else tokens
+        if text.isascii():
+            tokens = ids(tokenizer, text)
+        else:
+            # Each character stands for a byte.
+            tokens = ids(tokenizer, *text)
         assert allowed(processor, tokens) is None, text
         assert processor.problem is None
 
 
 def forced(processor, tokens, most=99):
+    """The tokens that must follow. Asking for them leaves the state as it was."""
     before = allowed(processor, tokens)
     found = processor.forced_tokens([0, *tokens], most)
-    assert allowed(processor, tokens) == before  # the state is as it was
+    assert allowed(processor, tokens) == before
     return found
 
 
@@ -205,7 +216,8 @@ def test_forced_tokens_are_those_that_the_masks_allow(plain):
             )
             following = allowed(processor, tokens)
             assert len(following) > 1
-            tokens.append(next(token for token in ids(tokenizer, rest) if token in following))
+            fitting = [token for token in ids(tokenizer, rest) if token in following]
+            tokens.append(fitting[0])
     assert n_forced > 30 and forced(processor, tokens) == []
     assert forced(processor_of(tokenizer, [ping]), ids(tokenizer, "Well")) == []
     stray = [*ids(tokenizer, "<tool_call>"), *ids(tokenizer, "x")]

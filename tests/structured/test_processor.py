@@ -126,11 +126,17 @@ def test_masks_follow_the_tokens_back_and_forth(tokenizer):
     a, b, c = (tokenizer.encode(letter)[-1] for letter in "abc")
     processor = grammar_processor(tokenizer, regex="ab?c")
     for text, following in (
-        ([], {a}), ([a], {b, c}), ([a, b], {c}), ([a], {b, c}), ([a, c], {EOS}),
-        ([a, c, EOS], {EOS}), ([a, b, c], {EOS}), ([], {a}),
-    ):  # fmt: skip
+        ([], {a}),
+        ([a], {b, c}),
+        ([a, b], {c}),
+        ([a], {b, c}),
+        ([a, c], {EOS}),
+        ([a, c, EOS], {EOS}),
+        ([a, b, c], {EOS}),
+        ([], {a}),
+    ):
         assert allowed(processor, [7, 8, *text]) == following and processor.problem is None
-    # as where another processor has ruled out all that the grammar allows
+    # So it is where another processor has ruled out all that the grammar allows.
     assert allowed(processor, [7, 8, c]) == {EOS}
     assert f"the token {c} is not allowed" in processor.problem
     assert allowed(processor, [7, 8, c, EOS]) == {EOS} and processor.problem
@@ -141,18 +147,27 @@ def test_masks_follow_the_tokens_back_and_forth(tokenizer):
 
 def test_text_that_begins_after_a_thought(tokenizer):
     a, b = (tokenizer.encode(letter)[-1] for letter in "ab")
-    thought = "", tokenizer.decode([20, 21])
-    processor = GrammarProcessor(tokenizer, Grammar.from_regex("ab"), thought=thought)
-    every = {*range(VOCAB_SIZE)} - {EOS}  # the text must come
-    for thought, following in (
-        ([], every), ([20], every), ([20, 20], every), ([21, 20, a], every),
-        ([20, 20, 21], {a}), ([20, 20, 21, a], {b}), ([20, 21, a, b, 20, 21], {EOS}), ([20], every),
-    ):  # fmt: skip
-        assert allowed(processor, [7, 21, *thought]) == following
+    begun_by_prompt = ("", tokenizer.decode([20, 21]))
+    processor = GrammarProcessor(tokenizer, Grammar.from_regex("ab"), thought=begun_by_prompt)
+    # The text must come before the end.
+    all_but_the_end = {*range(VOCAB_SIZE)} - {EOS}
+    for tokens, following in (
+        ([], all_but_the_end),
+        ([20], all_but_the_end),
+        ([20, 20], all_but_the_end),
+        ([21, 20, a], all_but_the_end),
+        ([20, 20, 21], {a}),
+        ([20, 20, 21, a], {b}),
+        ([20, 21, a, b, 20, 21], {EOS}),
+        ([20], all_but_the_end),
+    ):
+        assert allowed(processor, [7, 21, *tokens]) == following
 
 
 def ambiguous(longest):
-    choices = " | ".join(" ".join(["s"] * n) for n in range(2, longest + 1))
+    """A grammar in which a text of many "a" has many derivations."""
+    sequences = [" ".join(["s"] * n) for n in range(2, longest + 1)]
+    choices = " | ".join(sequences)
     return Grammar.from_lark(f'start: "x"? s\ns: {choices} | "a"')
 
 
@@ -167,7 +182,8 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
         tokens.append(a)
     assert len(tokens) > 10 and "take more than 1e-06 s each" in processor.problem
     assert allowed(other, [7, a]) == {EOS} and other.problem == processor.problem
-    other.begin()  # as a loop does when its text begins
+    # A loop does so when its text begins.
+    other.begin()
     assert allowed(other, [7]) == {EOS}
 
 
@@ -175,11 +191,19 @@ def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
     (a,) = tokenizer.encode("a")
     monkeypatch.setitem(LIMITS, "step_max_items", 1000)
     processor = GrammarProcessor(tokenizer, ambiguous(16))
-    assert any(allowed(processor, [7, *[a] * n]) == {EOS} for n in range(500))
+
+    def n_until_the_end():
+        for n in range(500):
+            if allowed(processor, [7, *[a] * n]) == {EOS}:
+                return n
+        raise AssertionError("no mask has a limit")
+
+    n = n_until_the_end()
     assert "limit 1000" in processor.problem
     processor.begin()
-    n = next(n for n in range(500) if allowed(processor, [7, *[a] * n]) == {EOS})
-    assert a in allowed(processor, [7, a])  # what was only a guess, as in speculation
+    assert n_until_the_end() == n
+    # What was only a guess, as in speculation, is gone.
+    assert a in allowed(processor, [7, a])
     assert a in allowed(processor, [7, *[a] * (n - 2)]) and processor.problem is None
     monkeypatch.setitem(LIMITS, "step_max_items", 10)
     with pytest.raises(ValueError, match="too ambiguous to be followed"):

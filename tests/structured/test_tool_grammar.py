@@ -41,7 +41,8 @@ class Walk:
         self._random = random.Random(seed)
         self._ending = []
         self._processor.begin()
-        self._processor.allowed([0], 300)  # the prompt
+        prompt = [0]
+        self._processor.allowed(prompt, 300)
 
     def go(self, most=400):
         """Adds tokens until the end, or as many; whether it has ended."""
@@ -69,7 +70,7 @@ class Walk:
 
 
 def allowed(processor, tokens):
-    """The tokens that may follow, in order; an assertion that the grammar is followed."""
+    """The tokens that may follow, in order. The grammar has been followed so far."""
     size = processor._vocabulary.size
     words = processor.allowed(tokens, size)
     assert processor.problem is None
@@ -83,18 +84,24 @@ def calls_in(tokenizer, text, tools):
     """The calls and the other text, as mlx-lm's server takes a text apart."""
     state, parts = TextStateMachine.split(make_text_state_machine(tokenizer).make_state(), text)
     _, held, last = TextStateMachine.flush(state)
-    sections = [""]
+    sections = []
+    section = ""
     content = ""
     for name, part in [*parts, (last, held), ("normal", "")]:
         if name == "tool":
-            sections[-1] += part
+            section += part
         else:
             content += part
-            sections += [""] if sections[-1] else []
+            if section:
+                sections.append(section)
+            section = ""
     found = []
-    for section in filter(None, sections):
+    for section in sections:
         read = tokenizer.tool_parser(section, tools_for_parser(tokenizer, tools))
-        found += read if isinstance(read, list) else [read]
+        if isinstance(read, list):
+            found += read
+        else:
+            found.append(read)
     return found, content
 
 
@@ -103,12 +110,12 @@ def calls_in(tokenizer, text, tools):
 def test_random_calls_are_valid(parser, plain):
     """With marks as tokens of their own and as plain text."""
     tokenizer = tokenizer_of(parser, plain=plain)
+    call_format = CALL_FORMATS[parser]
     tools = SIMPLE if parser == "function_gemma" else NESTED
-    tools = tools if isinstance(CALL_FORMATS[parser], ListedFormat) else [*tools, MERGED]
+    if not isinstance(call_format, ListedFormat):
+        tools = [*tools, MERGED]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
-    has_texts = isinstance(CALL_FORMATS[parser], Gemma) or getattr(
-        CALL_FORMATS[parser], "plain", False
-    )
+    has_texts = isinstance(call_format, Gemma) or getattr(call_format, "plain", False)
     called = set()
     for (name, schema), seed in product(schemas.items(), range(3)):
         only = [each for each in tools if each["function"]["name"] == name]
