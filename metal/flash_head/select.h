@@ -60,7 +60,7 @@ struct NotForced {
   bool has(uint) const { return false; }
 };
 
-// Marks the clusters of a row's tokens, as adjust.h has them, and of the latest one.
+// Marks the clusters of a position's tokens, as adjust.h has them, and of the latest one.
 template <int C, int Size, typename Words, typename Latest, typename Places>
 inline Forced mark_clusters(
     Words words,                      // (R, W) uint

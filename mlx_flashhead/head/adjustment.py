@@ -18,18 +18,18 @@ import numpy as np
 from .clustered import ALWAYS_PROBED, ClusteredRows
 
 # The constants of the same names in metal/flash_head/adjust.h.
-# A row begins with so many words.
+# The words of a position begin with so many.
 ADJUST_HEAD = 3
-# Each of its tokens has so many: its id, the bits of its bias, how it occurs.
+# Each token has so many: its id, the bits of its bias, how it occurs.
 ADJUST_TOKEN = 3
 
 # How a token occurs: two bits, and a count above them.
 REPEATED = 1
 PRESENT = 2
 OCCURS = 4
-# The tokens of a row are filled up to a multiple: only proposals with the same number of probes can
-# be joined, and each new number is traced anew. Up to FEW_TOKENS the multiple is small, since each
-# place costs a cluster.
+# The tokens of a position are filled up to a multiple: only proposals of the same number of probes
+# can be joined, and each new number is traced anew. Up to FEW_TOKENS the multiple is small, since
+# each place costs a cluster.
 TOKENS_MULTIPLE = 32
 FEW_TOKENS = 64
 FEW_MULTIPLE = 8
@@ -72,7 +72,7 @@ class ChangedTokens:
 
 
 class Adjustment(NamedTuple):
-    """What biases and penalties change, for R rows of at most K tokens each.
+    """What biases and penalties change, at R positions, for at most K tokens each.
 
     Attributes:
         words: (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32, as metal/flash_head/adjust.h has them.
@@ -88,37 +88,37 @@ class Adjustment(NamedTuple):
     @classmethod
     def of(
         cls,
-        rows: Sequence[ChangedTokens | None],
+        positions: Sequence[ChangedTokens | None],
         latest: mx.array | None,
         vocab_size: int,
     ) -> "Adjustment":
-        """The adjustment of some rows.
+        """The adjustment of some positions.
 
         Args:
-            rows: What changes in each; None for a row that has neither biases nor penalties.
-            latest: (R,) tokens that the rows do not count yet, V for a row that counts all; None
-                where all rows do.
+            positions: What changes at each; None where there are neither biases nor penalties.
+            latest: (R,) tokens that the positions do not count yet, V for one that counts all;
+                None where all do.
             vocab_size: V.
         """
-        changes = [row or ChangedTokens() for row in rows]
+        changes = [each or ChangedTokens() for each in positions]
         token_ids = [change.token_ids for change in changes]
         n_tokens = max(1, *map(len, token_ids))
         multiple = TOKENS_MULTIPLE
         if n_tokens <= FEW_TOKENS:
             multiple = FEW_MULTIPLE
         n_tokens = _filled_up(n_tokens, multiple)
-        words = np.zeros((len(rows), ADJUST_HEAD + ADJUST_TOKEN * n_tokens), np.uint32)
-        for row, change, ids in zip(words, changes, token_ids, strict=True):
-            _write(row, change, ids, vocab_size)
+        words = np.zeros((len(positions), ADJUST_HEAD + ADJUST_TOKEN * n_tokens), np.uint32)
+        for own_words, change, ids in zip(words, changes, token_ids, strict=True):
+            _write(own_words, change, ids, vocab_size)
         if latest is None:
-            latest = mx.array([vocab_size] * len(rows), mx.uint32)
+            latest = mx.array([vocab_size] * len(positions), mx.uint32)
         most = max(change.most_occurrences for change in changes)
         most = _filled_up(most, OCCURRENCES_MULTIPLE)
         return cls(mx.array(words), latest.astype(mx.uint32), most)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of a row, K and the latest one: as many clusters are probed for them."""
+        """Tokens of a position, K and the latest one: as many clusters are probed for them."""
         return (self.words.shape[1] - ADJUST_HEAD) // ADJUST_TOKEN + 1
 
 
@@ -128,12 +128,12 @@ def _filled_up(number: int, multiple: int) -> int:
 
 
 def _write(
-    row: np.ndarray, change: ChangedTokens, token_ids: Sequence[int], vocab_size: int
+    words: np.ndarray, change: ChangedTokens, token_ids: Sequence[int], vocab_size: int
 ) -> None:
-    """Writes a row's words for the tokens that change. The last one is repeated to the end."""
+    """Writes a position's words for the tokens that change. The last one is repeated to the end."""
     penalties = [change.repetition, change.presence, change.frequency]
-    row[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
-    tokens = row[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
+    words[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
+    tokens = words[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
     n_tokens = len(token_ids)
     if not n_tokens:
         tokens[:, 0] = vocab_size
@@ -156,7 +156,7 @@ def _write(
 
 
 class _Tokens(NamedTuple):
-    """An adjustment as arrays of R rows, the latest token among the others.
+    """An adjustment as arrays of R positions, the latest token among the others.
 
     Attributes:
         ids: (R, K + 1) uint32, V where there is none.

@@ -21,7 +21,7 @@ from .draws.greedy import best_draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .operations import NO_DEPTH, PortableOperations, Risk
-from .proposal import Proposal, ProposalRow
+from .proposal import Proposal, ProposalPosition
 from .proposal_function import ProposalFunction, TracedFunctions
 from .rounded_product import (
     Rounding,
@@ -158,7 +158,7 @@ class FlashHead:
 
     @property
     def n_traced(self) -> int:
-        """Kinds of proposals that MLX has traced so far, each of which takes it a while."""
+        """Functions of proposals that MLX has traced so far, each of which takes it a while."""
         return self._traced.n_traced
 
     @property
@@ -407,7 +407,7 @@ class FlashHead:
 
         Args:
             hidden: (R, D), the states.
-            draws: Of R rows. Without them the best logits win.
+            draws: Of R positions. Without them the best logits win.
             n_probes: Clusters that are scored; None: the head's number.
             depth: Nats of the model's logits below the mass of all, from which kernels leave
                 clusters out.
@@ -415,8 +415,8 @@ class FlashHead:
             adjustment: What biases and penalties change. The clusters of these tokens are scored,
                 too.
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
-                None where all may. If no scored token may be, the row's risk is NOTHING_ALLOWED
-                and its token is no choice: the dense row has to choose at once.
+                None where all may. If no scored token may be, the position's risk is
+                NOTHING_ALLOWED and its token is no choice: the dense rows have to choose at once.
 
         Returns:
             The tokens, with the scored tokens' logits by which they were chosen: as the model gives
@@ -455,18 +455,21 @@ class FlashHead:
         return Proposal(hidden, tokens, probes, logits, risk)
 
     def joined(
-        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow], tokens: Sequence[int]
+        self,
+        proposals: Sequence[Proposal],
+        positions: Sequence[ProposalPosition],
+        tokens: Sequence[int],
     ) -> Proposal:
-        """Rows of several proposals, with their ``tokens``, as one without risk."""
+        """Positions of several proposals, with their ``tokens``, as one without risk."""
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [proposal.filled(most) for proposal in proposals]
-        hidden, probes, logits = self.operations.join(filled, rows)
+        hidden, probes, logits = self.operations.join(filled, positions)
         chosen = mx.array(list(tokens), mx.uint32)
-        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
+        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(positions)))
 
     @property
     def joined_early(self) -> int:
-        """Pending rows that are joined before the launch of their verification; 0: all at once."""
+        """Pending tokens that are joined before their verification's launch; 0: all at once."""
         return self.operations.joined_early
 
     def verify(
@@ -482,12 +485,12 @@ class FlashHead:
         """Launches the verification of proposed tokens by the dense rows.
 
         Args:
-            proposal: Of k rows.
-            draws: As of :meth:`propose`, of k rows.
+            proposal: Of k positions.
+            draws: As of :meth:`propose`, of k positions.
             logit_map: As of :meth:`propose`.
-            allowed: As of :meth:`propose`, of k rows.
-            stretches: What biases and penalties make of the distances of each row's logits; by
-                default nothing.
+            allowed: As of :meth:`propose`, of k positions.
+            stretches: What biases and penalties make of the distances of each position's logits;
+                by default nothing.
             sources: Where the k states are that have been computed already; None: in the proposal.
 
         Returns:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .adjustment import ADJUST_HEAD
 
-# From so many elements, or rows, on an array is passed like all longer ones.
+# From so many elements on an array is passed like all longer ones.
 SHORTEST = 8
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -31,9 +31,9 @@ def long_enough(array: mx.array) -> mx.array:
 @cache
 def nothing_changed(n_positions: int, vocab_size: int) -> tuple[mx.array, mx.array]:
     """The words of an adjustment that changes nothing, and latest tokens of V, which is none."""
-    n_rows = max(n_positions, SHORTEST)
-    words = np.zeros((n_rows, ADJUST_HEAD), np.uint32)
-    return mx.array(words), mx.array(np.full(n_rows, vocab_size, np.uint32))
+    n_filled = max(n_positions, SHORTEST)
+    words = np.zeros((n_filled, ADJUST_HEAD), np.uint32)
+    return mx.array(words), mx.array(np.full(n_filled, vocab_size, np.uint32))
 
 
 @cache

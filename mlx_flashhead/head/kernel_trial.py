@@ -230,7 +230,7 @@ class _Trial:
         yield found, expected, self._rounding
 
     def _sample(self) -> Iterator[Pair]:
-        """Greedy tokens, and draws with each kind of filter."""
+        """Greedy tokens, and draws with each filter."""
         n_other = mx.array(0)
         for position in range(N_DRAWN):
             settings = DRAWN[position % len(DRAWN)]
@@ -256,11 +256,11 @@ class _Trial:
         yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
 
     def _join(self) -> Iterable[Pair]:
-        """Rows of two proposals, in another order."""
-        rows = [(1, 0), (0, 0)]
+        """Positions of two proposals, in another order."""
+        positions = [(1, 0), (0, 0)]
         sources = [self._proposal, self._proposal]
-        joined = self._kernels.join(sources, rows)
-        return zip(joined, self._plain.join(sources, rows), repeat(0.0))
+        joined = self._kernels.join(sources, positions)
+        return zip(joined, self._plain.join(sources, positions), repeat(0.0))
 
     def _tolerance(self) -> Iterable[Pair]:
         """How far logits may be off."""

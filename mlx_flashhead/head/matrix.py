@@ -100,7 +100,7 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        """The row of the table of formats.
+        """The entry of the table of formats.
 
         Raises:
             ValueError: If the table has none.

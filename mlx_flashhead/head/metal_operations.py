@@ -31,7 +31,7 @@ from .kernel_texts import (
 from .kernels import make_kernels
 from .logit_map import IDENTITY, LogitMap
 from .operations import NO_DEPTH, USUAL, PortableOperations, Risk
-from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
+from .proposal import Candidates, Proposal, ProposalPosition, Screen, Selection, Tolerance, Unscored
 from .stored_rows import StoredRows
 
 # So many positions share one reading of the centroids.
@@ -132,7 +132,7 @@ class MetalOperations(PortableOperations):
         adjustment: Adjustment | None = None,
         mass: bool = True,
     ) -> Selection:
-        """Selects the ``n_probes`` best clusters of each row, ascending, and the tail.
+        """Selects the ``n_probes`` best clusters of each position, ascending, and the tail.
 
         Where scores differ by less than 1/64 nat, the lower id counts as the better cluster. The
         mass costs a kernel nothing, and is always there.
@@ -231,7 +231,7 @@ class MetalOperations(PortableOperations):
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
+        """Chooses a token at each position, (R,) uint32, with its risk, (R,) float32."""
         if not draws.have_kernels:
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
@@ -258,11 +258,11 @@ class MetalOperations(PortableOperations):
         return tokens, chances
 
     def join(
-        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow]
+        self, proposals: Sequence[Proposal], positions: Sequence[ProposalPosition]
     ) -> tuple[mx.array, ...]:
-        """Joins the states, probes and logits of some rows of the proposals."""
+        """Joins the states, probes and logits of some positions of the proposals."""
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
-            return super().join(proposals, rows)
+            return super().join(proposals, positions)
         first = proposals[0]
         unused = [first] * (JOINED - len(proposals))
         arrays = []
@@ -270,12 +270,12 @@ class MetalOperations(PortableOperations):
             arrays += [source.hidden, source.probes, source.logits]
         results = []
         for array in (first.hidden, first.probes, first.logits):
-            shape = (len(rows), *array.shape[1:])
+            shape = (len(positions), *array.shape[1:])
             results.append((shape, array.dtype))
-        missing = SHORTEST - len(rows)
-        filled = [*rows, *[rows[-1]] * missing]
+        missing = SHORTEST - len(positions)
+        filled = [*positions, *[positions[-1]] * missing]
         arrays.append(mx.array(filled, mx.uint32))
-        joined = self._kernels["join"](arrays, JOINED, len(rows), *results)
+        joined = self._kernels["join"](arrays, JOINED, len(positions), *results)
         return tuple(joined)
 
     def tolerances(

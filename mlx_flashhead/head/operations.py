@@ -22,11 +22,11 @@ from .draws.bounds import LOWEST, Bounds, log_mass
 from .draws.draw import Draw, Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
+from .proposal import Candidates, Proposal, ProposalPosition, Screen, Selection, Tolerance, Unscored
 
 # A depth in nats with which every probe is scored.
 NO_DEPTH = 1e30
-# The risk of a row in which no scored token may be chosen.
+# The risk of a position at which no scored token may be chosen.
 NOTHING_ALLOWED = 2.0
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -222,7 +222,7 @@ class PortableOperations:
         adjustment: Adjustment | None = None,
         mass: bool = True,
     ) -> Selection:
-        """Selects the ``n_probes`` best clusters of each row, unordered: (R, C) → (R, p).
+        """Selects the ``n_probes`` best clusters of each position, unordered: (R, C) → (R, p).
 
         Args:
             scores: (R, C) float32.
@@ -314,7 +314,7 @@ class PortableOperations:
         Args:
             selection: Clusters that hold all tokens that the adjustment changes.
             candidates: The model's logits of their tokens, (R, p, n).
-            adjustment: Of R rows, or None.
+            adjustment: Of R positions, or None.
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first; None where all may be
                 chosen. Others get the lowest finite value.
         """
@@ -338,7 +338,7 @@ class PortableOperations:
         logit m.
         """
         logits = candidates.logits
-        n_rows, n_clusters = scores.shape
+        n_positions, n_clusters = scores.shape
         # The best logits are (R, 1).
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
@@ -346,10 +346,10 @@ class PortableOperations:
         if logits.dtype == mx.float16:
             # The tail is finite in float16 too.
             tail = mx.maximum(tail, mx.finfo(mx.float16).min)
-        blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
+        blocks = mx.broadcast_to(tail[..., None], (n_positions, n_clusters, logits.shape[-1]))
         blocks = blocks.astype(logits.dtype)
         blocks = mx.put_along_axis(blocks, selection.probes[..., None], logits, axis=1)
-        return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
+        return in_token_order(blocks.reshape(n_positions, -1), self.clustered.slot_of)
 
     def choose(
         self,
@@ -360,14 +360,14 @@ class PortableOperations:
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        """Chooses a token of each row, with the risk that the dense head chooses another.
+        """Chooses a token at each position, with the risk that the dense head chooses another.
 
         The candidates and what was not scored are mapped already, by ``logit_map``.
 
         Args:
             selection: The clusters, and what was not scored.
             candidates: The scored logits.
-            draws: Of R rows.
+            draws: Of R positions.
             risk: Estimates the risk by what was not scored.
             logit_map: What the model does to each of its head's logits.
             masked: Whether the candidates are masked. The risk is then NOTHING_ALLOWED if all
@@ -407,20 +407,20 @@ class PortableOperations:
         return tokens, risks
 
     def join(
-        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow]
+        self, proposals: Sequence[Proposal], positions: Sequence[ProposalPosition]
     ) -> tuple[mx.array, ...]:
-        """The states, probes and logits of some rows of the proposals."""
+        """The states, probes and logits of some positions of the proposals."""
         joined = (
             mx.concatenate([each.hidden for each in proposals]),
             mx.concatenate([each.probes for each in proposals]),
             mx.concatenate([each.logits for each in proposals]),
         )
-        every_row = []
+        every = []
         for number, proposal in enumerate(proposals):
-            every_row += [(number, row) for row in range(len(proposal.hidden))]
-        if list(rows) == every_row:
+            every += [(number, i) for i in range(len(proposal.hidden))]
+        if list(positions) == every:
             return joined
-        order = mx.array([every_row.index(row) for row in rows], mx.uint32)
+        order = mx.array([every.index(position) for position in positions], mx.uint32)
         return tuple(array[order] for array in joined)
 
     def tolerances(
@@ -459,8 +459,8 @@ class PortableOperations:
 
         Args:
             slots: (k, C, n), the head's logits of all states at once, in the order of the clusters.
-            proposal: Of k rows, with the model's logits of the scored tokens.
-            draws: Of k rows.
+            proposal: Of k positions, with the model's logits of the scored tokens.
+            draws: Of k positions.
             tolerance: How far the logits may be off.
             epsilon: The relative spacing of the model's log-probabilities. Among equal ones the
                 lowest id wins.

@@ -11,7 +11,7 @@ is JSON:
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
     tokens     names of the launches that give "tokens" (1,), in their order, from "settings",
-               "top_k" and "keys" as `Draws` has them, of 8 rows or more: MLX passes a shorter
+               "top_k" and "keys" as `Draws` has them, 8 entries or more: MLX passes a shorter
                array in another way, with another kernel
     launches   by name: the arguments of MLX's ``metalKernel`` and of the call; ``arrays`` are the
                file's, results so far, the rows as "rows_weight" …, and "hidden" (1, D)

@@ -72,14 +72,14 @@ class Proposal(NamedTuple):
 
     def filled(self, n_probes: int) -> "Proposal":
         """The proposal with the last probe repeated, with logits as in padded slots."""
-        n_rows, n_probed, size = self.logits.shape
+        n_positions, n_probed, size = self.logits.shape
         missing = n_probes - n_probed
         if missing <= 0:
             return self
-        last = mx.broadcast_to(self.probes[:, -1:], (n_rows, missing))
+        last = mx.broadcast_to(self.probes[:, -1:], (n_positions, missing))
         probes = mx.concatenate([self.probes, last], axis=1)
         dtype = self.logits.dtype
-        nothing = mx.full((n_rows, missing, size), mx.finfo(dtype).min, dtype)
+        nothing = mx.full((n_positions, missing, size), mx.finfo(dtype).min, dtype)
         logits = mx.concatenate([self.logits, nothing], axis=1)
         return self._replace(probes=probes, logits=logits)
 
@@ -115,5 +115,5 @@ class Tolerance(NamedTuple):
     relative: float = 0.0
 
 
-# The index of a proposal, and a row of it.
-ProposalRow = tuple[int, int]
+# The index of a proposal, and one of its positions.
+ProposalPosition = tuple[int, int]

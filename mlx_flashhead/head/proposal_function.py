@@ -26,7 +26,7 @@ class ProposalFunction(NamedTuple):
         n_probes: Clusters that are scored.
         depth: Nats of the model's logits below the mass of all, from which kernels leave clusters
             out.
-        structure: How each row is drawn, as :meth:`PortableOperations.structure_of` says it.
+        structure: How each token is drawn, as :meth:`PortableOperations.structure_of` says it.
         logit_map: What the model does to each of its head's logits.
         most_occurrences: Of the adjustment; None without one.
     """

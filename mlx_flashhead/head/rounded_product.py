@@ -42,7 +42,7 @@ PARTS = 512 * 32
 # Its thread begins with the first product.
 _worker = ThreadPoolExecutor(1, "verification")
 
-# States (R, D), and a row of them.
+# States (R, D), and the position of one of them.
 Source = tuple[mx.array, int]
 
 
@@ -55,8 +55,8 @@ class SlotProduct:
     Args:
         operations: Of the head whose rows are multiplied.
         hidden: (k, D), the states.
-        sources: For each state an array that has been computed already, and a row of it. A thread
-            takes them from there, since ``hidden`` may wait for the step that is running.
+        sources: For each state an array that has been computed already, and its position there. A
+            thread takes them from there, since ``hidden`` may wait for the step that is running.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SlotProduct:
             if sources is None:
                 states = as_float32(hidden)
             else:
-                states = np.stack([as_float32(each)[row] for each, row in sources])
+                states = np.stack([as_float32(each)[position] for each, position in sources])
             self._future = _worker.submit(_product, np.asarray(rows.weight), states)
         missing = product_size(self._k) - self._k
         if missing:

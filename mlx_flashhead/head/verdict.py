@@ -26,11 +26,11 @@ class Verdict:
 
     Args:
         operations: Of the head.
-        proposal: Of k rows.
+        proposal: Of k positions.
         draws: How each token is drawn.
         product: Of the rows and the k states.
         rounding: How far its logits may be off.
-        stretches: What biases and penalties have made of the distances of each row's logits.
+        stretches: What biases and penalties have made of the distances of each position's logits.
         logit_map: What the model does to each of its head's logits.
         allowed: (k, ⌈V/32⌉) uint32, a bit a token, whether it may be chosen; None where all may.
 
@@ -75,11 +75,11 @@ class Verdict:
         certain = cast(list[bool], cast(mx.array, self.certain).tolist())
         return [not each for each in certain]
 
-    def logits(self, row: int) -> mx.array:
-        """The model's logits (1, V) of a row's state, by the product of all states. Lazy."""
+    def logits(self, position: int) -> mx.array:
+        """The model's logits (1, V) at a position, by the product of all states. Lazy."""
         if self._slots is None:
             self._screen()
-        slots = cast(mx.array, self._slots)[row : row + 1]
+        slots = cast(mx.array, self._slots)[position : position + 1]
         logits = in_token_order(slots.flatten(1), self._operations.clustered.slot_of)
         return self._logit_map(logits)
 

@@ -46,7 +46,7 @@ def check_scores(clustered, hidden, scores):
 
 
 def bins_of(scores: np.ndarray) -> np.ndarray:
-    """Distances to the best score of each row (R, C) in 1/64 nat; 0 for NaN and forced clusters."""
+    """Distances (R, C) to each position's best score in 1/64 nat; 0 for NaN and forced clusters."""
     certain = ~(scores < 1e29)
     scores = np.clip(scores, -np.finfo(np.float32).max, None)
     best = np.where(certain, -np.inf, scores).max(axis=-1, keepdims=True).astype(np.float32)
@@ -56,7 +56,7 @@ def bins_of(scores: np.ndarray) -> np.ndarray:
 
 
 def n_probes_read(scores, bins, n_probes, depth) -> int:
-    """How many of a row's probes are read: those deeper than ``depth`` below the sum are not."""
+    """How many probes of a position are read: none deeper than ``depth`` below the sum."""
     deepest = 100
     if depth < 100:
         near = scores[bins > 0]
@@ -78,16 +78,16 @@ def check_selection(clustered, scores, n_probes, selection, depth=100):
         estimates = scores + to_numpy(clustered.centroids.tail_offset)
     expected = np.clip(estimates, -highest, highest).view(np.uint32)
     expected[np.isnan(estimates)] = NOT_A_NUMBER
-    for row, bins in enumerate(bins_of(scores)):
-        n_read = n_probes_read(scores[row], bins, n_probes, depth)
-        probes = held[row, :n_read]
+    for i, bins in enumerate(bins_of(scores)):
+        n_read = n_probes_read(scores[i], bins, n_probes, depth)
+        probes = held[i, :n_read]
         np.testing.assert_array_equal(probes, np.sort(np.argsort(bins, kind="stable")[:n_read]))
-        assert (held[row, n_read:] == probes[-1]).all()
-        expected[row, probes] = PROBED + np.arange(n_read, dtype=np.uint32)
-        left = np.clip(np.delete(scores[row], probes).astype(np.float64), -highest, highest)
+        assert (held[i, n_read:] == probes[-1]).all()
+        expected[i, probes] = PROBED + np.arange(n_read, dtype=np.uint32)
+        left = np.clip(np.delete(scores[i], probes).astype(np.float64), -highest, highest)
         best = left.max() if len(left) else -highest
         mass = np.logaddexp.reduce(left) if len(left) else -highest
-        found = [to_numpy(part)[row, 0] for part in selection.unscored]
+        found = [to_numpy(part)[i, 0] for part in selection.unscored]
         np.testing.assert_allclose(found, [best, mass], rtol=1e-5, atol=1e-5)
     is_zero = (words << 1 == 0) & (expected << 1 == 0)  # of either sign
     np.testing.assert_array_equal(words[~is_zero], expected[~is_zero])
@@ -122,19 +122,19 @@ def check_full(clustered, scores, selection, candidates, full):
     """Exact, given the outputs of the others: all of it is one sum, one minimum, one rounding."""
     dtype = candidates.logits.dtype
     logits = to_numpy(candidates.logits)
-    n_rows, _, cluster_size = logits.shape
+    n_positions, _, cluster_size = logits.shape
     probes = to_numpy(selection.probes)
     slot_of = to_numpy(clustered.slot_of)
-    best = logits.reshape(n_rows, -1).max(axis=-1, keepdims=True).astype(np.float32)
+    best = logits.reshape(n_positions, -1).max(axis=-1, keepdims=True).astype(np.float32)
     cap = best - np.maximum(np.float32(1), np.abs(best) / np.float32(64))
     tail = np.minimum(to_numpy(scores) + to_numpy(clustered.centroids.tail_offset), cap)
     lowest = mx.finfo(dtype).min
     tail = to_numpy(mx.array(np.maximum(tail, np.float32(lowest))).astype(dtype))
     slots = np.repeat(tail[:, :, None], cluster_size, axis=-1)
     for place in reversed(range(probes.shape[1])):  # a probe counts where it stands first
-        slots[np.arange(n_rows), probes[:, place]] = logits[:, place]
+        slots[np.arange(n_positions), probes[:, place]] = logits[:, place]
     assert full.dtype == dtype
-    np.testing.assert_array_equal(to_numpy(full), slots.reshape(n_rows, -1)[:, slot_of])
+    np.testing.assert_array_equal(to_numpy(full), slots.reshape(n_positions, -1)[:, slot_of])
     assert np.isfinite(to_numpy(full)).all()
 
 

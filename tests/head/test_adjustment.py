@@ -23,7 +23,7 @@ PADDED = 3
 N_PROBES = 9
 VOCAB_SIZE = N_CLUSTERS * SIZE - PADDED
 
-# The tokens before each row, of which the last is not read yet, and the settings.
+# The tokens before each position, of which the last is not read yet, and the settings.
 CONTEXTS = [[5, 9, 9, 200, 9], [7, 7, 300, 12], [400], [11, 3, 450, 460, 3]]
 BIASES = {5: 2.5, 9: -1.75, 470: 7.0}
 SETTINGS = {
@@ -60,8 +60,8 @@ def changed_tokens(context, settings) -> ChangedTokens:
 
 def adjustment_of(settings) -> Adjustment:
     latest = mx.array([context[-1] for context in CONTEXTS], mx.uint32)
-    rows = [changed_tokens(context, settings) for context in CONTEXTS]
-    return Adjustment.of(rows, latest, VOCAB_SIZE)
+    positions = [changed_tokens(context, settings) for context in CONTEXTS]
+    return Adjustment.of(positions, latest, VOCAB_SIZE)
 
 
 def case(dtype, seed=0):
@@ -84,9 +84,9 @@ def in_token_order(operations, selection, candidates):
     """Logits (R, V) by token, NaN where a token is not scored."""
     ids = to_numpy(operations.token_ids(selection.probes)).reshape(len(CONTEXTS), -1)
     full = np.full((len(CONTEXTS), VOCAB_SIZE + 1), np.nan, np.float32)
-    for row, logits in enumerate(to_numpy(candidates.logits).reshape(len(CONTEXTS), -1)):
-        first = np.unique(ids[row], return_index=True)[1]  # of probes that are repeated
-        full[row, ids[row][first]] = logits[first]
+    for i, logits in enumerate(to_numpy(candidates.logits).reshape(len(CONTEXTS), -1)):
+        first = np.unique(ids[i], return_index=True)[1]  # of probes that are repeated
+        full[i, ids[i][first]] = logits[first]
     return full[:, :-1]
 
 
@@ -111,22 +111,22 @@ def test_the_values_are_mlx_lms(path, dtype, name):
                 to_numpy(adjusted.best), to_numpy(adjusted.logits).max(axis=-1)
             )
     changed = np.zeros_like(found, bool)
-    for row, context in enumerate(CONTEXTS):
-        logits = mx.array(before[row : row + 1]).astype(dtype)
+    for i, context in enumerate(CONTEXTS):
+        logits = mx.array(before[i : i + 1]).astype(dtype)
         for processor in processors:
             logits = processor(mx.array(context), logits)
         expected = to_numpy(logits)[0]
-        known = ~np.isnan(before[row])
+        known = ~np.isnan(before[i])
         assert known[[*changed_tokens(context, settings).token_ids, context[-1]]].all()
-        np.testing.assert_array_equal(found[row][known], expected[known])
-        changed[row] = known & (found[row] != before[row])
+        np.testing.assert_array_equal(found[i][known], expected[known])
+        changed[i] = known & (found[i] != before[i])
     assert changed.any(axis=1).all()
 
 
 @BOTH
 @DTYPES
 def test_infinite_biases_leave_finite_logits(path, dtype):
-    """A row of infinite logits alone would give NaN, where mlx-lm's log-probabilities do, too."""
+    """Infinite logits alone would give NaN, where mlx-lm's log-probabilities do, too."""
     clustered, hidden = case(dtype)
     biases = {5: float("inf"), 9: -float("inf")}
     with kernels():
@@ -167,7 +167,7 @@ def masks(rng, shares):
 @pytest.mark.parametrize("draws", [Greedy(), Noise(1.0, top_p=0.9), Noise(0.8)], ids=str)
 @pytest.mark.parametrize("adjusts", [False, True])
 def test_what_is_masked_is_never_chosen(path, draws, adjusts):
-    """A row whose scored tokens are all masked says so."""
+    """A position whose scored tokens are all masked says so."""
     clustered, hidden = case(mx.float16)
     rng = np.random.default_rng(1)
     words, bits = masks(rng, [0.5, 0.05, 0.0, 1.0])
@@ -189,10 +189,10 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     lowest = np.finfo(np.float16).min
     known = ~np.isnan(before)
     np.testing.assert_array_equal(found[known], np.where(bits, before, lowest)[known])
-    for row in (0, 1, 3):
-        assert bits[row, tokens[row]] and risk[row] <= 1
+    for i in (0, 1, 3):
+        assert bits[i, tokens[i]] and risk[i] <= 1
         if draws.greedy:
-            assert found[row, tokens[row]] == np.nanmax(found[row])
+            assert found[i, tokens[i]] == np.nanmax(found[i])
     assert risk[2] == NOTHING_ALLOWED
 
 

@@ -41,7 +41,7 @@ def make_head(n_probes: int) -> FlashHead:
 
 
 def draws_of(n: int) -> list[Draws]:
-    """Greedy rows, rows of each kind of filter, and all kinds at once."""
+    """Greedy draws, draws with each filter, and all at once."""
 
     def alike(settings):
         return [(settings, position_key(1, i)) for i in range(n)]
@@ -69,8 +69,8 @@ def propose(head: FlashHead, logit_map: LogitMap, n: int) -> list[mx.array]:
                 )
                 made.append(proposal.tokens)
     made += [head.unverified_logits(hidden), best_token(head, hidden)]
-    rows = [(settings, position_key(0, 0)) for settings in (*SETTINGS, *SETTINGS)[:n]]
-    made.append(Draws.of(rows).choose(mx.random.normal((len(rows), VOCAB_SIZE))))
+    positions = [(settings, position_key(0, 0)) for settings in (*SETTINGS, *SETTINGS)[:n]]
+    made.append(Draws.of(positions).choose(mx.random.normal((len(positions), VOCAB_SIZE))))
     return made
 
 
@@ -78,8 +78,8 @@ def verify(head: FlashHead, logit_map: LogitMap, k: int) -> list[mx.array]:
     """All kinds of verifications of ``k`` states, joined from single ones."""
     hidden = mx.random.normal((k, HIDDEN_SIZE)).astype(mx.bfloat16)
     single = [head.propose(hidden[i : i + 1], None, logit_map=logit_map) for i in range(min(k, 8))]
-    rows = [(i % len(single), 0) for i in range(k)]
-    joined = head.joined(single, rows, [5] * k)
+    positions = [(i % len(single), 0) for i in range(k)]
+    joined = head.joined(single, positions, [5] * k)
     slots = head.operations.verifying_product(joined.hidden)
     tolerance = Tolerance(mx.full((k,), 0.01), mx.zeros(k), relative=0.01)
     allowed = mx.full((k, -(-VOCAB_SIZE // 32)), 0xFFFFFFFF, mx.uint32)

@@ -73,7 +73,7 @@ SETTINGS = [(Noise if each[0] else Greedy)(*each) for each in (
 @pytest.mark.parametrize("n_logits", [1, 5, 203])
 @pytest.mark.parametrize("spread, digits", [(0.1, 9), (1, 1), (4, 9)])
 def test_the_threshold_is_the_definitions(monkeypatch, halved, n_logits, spread, digits):
-    """Of logits that are sorted, and of rows that are halved until so few are left."""
+    """Of logits that are sorted, and of more, which are halved until so few are left."""
     if halved:
         monkeypatch.setattr(filters, "SORTED", 4)
     rng = np.random.default_rng(n_logits)
@@ -81,10 +81,10 @@ def test_the_threshold_is_the_definitions(monkeypatch, halved, n_logits, spread,
     logits = np.round(logits, digits)
     logits[:, 3::5] = -np.inf  # a mask
     draws = Draws.of([(s, (0, 0)) for s in SETTINGS])
-    rows = mx.array(logits)
+    given = mx.array(logits)
     for tail in (-np.inf, 0.5):  # of tokens that are not among these
-        total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
-        found = np.array(rows >= filters.threshold(rows, draws, total))
+        total = None if tail < 0 else mx.logaddexp(log_mass(given), mx.array(tail))
+        found = np.array(given >= filters.threshold(given, draws, total))
         settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.inputs[:2])
         each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
@@ -106,12 +106,12 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     n_draws = 20_000
     n_tokens = 12
     logits = mx.array(rng.normal(scale=1.5, size=(1, n_tokens)).astype(np.float32))
-    rows = mx.repeat(logits - log_mass(logits), n_draws, axis=0)
+    repeated = mx.repeat(logits - log_mass(logits), n_draws, axis=0)
     settings = make_sampler(**arguments).settings
     draws = Draws.of([(settings, position_key(3, i)) for i in range(n_draws)])
     mx.random.seed(0)
-    ours = np.bincount(draws.choose(rows), minlength=n_tokens)
-    theirs = np.bincount(sample_utils.make_sampler(**arguments)(rows), minlength=n_tokens)
+    ours = np.bincount(draws.choose(repeated), minlength=n_tokens)
+    theirs = np.bincount(sample_utils.make_sampler(**arguments)(repeated), minlength=n_tokens)
     assert ((ours == 0) == (theirs == 0)).all()
     samples = rng.multinomial(n_draws, (ours + theirs) / (2 * n_draws), size=(2, 200))
     distances = np.abs(samples[0] - samples[1]).sum(axis=1)
@@ -119,17 +119,17 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     assert np.abs(ours - theirs).sum() < farthest
 
 
-def scored(rng, operations, n_rows, n_probes, dtype, ties=False):
-    """A selection of ``n_probes`` clusters of each row, and random logits of their tokens."""
+def scored(rng, operations, n_positions, n_probes, dtype, ties=False):
+    """A selection of ``n_probes`` clusters of each position, and random logits of their tokens."""
     clustered = operations.clustered
-    order = rng.permuted(np.tile(np.arange(clustered.n_clusters), (n_rows, 1)), axis=1)
+    order = rng.permuted(np.tile(np.arange(clustered.n_clusters), (n_positions, 1)), axis=1)
     probes = mx.array(np.sort(order[:, :n_probes]).astype(np.uint32))
     held = mx.minimum(mx.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
     logits = rng.normal(scale=3.0, size=(*probes.shape, clustered.cluster_size))
     logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
     padded = clustered.token_ids[probes] == clustered.vocab_size
     logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, held]
-    tail = [mx.array(rng.normal(size=(n_rows, 1)).astype(np.float32)) for _ in range(2)]
+    tail = [mx.array(rng.normal(size=(n_positions, 1)).astype(np.float32)) for _ in range(2)]
     return Selection(probes[:, held], **left(*tail)), candidates_of(logits)
 
 
@@ -150,7 +150,7 @@ def with_keys(rng, settings):
 
 
 def expected(operations, selection, candidates, inputs):
-    """Each row's token, by the definition; ``inputs`` are the kernels': settings, top_k, keys."""
+    """The tokens by the definition; ``inputs`` are the kernels': settings, top_k, keys."""
     ids = to_numpy(operations.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < operations.clustered.vocab_size
@@ -169,7 +169,7 @@ def expected(operations, selection, candidates, inputs):
     ids=str,
 )
 def test_the_token_is_the_definitions(dtype, cluster_size):
-    """Rows of all settings at once, and few rows, whose arrays MLX passes in `constant`."""
+    """Draws of all settings at once, and a few, whose arrays MLX passes in `constant`."""
     rng = np.random.default_rng(cluster_size)
     with kernels():
         operations = MetalOperations(plain_clusters(rng, 50, cluster_size))
@@ -184,11 +184,11 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
             assert greedy == expected(operations, *case, (zeros, *drawing.inputs[1:]))
 
 
-def test_rows_of_all_kinds_are_chosen_as_alone():
+def test_draws_of_all_kinds_are_chosen_as_alone():
     """In one batch, in any order."""
     rng = np.random.default_rng(6)
     number = int(np.float32(0.4).view(np.uint32))
-    rows = [
+    positions = [
         (InverseCDF(0.7, top_p=0.9), (number, 0)),
         (Greedy(), (0, 0)),
         (Noise(1.0), (3, 4)),
@@ -198,16 +198,18 @@ def test_rows_of_all_kinds_are_chosen_as_alone():
         (Noise(1.5), (7, 8)),
     ]
     operations = PortableOperations(plain_clusters(rng, 50, 8))
-    selection, candidates = scored(rng, operations, len(rows), 9, mx.float32)
-    tokens, risks = operations.choose(selection, candidates, Draws.of(rows))
-    for i, row in enumerate(rows):
+    selection, candidates = scored(rng, operations, len(positions), 9, mx.float32)
+    tokens, risks = operations.choose(selection, candidates, Draws.of(positions))
+    for i, position in enumerate(positions):
         one = slice(i, i + 1)
         alone = Selection(
             selection.probes[one], **left(*(each[one] for each in selection.unscored))
         )
-        token, risk = operations.choose(alone, Candidates(candidates.logits[one]), Draws.of([row]))
-        assert tokens[i].item() == token.item(), row
-        assert risks[i].item() == pytest.approx(risk.item()), row
+        token, risk = operations.choose(
+            alone, Candidates(candidates.logits[one]), Draws.of([position])
+        )
+        assert tokens[i].item() == token.item(), position
+        assert risks[i].item() == pytest.approx(risk.item()), position
 
 
 def test_values_without_order():

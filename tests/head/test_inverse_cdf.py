@@ -1,4 +1,4 @@
-"""MLX's draws from one row by a uniform number: proposals, and which of them are certain."""
+"""MLX's draws at one position by a uniform number: proposals, and which of them are certain."""
 
 import mlx.core as mx
 import numpy as np

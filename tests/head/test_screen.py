@@ -73,7 +73,7 @@ def case_of(
     flat = logits.astype(mx.float32).flatten(1)
     draws = best_draws(k) if draws is None else draws
     tokens = draws.by_kind(
-        (flat, ids), lambda kind, some, rows: kind.choose(rows[0], some, rows[1])
+        (flat, ids), lambda kind, some, given: kind.choose(given[0], some, given[1])
     )
     tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room), relative)
     return slots, proposal_of(tokens, probes, logits), draws, tolerance
@@ -164,9 +164,9 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
     wrong = np.zeros(k, bool)
     for truth in truths(rng, operations.clustered, case, 3, logit_map):
         truth = truth if bits is None else np.where(bits, truth, np.float32(-1e30))
-        for row in range(k):
-            drawn = drawn_token(ids, truth[row], -np.inf, settings[row], top_k[row], keys[row])
-            wrong[row] |= drawn != case[1].tokens[row].item()
+        for i in range(k):
+            drawn = drawn_token(ids, truth[i], -np.inf, settings[i], top_k[i], keys[i])
+            wrong[i] |= drawn != case[1].tokens[i].item()
     assert not (wrong & certain).any(), np.flatnonzero(wrong & certain)
     if room < 0.1 and spread == 2.0:
         assert certain[~wrong].mean() > (0.5 if logit_map.identity and not relative else 0.25)
@@ -418,17 +418,17 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
     with kernels() as emulator:
         operations = operations_of(rng, MetalOperations, 16, 40)
         proposals = []
-        for _ in range(n):  # of three rows each
+        for _ in range(n):  # of three positions each
             probes = mx.array(rng.integers(40, size=(3, n_probes)), mx.uint32)
             logits = mx.array(rng.normal(size=(3, n_probes, 16))).astype(mx.float16)
             hidden = mx.array(rng.normal(size=(3, 4))).astype(mx.bfloat16)
             proposals.append(Proposal(hidden, None, probes, logits, None))
         some = [(int(i), int(r)) for i, r in rng.integers([n, 3], size=(2 * n, 2))]
-        for rows in (some, [(i, r) for i in range(n) for r in range(3)]):
+        for positions in (some, [(i, r) for i in range(n) for r in range(3)]):
             for path in (operations, PortableOperations(operations.clustered)):
                 names = ("hidden", "probes", "logits")
-                for name, found in zip(names, path.join(proposals, rows), strict=True):
-                    expected = [to_numpy(getattr(proposals[i], name))[r] for i, r in rows]
+                for name, found in zip(names, path.join(proposals, positions), strict=True):
+                    expected = [to_numpy(getattr(proposals[i], name))[r] for i, r in positions]
                     np.testing.assert_array_equal(to_numpy(found), np.stack(expected))
     if emulator is not None:
         assert len(emulator.dispatches) == 2 * dispatches

@@ -37,8 +37,8 @@ def test_what_is_accepted_is_the_dense_choice(head, draws):
         judged = set(zip(right, verdict.in_doubt(), strict=True))
         assert verdict.ready and (False, False) not in judged
         seen |= judged
-        for row in range(K):
-            assert mx.allclose(verdict.logits(row), dense[row : row + 1], atol=1e-4)
+        for i in range(K):
+            assert mx.allclose(verdict.logits(i), dense[i : i + 1], atol=1e-4)
     assert seen >= {(True, False), (False, True)}
 
 

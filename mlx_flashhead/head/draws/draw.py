@@ -1,4 +1,4 @@
-"""The draws of several rows, each with its settings and its key.
+"""The draws at several positions, each with its settings and its key.
 
 A kind of draw is a subclass of :class:`Draw` in a file of its own.
 """
@@ -17,7 +17,7 @@ from ..kernel_inputs import SHORTEST
 from .bounds import Bounds
 
 NO_MIN_P = -1e30
-# The key of a row that draws no number.
+# The key of a position that draws no number.
 NO_KEY = (0, 0)
 
 Key = tuple[int, int]
@@ -27,7 +27,7 @@ Results = TypeVar("Results")
 
 @dataclass(frozen=True)
 class Draw(ABC):
-    """The settings of a row's draw. Filters see the logits at temperature 1.
+    """The settings of a position's draw. Filters see the logits at temperature 1.
 
     Attributes:
         temperature: 0 takes the best logit.
@@ -78,11 +78,11 @@ class Draw(ABC):
         token_ids: mx.array | None = None,
         others: mx.array | None = None,
     ) -> mx.array:
-        """Draws a token of each row from the tokens given: (R,) uint32.
+        """Draws a token at each position from the tokens given: (R,) uint32.
 
         Args:
             logits: (R, K) float32.
-            draws: Of R rows of this kind.
+            draws: Of R positions of this kind.
             token_ids: (R, K) uint32; None: 0 … V-1.
             others: (R, 1), the log of the mass of all other tokens, which the filters count; None
                 if there are none.
@@ -95,7 +95,7 @@ class Draw(ABC):
 
         Args:
             bounds: Of the logits of k states.
-            draws: Of k rows of this kind.
+            draws: Of k positions of this kind.
 
         Returns:
             (k, 1) bool.
@@ -104,11 +104,11 @@ class Draw(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The draws of R rows.
+    """The draws at R positions.
 
     Attributes:
         settings: The settings of each.
-        inputs: Settings and keys as kernels read them, n ≥ R rows, the last one repeated. First
+        inputs: Settings and keys as kernels read them, n ≥ R of each, the last one repeated. First
             (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
             log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the keys.
     """
@@ -117,31 +117,31 @@ class Draws:
     inputs: tuple[mx.array, mx.array, mx.array]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Draw, Key]]) -> "Draws":
-        """The draws of some rows, from the settings and the key of each."""
-        settings = tuple([each for each, _ in rows])
+    def of(cls, positions: Sequence[tuple[Draw, Key]]) -> "Draws":
+        """The draws at some positions, by the settings and the key of each."""
+        settings = tuple([each for each, _ in positions])
         if all(each.greedy for each in settings):
             return _greedy(settings)
-        keys = [key for _, key in rows]
-        missing = SHORTEST - len(rows)
+        keys = [key for _, key in positions]
+        missing = SHORTEST - len(positions)
         keys += keys[-1:] * missing
         inputs = (*_settings_arrays(settings), mx.array(keys, mx.uint32))
         return cls(settings, inputs)
 
     @cached_property
     def all_greedy(self) -> bool:
-        """Whether each row takes the best logit."""
-        return all(row.greedy for row in self.settings)
+        """Whether each position takes the best logit."""
+        return all(each.greedy for each in self.settings)
 
     @cached_property
     def structure(self) -> tuple[Draw, ...]:
-        """The :attr:`Draw.structure` of the rows."""
-        return tuple([row.structure for row in self.settings])
+        """The :attr:`Draw.structure` of the positions."""
+        return tuple([each.structure for each in self.settings])
 
     @property
     def have_kernels(self) -> bool:
-        """Whether kernels do what the kinds of all rows do."""
-        return all(row.kernels for row in self.settings)
+        """Whether kernels do what the kinds of all draws do."""
+        return all(each.kernels for each in self.settings)
 
     @property
     def inverse_temperature(self) -> mx.array:
@@ -165,28 +165,28 @@ class Draws:
 
     @property
     def keys(self) -> mx.array:
-        """The keys of the rows, (R, 2) uint32."""
+        """The keys of the positions, (R, 2) uint32."""
         return self.inputs[2][: len(self.settings)]
 
     @cached_property
     def filters(self) -> bool:
-        """Whether a filter of a row leaves tokens out."""
-        return any(row.filters for row in self.settings)
+        """Whether a filter of a draw leaves tokens out."""
+        return any(each.filters for each in self.settings)
 
     @cached_property
     def any_top_p(self) -> bool:
-        """Whether a row has a top-p."""
-        return any(row.top_p < 1 for row in self.settings)
+        """Whether a draw has a top-p."""
+        return any(each.top_p < 1 for each in self.settings)
 
     @cached_property
     def any_min_p(self) -> bool:
-        """Whether a row has a min-p."""
-        return any(row.min_p > 0 for row in self.settings)
+        """Whether a draw has a min-p."""
+        return any(each.min_p > 0 for each in self.settings)
 
     @cached_property
     def most_top_k(self) -> int:
-        """The largest top-k of a row; 0 without any."""
-        return max(row.top_k for row in self.settings)
+        """The largest top-k of a draw; 0 without any."""
+        return max(each.top_k for each in self.settings)
 
     def choose(self, logits: mx.array) -> mx.array:
         """Draws from all tokens: their logits (R, V) → (R,) uint32. Lazy."""
@@ -201,52 +201,52 @@ class Draws:
     def by_kind(
         self, arrays: Given, results_of: Callable[[type[Draw], "Draws", Given], Results]
     ) -> Results:
-        """Calls a function for the rows of each kind, with filters or without.
+        """Calls a function for the positions of each kind, with filters or without.
 
         Args:
             arrays: An array (R, …), or a tuple of such, which may hold tuples, and other things.
-            results_of: It gets the kind, the draws of its rows, and these rows of the arrays. Its
-                results are an array of these rows, or a tuple.
+            results_of: It gets the kind, the draws of its positions, and the arrays of these. Its
+                results are an array of these positions, or a tuple.
 
         Returns:
-            The same of all rows.
+            The same of all positions.
         """
         alike: dict[tuple[type[Draw], bool], list[int]] = {}
-        for row, settings in enumerate(self.settings):
-            alike.setdefault((type(settings), settings.filters), []).append(row)
+        for position, settings in enumerate(self.settings):
+            alike.setdefault((type(settings), settings.filters), []).append(position)
         if len(alike) == 1:
             return results_of(type(self.settings[0]), self, arrays)
         results = []
         order: list[int] = []
-        for (kind, _), rows in alike.items():
-            taken = tree_map(partial(_rows_of, rows=mx.array(rows, mx.uint32)), arrays)
-            results.append(results_of(kind, self._of_rows(rows), taken))
-            order += rows
-        back = mx.array([order.index(row) for row in range(len(order))], mx.uint32)
+        for (kind, _), positions in alike.items():
+            taken = tree_map(partial(_taken, positions=mx.array(positions, mx.uint32)), arrays)
+            results.append(results_of(kind, self._at(positions), taken))
+            order += positions
+        back = mx.array([order.index(position) for position in range(len(order))], mx.uint32)
 
         def in_order(*parts: mx.array) -> mx.array:
             return mx.take(mx.concatenate(list(parts)), back, axis=0)
 
         return cast(Results, tree_map(in_order, *results))
 
-    def _of_rows(self, rows: list[int]) -> "Draws":
-        """The draws of some rows."""
-        settings = tuple(self.settings[row] for row in rows)
-        missing = SHORTEST - len(rows)
-        filled = mx.array(rows + rows[-1:] * missing, mx.uint32)
-        return Draws(settings, tree_map(partial(_rows_of, rows=filled), self.inputs))
+    def _at(self, positions: list[int]) -> "Draws":
+        """The draws at some of the positions."""
+        settings = tuple(self.settings[position] for position in positions)
+        missing = SHORTEST - len(positions)
+        filled = mx.array(positions + positions[-1:] * missing, mx.uint32)
+        return Draws(settings, tree_map(partial(_taken, positions=filled), self.inputs))
 
 
-def _rows_of(array: Any, rows: mx.array) -> Any:
-    """Some rows of an array, and anything else as it is."""
+def _taken(array: Any, positions: mx.array) -> Any:
+    """Some positions of an array, and anything else as it is."""
     if not isinstance(array, mx.array):
         return array
-    return mx.take(array, rows, axis=0)
+    return mx.take(array, positions, axis=0)
 
 
 @lru_cache(maxsize=256)
 def _greedy(settings: tuple[Draw, ...]) -> Draws:
-    """The draws of greedy rows. They exist before the next token, so that none makes them."""
+    """The draws at greedy positions. They exist before the next token, so that none makes them."""
     n_keys = max(len(settings), SHORTEST)
     keys = mx.array([NO_KEY] * n_keys, mx.uint32)
     return Draws(settings, (*_settings_arrays(settings), keys))

@@ -1,4 +1,4 @@
-"""What top-p, min-p and top-k keep of a row's logits: each of them is a threshold.
+"""What top-p, min-p and top-k keep of a position's logits: each of them is a threshold.
 
 For logits that are known within bounds: what they keep, or leave out, whatever the logits are.
 """
@@ -20,8 +20,8 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
     """The lowest logit that the filters keep: (R, K) float32 → (R, 1).
 
     Args:
-        logits: Of R rows.
-        draws: Of R rows.
+        logits: Of R positions.
+        draws: Of R positions.
         log_total: (R, 1), the log of the mass of all tokens; None if these are the K.
     """
     return thresholds(logits, draws, [log_total])[0]
@@ -110,7 +110,7 @@ def cuts(
 
     Args:
         known: The logits of K tokens, (k, K).
-        draws: Of k rows.
+        draws: Of k positions.
         log_least: (k, 1), the log of the least mass of all tokens.
         log_most: (k, 1), that of the greatest.
 
@@ -141,7 +141,7 @@ def surely_kept(
     Args:
         low: The lowest that the logits of K tokens may be, (k, K) float32.
         high: The highest, (k, K) float32.
-        draws: Of k rows.
+        draws: Of k positions.
         cut: (k, 1), that cut: a logit of ``high``, or what min-p asks for.
         equals: Whether all tokens that equal the one at the cut are kept with it.
     """
@@ -169,7 +169,7 @@ def surely_left_out(
     Args:
         highest: The logit, (k, 1).
         known: The logits of some tokens, (k, K).
-        draws: Of k rows.
+        draws: Of k positions.
         log_total: (k, 1), the log of the greatest mass of all tokens.
         more_over: (k, 1), the share of it that other tokens above the logit have at least.
     """

@@ -55,9 +55,9 @@ class Greedy(Draw):
 
 
 @cache
-def best_draws(n_rows: int) -> Draws:
-    """The draws of rows that are all greedy."""
-    return Draws.of([(Greedy(), NO_KEY)] * n_rows)
+def best_draws(n_positions: int) -> Draws:
+    """The draws of positions that are all greedy."""
+    return Draws.of([(Greedy(), NO_KEY)] * n_positions)
 
 
 def best_token(values: mx.array, token_ids: mx.array | None = None) -> mx.array:

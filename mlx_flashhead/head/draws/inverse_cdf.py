@@ -1,9 +1,9 @@
-"""The draw of mlx-lm's samplers from one row: ``mx.random.categorical``, by a uniform number.
+"""The draw of mlx-lm's samplers at one position: ``mx.random.categorical``, by a uniform number.
 
     token = the first one, in the order of ids, with (weights up to it) > number · (all weights)
     weight = exp(logit / temperature) of a kept token;  number: uniform between 0 and 1
 
-Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each single row.
+Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for logits (1, V).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ NEAREST = 64
 
 @dataclass(frozen=True)
 class InverseCDF(Draw):
-    """Draws by a number, whose bits are a row's key: (bits of a float32, 0)."""
+    """Draws by a number, whose bits are a position's key: (bits of a float32, 0)."""
 
     whole_mass: ClassVar[bool] = True
 
@@ -33,7 +33,7 @@ class InverseCDF(Draw):
         token_ids: mx.array | None = None,
         others: mx.array | None = None,
     ) -> mx.array:
-        """Draws a token of each row: as :meth:`Draw.choose`."""
+        """Draws a token at each position: as :meth:`Draw.choose`."""
         if token_ids is None:
             ids = mx.arange(logits.shape[-1], dtype=mx.uint32)
             token_ids = mx.broadcast_to(ids, logits.shape)
@@ -84,7 +84,7 @@ class InverseCDF(Draw):
 
 
 def numbers_of(draws: Draws) -> mx.array:
-    """The uniform numbers of the rows, (R, 1) float32."""
+    """The uniform numbers of the positions, (R, 1) float32."""
     return draws.keys[:, :1].view(mx.float32)
 
 
@@ -116,7 +116,7 @@ def _certain_of_kept(bounds: Bounds, known: Interval, others: Interval, draws: D
         bounds: Of the model's logits.
         known: Bounds of what is drawn from, of the scored tokens (k, K).
         others: Bounds of what is drawn from, of the other tokens (k, C, n).
-        draws: Of k rows.
+        draws: Of k positions.
     """
     scored = bounds.scored
     least_scored, most_scored = known.masses(bounds.scored_mass)

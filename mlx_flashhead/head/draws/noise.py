@@ -44,7 +44,7 @@ class Noise(Draw):
         token_ids: mx.array | None = None,
         others: mx.array | None = None,
     ) -> mx.array:
-        """Draws a token of each row: as :meth:`Draw.choose`."""
+        """Draws a token at each position: as :meth:`Draw.choose`."""
         if token_ids is None:
             gumbel = noise_of_all(draws.keys, logits.shape[-1])
         else:

@@ -30,7 +30,7 @@ from .inverse_cdf import NEAREST, InverseCDF, Sums, as_mlx_lm_draws, numbers_of
 class SummedTopP(InverseCDF):
     """Draws by a number, as `InverseCDF`, from the tokens that 0.31's top-p keeps.
 
-    Each row has a top-p. Proposals are cut where 0.32's top-p cuts, which is near.
+    Each position has a top-p. Proposals are cut where 0.32's top-p cuts, which is near.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ def _kept_in_float32(
 
     Args:
         bounds: Of the logits.
-        draws: Of k rows.
+        draws: Of k positions.
         values: The logits of the K tokens that are looked at.
         best_other: (k, 1), the highest that the logit of any other token may be; None: no other is.
     """
