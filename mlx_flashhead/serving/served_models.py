@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..decoding.batch import check_batched_lookup
-from ..decoding.guessing.guesses import check_lookup
+from ..decoding.guessing.guesses import check_lookup, has_wide_steps
+from ..decoding.phase import MAY_DIFFER, Mode
 from ..decoding.policy import decoding_mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
@@ -20,6 +21,7 @@ from ..loading.background import Build, build_beside
 from ..loading.drafts import DraftOptions
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_with_head
+from ..loading.use import BUILDING
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache, maybe_quantize_kv_cache
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
@@ -33,6 +35,8 @@ from .fill_in_the_middle import END_TOKENS, middle_format
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
+
+NO_WAIT = Mode.dense("--max-wait is 0")
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class ServedModel:
         settings: How requests are decoded that say nothing else.
         build: The build of its FlashHead, if it has none yet.
         drafter: What guesses the tokens of an answer that is decoded alone.
+        text_may_differ: Whether mlx-lm's own loop takes the draft model's tokens.
         cuttable: Whether its caches can be cut to any length.
         batchable: Whether its answers can be decoded together.
         template_settings: Variables of its chat template that the server does not give.
@@ -68,6 +73,7 @@ class ServedModel:
     settings: DecodingSettings = field(default_factory=DecodingSettings)
     build: Build | None = None
     drafter: TrainedDrafter | None = None
+    text_may_differ: bool = False
 
     def __post_init__(self):
         self.name = self.names[0]
@@ -89,25 +95,19 @@ class ServedModel:
         self.middle = middle_format(vocabulary)
         self.middle_ends = [token for token in END_TOKENS if token in vocabulary]
 
-    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
-        """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
-        verify = self.settings.verify
+    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> Mode:
+        """How a request with these fields is decoded."""
+        settings = self.settings
         if dense is None:
-            dense = self.settings.dense and n_probes is None
-        if dense:
-            return decoding_mode(self.model, verify=verify, dense=True)
-        if self.draft_model is not None:
-            return "dense: the draft model proposes tokens"
-        if self.settings.max_wait == 0:
-            return "dense: --max-wait is 0"
-        if n_probes is not None and self.head:
-            # Who names a number of probes gets it, even where it is no faster.
-            if verify:
-                return "verified"
-            return "unverified"
-        if self.build is not None and self.head is None:
-            return "dense: FlashHead is being built"
-        return decoding_mode(self.model, verify=verify, dense=False)
+            dense = settings.dense and n_probes is None
+        if not dense:
+            if self.text_may_differ:
+                return MAY_DIFFER
+            if settings.max_wait == 0:
+                return NO_WAIT
+            if self.build is not None and self.head is None:
+                return BUILDING
+        return decoding_mode(self.model, verify=settings.verify, dense=dense, n_probes=n_probes)
 
     def gate_build(self, gate: Callable[[], bool]) -> None:
         """From now on the build of its FlashHead goes on while ``gate`` says so."""
@@ -248,6 +248,10 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
     if isinstance(draft_model, TrainedDrafter):
         drafter = draft_model
         draft_model = None
+    text_may_differ = False
+    if draft_model is not None:
+        # The first answer would try it otherwise.
+        text_may_differ = not has_wide_steps(model, make_prompt_cache(model))
     build = None
     if choices.missing == LATER:
         build = build_beside(model, tokenizer, folder, choices)
@@ -266,6 +270,7 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
         ),
         build=build,
         drafter=drafter,
+        text_may_differ=text_may_differ,
     )
 
 

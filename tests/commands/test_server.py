@@ -185,7 +185,7 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
     flags += ["--prefill-step-size", 16, "--served-model-name", "mine"]
     flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
     with serving(tmp_path, "--model", converted, *flags) as server:
-        assert server.line.startswith("Serving mine (dense: the draft model proposes tokens)")
+        assert server.line.startswith("Serving mine (verified)")
         client = server.client()
         answer = client.completions.create(model="mine", prompt=PROMPT)
         assert (answer.model, answer.usage.completion_tokens) == ("mine", TOKENS)

@@ -39,7 +39,7 @@ def test_two_clients_before_while_and_after_a_build(gpu, folder, quick, monkeypa
         seen.append(served.decoding())
         # The build goes on meanwhile.
         time.sleep(0.3)
-    assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
+    assert "dense: its FlashHead is being built" in seen and served.decoding() == "verified"
     assert answers() == expected
     assert engine.close(60) and engine.status == "shutting down"
     # A turn that fails is taken again, alone, so that only the log knows.

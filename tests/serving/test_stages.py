@@ -24,6 +24,7 @@ from engines import (
     until,
 )
 from mlx_flashhead import grammar_processor
+from mlx_flashhead.decoding.phase import MAY_DIFFER
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.loading.background import POLL_SECONDS, build_beside
@@ -258,7 +259,7 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick)
         seen.add(served.decoding())
         # The build goes on while nobody waits.
         time.sleep(4 * POLL_SECONDS)
-    assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
+    assert "dense: its FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected
     assert engine.close(60)
 
@@ -292,6 +293,7 @@ def test_what_is_said_is_what_decodes(tiny, monkeypatch):
         (policy_of(tiny.head), "dense", True, "verified"),
         (tiny, "settings", DecodingSettings(verify=False), "unverified"),
         (tiny, "settings", DecodingSettings(max_wait=0), "dense: --max-wait is 0"),
+        (tiny, "text_may_differ", True, MAY_DIFFER),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)

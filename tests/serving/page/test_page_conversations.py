@@ -15,7 +15,7 @@ from scripted_server import INFO, MODEL
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 OTHER = MODEL | {"name": "other/Model-4bit", "decoding": "unverified"}
-PLAIN = {"name": "plain", "dense": False, "decoding": "dense: FlashHead is being built"}
+PLAIN = {"name": "plain", "dense": False, "decoding": "dense: its FlashHead is being built"}
 HELLO = {"role": "user", "content": "Hello"}
 
 
@@ -239,7 +239,7 @@ def test_a_choice_of_models(script, open_page):
     expect(mode).to_have_text("· dense")
     with settings(page):
         expect(page.locator("#dense")).to_be_disabled()
-        expect(page.locator("#decoding")).to_contain_text("(FlashHead is being built)")
+        expect(page.locator("#decoding")).to_contain_text("(its FlashHead is being built)")
     ask(page, "Three?", ends=3)
     figures = [MODEL["name"], "unverified", "plain"]
     expect(page.locator(".stats")).to_contain_text(figures)

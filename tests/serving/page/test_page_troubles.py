@@ -79,7 +79,7 @@ def test_a_question_that_waits_for_the_model_can_be_stopped(script, page):
 
 def test_the_header_says_how_the_next_answer_is_decoded(script, page):
     """A FlashHead that has been built is known after the next answer."""
-    dense = MODEL | {"decoding": "dense: FlashHead is being built"}
+    dense = MODEL | {"decoding": "dense: its FlashHead is being built"}
     script.info = INFO | {"models": [dense]}
     page.reload()
     expect(page.locator("#mode")).to_have_text("· dense")
