@@ -16,7 +16,7 @@ from ..common.tables import new_table, percent, show
 from ..conversion import run_task
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
-from ..conversion.probes import StepBytes
+from ..conversion.probes import BytesRead
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
@@ -123,11 +123,11 @@ def measure_agreement(
     }
 
 
-def bytes_read(head: FlashHead) -> StepBytes:
+def bytes_read(head: FlashHead) -> BytesRead:
     """The bytes of weights that a FlashHead, and the dense head, read for a token."""
     rows = head.clustered.rows
     row_bytes = rows.nbytes / (head.n_clusters * head.cluster_size)
-    return StepBytes(
+    return BytesRead(
         centroids=head.clustered.centroids.routing_bytes,
         probe=head.cluster_size * row_bytes,
         dense=row_bytes * head.vocab_size,

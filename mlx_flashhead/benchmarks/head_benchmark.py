@@ -34,7 +34,7 @@ PROPOSAL = "FlashHead proposal"
 LOGITS = "FlashHead full logits"
 
 # A way to use a head: it makes arrays of hidden states (R, D).
-Variant = Callable[[mx.array], Any]
+HeadCall = Callable[[mx.array], Any]
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
@@ -45,7 +45,7 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
     """
     memory = mx.zeros(CACHES_BYTES // 4)
 
-    def seconds(variant: Variant, states: mx.array, number: int) -> float:
+    def seconds(variant: HeadCall, states: mx.array, number: int) -> float:
         # This fills the caches as the body of a model does, on the same device.
         mx.eval(memory + 1)
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def random_head(
     return head
 
 
-def variants(head: FlashHead) -> dict[str, Variant]:
+def variants(head: FlashHead) -> dict[str, HeadCall]:
     """The ways to use a head that are timed, by name.
 
     mlx-lm's dense product has the rows in the FlashHead's order; the FlashHead's own dense product

@@ -24,7 +24,7 @@ class Statistics(Protocol):
     peak_memory: float
 
 
-class Response(Statistics, Protocol):
+class TextResponse(Statistics, Protocol):
     """A token of a text, with what is known of the text so far.
 
     Attributes:
@@ -35,7 +35,7 @@ class Response(Statistics, Protocol):
 
 
 def print_text(
-    responses: Iterable[Response], more_lines: Callable[[Response], Iterable[str]]
+    responses: Iterable[TextResponse], more_lines: Callable[[TextResponse], Iterable[str]]
 ) -> str:
     """Prints a text as it goes, then its speed.
 

@@ -16,18 +16,18 @@ Result = TypeVar("Result")
 class Progress(NamedTuple):
     """What a part of a stage has done: so many units of ``total``, or of fewer.
 
+    A stage may end before its total, by its time limit.
+
     Attributes:
         stage: The name of the stage.
         added: The number of units that the part has done.
-        total: The number of the stage's units.
-        unit: The name of a unit.
+        total: The number of the stage's units, such as tokens or rows.
         kept: Whether an earlier build has done them.
     """
 
     stage: str
     added: int
     total: int
-    unit: str
     kept: bool = False
 
 
@@ -50,7 +50,6 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
         while True:
             part = next(task)
             if part.stage != shown:
-                # A stage may end before its total, by its time limit.
                 bar.total = bar.n
                 bar.close()
                 bar = Bar(part.stage, part.total, disable=not progress)

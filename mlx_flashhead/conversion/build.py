@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.matrix import Matrix, as_float32
-from ..index.flash_head_config import FlashHeadConfig, Verification
+from ..index.flash_head_config import FlashHeadConfig, VerificationSettings
 from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..models.locate import HeadLocation
 from . import Task
@@ -22,7 +22,7 @@ from .clusters import STAGE as CLUSTERING
 from .measures import Product, measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import (
-    StepBytes,
+    BytesRead,
     choose_unverified,
     choose_verified,
     measured_probes,
@@ -183,10 +183,10 @@ def build_index(
     n_clusters = len(token_ids)
     n_probes = options.n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     unverified_probes = n_probes
-    verification = Verification()
+    verification = VerificationSettings()
     report = {}
     if held_out is not None:
-        nbytes = StepBytes(
+        nbytes = BytesRead(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
             dense=rows.nbytes,

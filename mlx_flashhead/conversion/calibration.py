@@ -161,7 +161,7 @@ def read_windows(
         for i in range(len(windows) - len(waiting)):
             states[i] = kept["states"][starts[i] : starts[i + 1]]
     # A bar is there before the first part, which may take long.
-    yield Progress(stage, n_kept, total, "token", kept=True)
+    yield Progress(stage, n_kept, total, kept=True)
     n_together: float = MIN_STEP
     if step_seconds == math.inf:
         n_together = READ_TOKENS
@@ -192,7 +192,7 @@ def read_windows(
             spent += took
             fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
             n_together = min(READ_TOKENS, max(MIN_STEP, fitting))
-            yield Progress(stage, sum(len(inputs[i][part]) for i in batch), total, "token")
+            yield Progress(stage, sum(len(inputs[i][part]) for i in batch), total)
         for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = window_states[: len(inputs[i])]
         n_read = len(windows) - len(waiting)

@@ -174,7 +174,7 @@ def _fit_residuals(
         squares[:n_kept] = kept["squares"]
         cross[:n_kept] = kept["cross"]
     # A bar is there before the first part, which may take long.
-    yield Progress("Fitting", n_kept, n_clusters, "cluster", kept=True)
+    yield Progress("Fitting", n_kept, n_clusters, kept=True)
     for start in range(n_kept, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
         # (cluster_size, c): sums over a cluster run along axis 0.
@@ -188,11 +188,11 @@ def _fit_residuals(
             total[part] += residuals.sum(axis=0, dtype=np.float64)
             squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
             cross[part] += residuals.T @ centred_block
-            yield Progress("Fitting", 0, n_clusters, "cluster")
+            yield Progress("Fitting", 0, n_clusters)
         done = slice(min(start + BLOCK_CLUSTERS, n_clusters))
         arrays = {"total": total[done], "squares": squares[done], "cross": cross[done]}
         checkpoint.offer("residuals", source, partial(dict, arrays))
-        yield Progress("Fitting", slots.shape[1], n_clusters, "cluster")
+        yield Progress("Fitting", slots.shape[1], n_clusters)
     mean = total / len(states)
     variance = squares / len(states) - np.square(mean)
     return mean, variance, cross / len(states)
@@ -244,7 +244,7 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
             errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
             later = slice(i + 1, group.stop)
             left[later] -= np.outer(feed[i, later], errors[i - start])
-            yield Progress("Rounding", 1, hidden_size, "column")
+            yield Progress("Rounding", 1, hidden_size)
         left[group.stop :] -= feed[group, group.stop :].T @ errors
     # As in MLX, a word of 32 bits has the first code in its lowest ones.
     shifts = np.arange(0, 32, BITS, dtype=np.uint32)

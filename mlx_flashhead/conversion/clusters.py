@@ -114,7 +114,7 @@ def _points(rows: Array, metric: Array | None, total: int) -> Task[Array]:
             mapped[block] = rows[block] / np.where(norms > 0, norms, 1)[:, None]
         else:
             mapped[block] = rows[block] @ metric
-        yield Progress(STAGE, 0, total, "row")
+        yield Progress(STAGE, 0, total)
     mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
     return points
 
@@ -137,7 +137,7 @@ def _group_duplicates(
     n_near = np.zeros(len(sample), dtype=np.int64)
     for block in _slices(len(points), BLOCK_ROWS):
         n_near += _near(points[block], points[sample]).sum(axis=0)
-        yield Progress(STAGE, 0, total, "row")
+        yield Progress(STAGE, 0, total)
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
@@ -216,7 +216,7 @@ def _balanced_kmeans(
         members = _members(kept.before["order"], capacity)
         prices = kept.before["prices"]
         kept.ended = {"order": kept.before["order"], "prices": prices.copy()}
-        yield Progress(STAGE, first_pass * n_points, total, "row", kept=True)
+        yield Progress(STAGE, first_pass * n_points, total, kept=True)
     for iteration in range(first_pass, passes):
         centroids = _centroids(points, members)
         ids, scores = yield from _shortlists(points, every, centroids, total, kept, iteration)
@@ -230,7 +230,7 @@ def _balanced_kmeans(
             wanted = np.bincount(ids[every, best], minlength=n_clusters)
             prices += (change * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
             change *= 0.95
-            yield Progress(STAGE, 0, total, "row")
+            yield Progress(STAGE, 0, total)
         free = capacity.copy()
         assigned = np.full(n_points, -1)
         waiting = every
@@ -239,7 +239,7 @@ def _balanced_kmeans(
             waiting = np.flatnonzero(assigned < 0)
             if len(waiting):
                 # Their lists are full: they get one of the open clusters.
-                yield Progress(STAGE, 0, total, "row")
+                yield Progress(STAGE, 0, total)
                 opened = np.flatnonzero(free)
                 listed, scores = yield from _shortlists(points, waiting, centroids[opened], total)
                 ids = opened[listed]
@@ -292,7 +292,7 @@ def _shortlists(
     n_kept = 0
     if kept is not None:
         n_kept = kept.put_back(iteration, ids, scores)
-    yield Progress(STAGE, n_kept, total, "row", kept=True)
+    yield Progress(STAGE, n_kept, total, kept=True)
     for block in _slices(len(chosen), size):
         if block.stop <= n_kept:
             continue
@@ -313,7 +313,7 @@ def _shortlists(
         scores[block] = np.asarray(best)
         if kept is not None:
             kept.offer(iteration, ids, scores, block.stop)
-        yield Progress(STAGE, len(best), total, "row")
+        yield Progress(STAGE, len(best), total)
     return ids, scores
 
 

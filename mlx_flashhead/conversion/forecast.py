@@ -18,7 +18,7 @@ class Forecast(NamedTuple):
     seconds_left: float
 
 
-class Pace:
+class Forecaster:
     """Follows a build, stage by stage.
 
     The stage at hand goes on at the pace that it has had. A later one takes as long as was
@@ -46,7 +46,7 @@ class Pace:
 
     def note(self, progress: Progress, seconds: float) -> None:
         """Notes a part of the build, and the seconds that it took."""
-        stage, added, total, _, kept = progress
+        stage, added, total, kept = progress
         if stage not in self._seconds:
             return
         if stage != self._stage:

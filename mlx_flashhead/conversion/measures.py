@@ -111,7 +111,7 @@ def measure_positions(
         values[:, :, :n_kept] = kept["values"]
         dense_nll[:n_kept] = kept["nll"]
     # A bar is there before the first part, which may take long.
-    yield Progress("Measuring", n_kept, len(states), "position", kept=True)
+    yield Progress("Measuring", n_kept, len(states), kept=True)
     for start in range(n_kept, len(states), size):
         part = slice(start, start + size)
         logits = dense_logits(states[part])
@@ -122,7 +122,7 @@ def measure_positions(
         values[:, :, part] = measured.transpose(2, 0, 1)
         arrays = {"values": values[:, :, : part.stop], "nll": dense_nll[: part.stop]}
         checkpoint.offer("measures", source, partial(dict, arrays))
-        yield Progress("Measuring", len(logits), len(states), "position")
+        yield Progress("Measuring", len(logits), len(states))
     return PositionMeasures(probe_counts, values, float(np.exp(dense_nll.mean())))
 
 

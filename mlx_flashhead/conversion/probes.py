@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..index.flash_head_config import Measured, Verification
+from ..index.flash_head_config import Measured, VerificationSettings
 from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
 # A one-sided confidence of 95 % has so many standard errors.
@@ -33,7 +33,7 @@ BISECTIONS = 60
 
 
 @dataclass(frozen=True)
-class StepBytes:
+class BytesRead:
     """Bytes of weights that a decoding step reads.
 
     Attributes:
@@ -72,7 +72,7 @@ class StepBytes:
         return step * (1 + rejected * (k + 1) / 2) + self.dense / k
 
 
-def measured_probes(n_clusters: int, nbytes: StepBytes, n_probes: int | None = None) -> list[int]:
+def measured_probes(n_clusters: int, nbytes: BytesRead, n_probes: int | None = None) -> list[int]:
     """The numbers of probes to measure: those that the bytes allow, and a chosen one.
 
     They are multiples of 8, or all clusters.
@@ -93,7 +93,7 @@ def measured_probes(n_clusters: int, nbytes: StepBytes, n_probes: int | None = N
     return sorted(counts)
 
 
-def choose_unverified(measured: PositionMeasures, goal: float, nbytes: StepBytes) -> int:
+def choose_unverified(measured: PositionMeasures, goal: float, nbytes: BytesRead) -> int:
     """The fewest probes whose proposals agree with the dense head's best token often enough.
 
     Args:
@@ -130,7 +130,7 @@ def lower_bound(share: float, n: int) -> float:
     return float((share + square / 2 - error) / (1 + square))
 
 
-def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> float:
+def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: BytesRead) -> float:
     """Bytes per token of verified decoding, if proposals are rejected as often as measured.
 
     Args:
@@ -144,12 +144,12 @@ def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes)
     return nbytes.verified(n_probes, (greedy_rejected + sampled_rejected) / 2)
 
 
-def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
+def choose_verified(measured: PositionMeasures, nbytes: BytesRead) -> int:
     """The measured number of probes with the fewest expected bytes."""
     return min(measured.probe_counts, key=lambda n: expected_bytes(measured, n, nbytes))
 
 
-def verification_settings(measured: PositionMeasures, n_probes: int) -> Verification:
+def verification_settings(measured: PositionMeasures, n_probes: int) -> VerificationSettings:
     """The stored settings of verified decoding.
 
     Args:

@@ -13,7 +13,7 @@ from ..head.matrix import AFFINE, Matrix, affine_group
 from ..index.flash_head_config import FlashHeadConfig
 from . import Progress, Task
 from .measures import PositionMeasures
-from .probes import StepBytes, expected_bytes
+from .probes import BytesRead, expected_bytes
 
 # The report shows these multiples of the chosen number of probes.
 SHOWN_MULTIPLES = tuple(2 ** (exponent / 2) for exponent in range(-4, 4))
@@ -23,7 +23,7 @@ COMPARED_POSITIONS = 512
 COMPARED_AT_ONCE = 32
 
 
-def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> dict[str, Any]:
+def make_report(measured: PositionMeasures, n_probes: int, nbytes: BytesRead) -> dict[str, Any]:
     """The stored report of the head's own choices.
 
     Args:
@@ -75,7 +75,7 @@ def _finite(value: float) -> float | None:
 def compare_bits(
     measured: PositionMeasures,
     n_probes: int,
-    nbytes: StepBytes,
+    nbytes: BytesRead,
     original: Matrix,
     rows: Matrix,
     states: np.ndarray,
@@ -115,7 +115,7 @@ def compare_bits(
             same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
             loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
             totals[bits] += [kl.item(), same.item(), loss.item()]
-        yield Progress("Comparing bits", len(part), len(chosen), "position")
+        yield Progress("Comparing bits", len(part), len(chosen))
     hidden = mx.array(states[:1]).astype(original.weight.dtype)
     table = []
     for bits, head in sorted(heads.items()):

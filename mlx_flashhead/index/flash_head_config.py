@@ -39,7 +39,7 @@ class RiskSettings(TypedDict):
     sampled: Annotated[float, Meta(ge=0, le=1e300)]
 
 
-class Verification(TypedDict, total=False):
+class VerificationSettings(TypedDict, total=False):
     """Settings of verified decoding: both keys, or none without calibration."""
 
     risk: RiskSettings
@@ -79,7 +79,7 @@ class FlashHeadConfig:
     centroid_group_size: int = 64
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    verification: Verification = field(default_factory=Verification)
+    verification: VerificationSettings = field(default_factory=VerificationSettings)
     recipe: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 

@@ -22,7 +22,7 @@ from ..common.command import sentence
 from ..common.yielding import one_thread_less, yielding
 from ..conversion import Progress
 from ..conversion.build import STEP_SECONDS
-from ..conversion.forecast import Forecast, Pace
+from ..conversion.forecast import Forecast, Forecaster
 from ..decoding.policy import Tuning, policy_of
 from ..head.flash_head import FlashHead
 from ..models.errors import UnsupportedHeadError
@@ -96,7 +96,7 @@ class Build:
         self.gate = gate or always
         self._measures = gate is not None
         self._options = options
-        self._pace: Pace | None = None
+        self._forecaster: Forecaster | None = None
         self.closed = False
         step_seconds = math.inf
         if gate is not None:
@@ -120,14 +120,14 @@ class Build:
         # MLX must be at rest when the process ends.
         atexit.register(self.leave)
 
-    def _follow(self, pace: Pace) -> None:
-        self._pace = pace
+    def _follow(self, forecaster: Forecaster) -> None:
+        self._forecaster = forecaster
 
     def _all_parts(
         self, model: nn.Module, parts: Generator[Progress, None, StoredHead], options: HeadOptions
     ) -> Generator[Progress | None, None, None]:
         self.stored = yield from parts
-        self._pace = None
+        self._forecaster = None
         if not self._measures:
             return
         yield None
@@ -142,8 +142,8 @@ class Build:
             progress = next(self._parts)
         except StopIteration:
             return False
-        if self._pace is not None and progress is not None:
-            self._pace.note(progress, time.monotonic() - began)
+        if self._forecaster is not None and progress is not None:
+            self._forecaster.note(progress, time.monotonic() - began)
         return True
 
     def _run(self) -> None:
@@ -195,10 +195,10 @@ class Build:
     @property
     def forecast(self) -> Forecast | None:
         """What is left of the build; None if that is not known, as while its speed is measured."""
-        pace = self._pace
-        if pace is None:
+        forecaster = self._forecaster
+        if forecaster is None:
             return None
-        return pace.forecast
+        return forecaster.forecast
 
     def take_over(self, model: nn.Module) -> FlashHead | None:
         """Puts what was built and measured on the model itself; None if there is nothing yet."""

@@ -1,6 +1,6 @@
 """mlx-lm's ``BatchGenerator`` for programs that know nothing of FlashHead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any
@@ -9,6 +9,7 @@ from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.phase import NO_HEAD, VERIFIED, Mode
 from ..decoding.proposer import Proposer
+from ..decoding.sampler import Processor, SamplerFunction
 from ..decoding.settings import DecodingSettings
 from ..models.compat import inner_batch, other_programs
 from ..models.compat import mlx_lm as compat
@@ -23,7 +24,7 @@ FUNCTIONS = [
     for name, value in vars(compat.BatchGenerator).items()
     if callable(value) or isinstance(value, property)
 ]
-CHANGED = Mode.dense("this program changes mlx-lm's batches")
+CHANGED_BATCHES = Mode.dense("this program changes mlx-lm's batches")
 
 
 class _DecodedTexts:
@@ -84,7 +85,7 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         if use is not None:
             self._mode = use.mode_of(self.model)
         if self._mode == VERIFIED and not self._is_mlx_lms():
-            self._mode = CHANGED
+            self._mode = CHANGED_BATCHES
         if verified is not None and (self._mode != VERIFIED or options != self._options):
             verified.close()
             verified = None
@@ -119,28 +120,38 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
         as_made = self._as_made == (self.sampler, self.logits_processors)
         return as_made and other_programs.batches_are_as_imported(self.model)
 
-    def insert_segments(
+    def insert_segments(  # type: ignore[override]
         self,
-        segments: Any,
-        max_tokens: Any = None,
-        caches: Any = None,
-        all_tokens: Any = None,
-        samplers: Any = None,
-        logits_processors: Any = None,
+        segments: list[list[list[int]]],
+        max_tokens: list[int] | None = None,
+        caches: list[list[Any] | None] | None = None,
+        all_tokens: list[list[int]] | None = None,
+        samplers: list[SamplerFunction | None] | None = None,
+        logits_processors: list[Sequence[Processor] | None] | None = None,
         *stops: Any,
         **named_stops: Any,
-    ) -> Any:
+    ) -> list[int]:
         """Adds texts. The name of their stops is the one that mlx-lm's version has."""
         verified = self._choose()
-        first = (segments, max_tokens, caches, all_tokens, samplers)
+        insert: Any = super().insert_segments
+        if verified is not None:
+            insert = verified.insert_segments
+            logits_processors = other_programs.adapted(logits_processors)
+            inner_batch.number_from(verified, inner_batch.next_uid(self))
+        uids: list[int] = insert(
+            segments,
+            max_tokens,
+            caches,
+            all_tokens,
+            samplers,
+            logits_processors,
+            *stops,
+            **named_stops,
+        )
         if verified is None:
-            uids = super().insert_segments(*first, logits_processors, *stops, **named_stops)
             self._own.update(uids)
-            return uids
-        processors = other_programs.adapted(logits_processors)
-        inner_batch.number_from(verified, inner_batch.next_uid(self))
-        uids = verified.insert_segments(*first, processors, *stops, **named_stops)
-        inner_batch.number_from(self, inner_batch.next_uid(verified))
+        else:
+            inner_batch.number_from(self, inner_batch.next_uid(verified))
         return uids
 
     def step(self) -> Any:
@@ -162,12 +173,12 @@ class _BatchGenerator(inner_batch.SteppedBatchGenerator):
             return self._verified.next_generated()
         return super().next_generated()
 
-    def extract_cache(self, uids: Any) -> Any:
+    def extract_cache(self, uids: list[int]) -> Any:
         if self._verified is not None:
             return self._verified.extract_cache(uids)
         return super().extract_cache(uids)
 
-    def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
+    def remove(self, uids: list[int], return_prompt_caches: bool = False) -> Any:
         self._own.difference_update(uids)
         if self._verified is not None:
             return self._verified.remove(uids, return_prompt_caches)

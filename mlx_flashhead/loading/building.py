@@ -20,7 +20,7 @@ from ..common.new_folder import new_file
 from ..conversion import Progress, Task
 from ..conversion.build import expected_seconds, model_index
 from ..conversion.checkpoint import Checkpoint
-from ..conversion.forecast import Pace
+from ..conversion.forecast import Forecaster
 from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
 from ..head.matrix import Matrix
@@ -48,7 +48,7 @@ def build_parts(
     *,
     source: Path,
     options: HeadOptions,
-    follow: Callable[[Pace], object],
+    follow: Callable[[Forecaster], object],
     anew: bool = False,
     step_seconds: float = math.inf,
 ) -> Task[StoredHead]:
@@ -90,12 +90,12 @@ def build_parts(
         checkpoint = Checkpoint(unfinished)
         origin = local_origin(source)
         seconds = expected_seconds(rows, how)
-        follow(Pace(seconds, limit=how.calibration_seconds))
+        follow(Forecaster(seconds, limit=how.calibration_seconds))
         beside = step_seconds != math.inf
         total = sum(seconds.values())
         options.say(_announcement(origin.known_as, total, folder, beside=beside, goes_on=goes_on))
         # What is said comes before what takes time.
-        yield Progress("", 0, 0, "")
+        yield Progress("", 0, 0)
         del rows
         recipe = make_recipe(how, origin, origin.result_name())
         index = yield from model_index(
@@ -169,7 +169,7 @@ def _locked(folder: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
         )
     while not lock.is_locked:
         time.sleep(0.02)
-        yield Progress("Waiting for the other process", 0, 1, "build")
+        yield Progress("Waiting for the other process", 0, 1)
         with suppress(Timeout):
             lock.acquire(timeout=0)
     return lock

@@ -87,9 +87,9 @@ class HeadOptions:
         if args.head_bits is not None and not args.fine_head:
             raise ValueError("`head_bits` is for a finer head: add --fine-head.")
         return cls(
-            args.flash_head,
-            missing,
-            args.n_probes,
+            flash_head=args.flash_head,
+            missing=missing,
+            n_probes=args.n_probes,
             always=getattr(args, "flash_head_always", False),
             flags=True,
             fine_head=args.fine_head,

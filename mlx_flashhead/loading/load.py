@@ -277,7 +277,8 @@ def attach_head(
             return None
         raise
     _attach_fine_head(location, source, options)
-    stored = stored or sources.find(location.rows(), options.say)
+    if stored is None:
+        stored = sources.find(location.rows(), options.say)
     if stored is None and may_stay_dense:
         return None
     if stored is None and options.missing == REFUSE:

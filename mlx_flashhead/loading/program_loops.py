@@ -63,10 +63,9 @@ class ProgramLoops:
         use = self._models.use_of(model)
         own = why_mlx_lms_own(model)
         if own is not None:
-            loop = None
-            if use is not None:
-                loop = use.follow(original(**options), own)
-            return loop
+            if use is None:
+                return None
+            return use.follow(original(**options), own)
         drafter = self._models.drafter_of(model)
         if drafter is not None and options.get("input_embeddings") is None:
             return self._guessed(drafter, options, use)

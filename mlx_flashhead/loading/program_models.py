@@ -35,8 +35,8 @@ class ProgramModels:
         self.tokenizer: Any = None
         self._options = options
         self._warned = False
-        # By the id of a model: the builds of those without a FlashHead, and the drafters.
-        self._builds: dict[int, FirstUse] = {}
+        # By the id of a model: the first uses of those without a FlashHead, and the drafters.
+        self._first_uses: dict[int, FirstUse] = {}
         self._drafters: dict[int, TrainedDrafter] = {}
 
     def attach(
@@ -67,7 +67,7 @@ class ProgramModels:
             head = attach_head(model, tokenizer, stored, folder, options)
             use = Use(local_origin(folder).known_as, options, drafter)
             if head is None:
-                self._builds[id(model)] = FirstUse(model, tokenizer, folder, options, use)
+                self._first_uses[id(model)] = FirstUse(model, tokenizer, folder, options, use)
                 finalize(model, self._end_build, id(model)).atexit = False
             else:
                 use.take(head)
@@ -107,7 +107,7 @@ class ProgramModels:
         return self._drafters.get(id(model))
 
     def _end_build(self, key: int) -> None:
-        first_use = self._builds.pop(key, None)
+        first_use = self._first_uses.pop(key, None)
         if first_use is not None:
             first_use.build.close()
 
@@ -136,7 +136,7 @@ class ProgramModels:
 
     def _use_of_build(self, model: Any) -> Use | None:
         """The use of a model whose FlashHead is being built. One that is ready is put on it."""
-        first_use = self._builds.get(id(model))
+        first_use = self._first_uses.get(id(model))
         if first_use is None:
             return None
         built = first_use.build.take_over(model)

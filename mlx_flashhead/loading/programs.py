@@ -80,7 +80,8 @@ class Patches:
 
     def __init__(self, options: HeadOptions):
         self.models = ProgramModels(options)
-        self.loops = loops = ProgramLoops(self.models, options)
+        self.loops = ProgramLoops(self.models, options)
+        loops = self.loops
         self.wraps: dict[str, dict[str, Wrap]] = {
             "mlx_lm": {
                 "mlx_lm.utils.load": self.load,

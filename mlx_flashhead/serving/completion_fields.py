@@ -30,7 +30,7 @@ MAX_LOGPROBS = 20
 Penalty = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 
-class StreamOptions(Struct):
+class _StreamUsage(Struct):
     """Of a request with ``stream``."""
 
     include_usage: bool = False
@@ -100,7 +100,7 @@ class Fields(Struct, kw_only=True):
     model: Any = None
     stream: bool = False
     stream_options: Annotated[
-        StreamOptions | None, Meta(description='an object such as {"include_usage": true}')
+        _StreamUsage | None, Meta(description='an object such as {"include_usage": true}')
     ] = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     max_tokens: Limit | None = None

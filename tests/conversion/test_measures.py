@@ -8,7 +8,7 @@ import pytest
 from mlx_flashhead.conversion import measures, probes
 
 GRID = [8, 16, 32, 64]
-NBYTES = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
+NBYTES = probes.BytesRead(centroids=50, probe=1.0, dense=1000, body=500)
 
 
 def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
@@ -17,7 +17,7 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     for measured, share in zip(values, agree, strict=True):
         measured[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
     found = measures.PositionMeasures(GRID, values, dense_perplexity=1.0)
-    return probes.choose_unverified(found, goal, probes.StepBytes(0, 1.0, 1000))
+    return probes.choose_unverified(found, goal, probes.BytesRead(0, 1.0, 1000))
 
 
 def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
@@ -45,7 +45,7 @@ def test_grid():
 
 def allowing(n_probes):
     """Bytes of which so many probes may be read."""
-    return probes.StepBytes(centroids=0, probe=1.0, dense=n_probes / probes.MAX_BYTES)
+    return probes.BytesRead(centroids=0, probe=1.0, dense=n_probes / probes.MAX_BYTES)
 
 
 def differing(greedy, sampled, n_positions=1000):
@@ -90,7 +90,7 @@ def test_probes_are_those_of_the_fewest_bytes():
     assert expected == pytest.approx(by_hand, rel=1e-6)
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # A step that reads much more beside the rows pays for more of them.
-    heavy = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
+    heavy = probes.BytesRead(centroids=50, probe=1.0, dense=1000, body=50_000)
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)

@@ -5,7 +5,7 @@ import inspect
 import mlx.core as mx
 import pytest
 
-from mlx_flashhead.loading.batches import CHANGED
+from mlx_flashhead.loading.batches import CHANGED_BATCHES
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
 from under_run import CACHES, N_TOKENS, OWN, texts
@@ -145,7 +145,7 @@ def test_a_program_that_changes_batches_gets_its_own(under, plain, monkeypatch, 
     calls.clear()
     made = change(under.batch_generator, monkeypatch)(under.model)
     assert texts(made, prompts) == expected
-    assert under.lines() == [f"model: {CHANGED}."]
+    assert under.lines() == [f"model: {CHANGED_BATCHES}."]
     n_calls = len(calls)
     if change in (patched_step, patched_instance):
         calls.clear()
@@ -185,7 +185,7 @@ def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkey
         patch.undo()
         patch.setattr(OWN["GenerationBatch"], "_step", lambda self: OWN_STEP(self))
         assert texts(batches, prompts) == expected
-        assert under.lines()[1:] == [f"model: {CHANGED}."]
+        assert under.lines()[1:] == [f"model: {CHANGED_BATCHES}."]
     counts = under.patches.models.use_of(under.model)._n_tokens
     n_verified = counts["verified"]
     assert texts(batches, prompts) == expected
@@ -207,7 +207,7 @@ def test_what_mlx_lms_own_batch_has_begun_it_ends(under, plain, monkeypatch):
         for response in responses:
             found[response.uid].append(response.token)
     assert list(found.values()) == expected[:2]
-    assert under.lines() == [f"model: {CHANGED}."]
+    assert under.lines() == [f"model: {CHANGED_BATCHES}."]
 
 
 def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):

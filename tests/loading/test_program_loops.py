@@ -111,7 +111,7 @@ def test_a_drafted_text_is_the_same_before_its_flash_head_is_built_and_after(
     patches = programs.Patches(options)
     draft, tokenizer = mlx_lm.load(str(program_folder / "model"))
     patches.models.attach(draft, lambda: tokenizer, program_folder / "model")
-    (first_use,) = patches.models._builds.values()
+    (first_use,) = patches.models._first_uses.values()
     steps = patches.loops.loop(patches.loops.drafted_loop, generate.speculative_generate_step)
     expected = steps_of(OWN["generate_step"], model, prompts[0])
     for is_built in (False, True):

@@ -25,7 +25,7 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(
     patches = programs.Patches(options)
     loaded, tokenizer = mlx_lm.load(str(program_folder / "model"))
     patches.models.attach(loaded, lambda: tokenizer, program_folder / "model")
-    (first_use,) = patches.models._builds.values()
+    (first_use,) = patches.models._first_uses.values()
     build = first_use.build
     batches = patches.loops.batches(OWN["BatchGenerator"])(loaded)
     steps = patches.loops.loop(patches.loops.text_loop, OWN["generate_step"])
@@ -36,7 +36,7 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(
         assert texts(batches, prompts) == expected
     assert texts(batches, prompts) == expected
     assert steps_of(steps, loaded, prompts[0]) == single
-    assert not patches.models._builds and get_flash_head(loaded) is not None
+    assert not patches.models._first_uses and get_flash_head(loaded) is not None
     building, *others = said
     assert "Building the FlashHead of model while the model is idle, which takes" in building
     assert others[0] == f"Text of model: {use.BUILDING}."
@@ -79,11 +79,11 @@ def test_a_model_that_a_program_drops_ends_its_build(program_folder, quick, monk
     patches = programs.Patches(HeadOptions(missing=LATER, progress=False))
     loaded, tokenizer = mlx_lm.load(str(program_folder / "model"))
     patches.models.attach(loaded, lambda: tokenizer, program_folder / "model")
-    (first_use,) = patches.models._builds.values()
+    (first_use,) = patches.models._first_uses.values()
     build = first_use.build
     del loaded
     gc.collect()
-    assert not patches.models._builds
+    assert not patches.models._first_uses
     build._thread.join()
     assert not build.under_way
     # It has let the copy of the model go.
@@ -98,7 +98,7 @@ def test_a_build_that_fails_is_one_line(program_folder, plain, quick, monkeypatc
     patches = programs.Patches(HeadOptions(missing=LATER))
     loaded, tokenizer = mlx_lm.load(str(program_folder / "model"))
     patches.models.attach(loaded, lambda: tokenizer, program_folder / "model")
-    (first_use,) = patches.models._builds.values()
+    (first_use,) = patches.models._first_uses.values()
     build = first_use.build
     build._thread.join()
     assert texts(patches.loops.batches(OWN["BatchGenerator"])(loaded), plain[1]) == plain[2]
