@@ -18,6 +18,7 @@ from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
 from .draws.draw import Draws
 from .draws.greedy import best_draws
+from .head_settings import HeadSettings
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .operations import NO_DEPTH, PortableOperations, Risk
@@ -100,12 +101,7 @@ class FlashHead:
         self._chosen = ChosenOperations(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
-        self.n_probes = n_probes
-        if unverified_probes is not None:
-            self.unverified_probes = unverified_probes
-        # Whether a plain call is the dense head's.
-        self._verified = True
-        self._draw_temperature: float | None = None
+        self._settings = HeadSettings.of(self.n_clusters, n_probes, unverified_probes)
         self._of_thread = _OfThread()
         self._traced = TracedFunctions()
         # The bounds that were measured of its operations, by dtype and by number of states.
@@ -170,12 +166,11 @@ class FlashHead:
         Raises:
             ValueError: If it is set to anything else.
         """
-        return self._n_probes
+        return self._settings.n_probes
 
     @n_probes.setter
     def n_probes(self, value: int) -> None:
-        self.unverified_probes = value
-        self._n_probes = self._unverified_probes
+        self._settings = self._settings.with_n_probes(value)
 
     @property
     def unverified_probes(self) -> int:
@@ -184,18 +179,11 @@ class FlashHead:
         Raises:
             ValueError: If it is set to anything else.
         """
-        return self._unverified_probes
+        return self._settings.unverified_probes
 
     @unverified_probes.setter
     def unverified_probes(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise ValueError(f"n_probes must be a whole number, not {value!r}.")
-        if not 1 <= value <= self.n_clusters:
-            raise ValueError(
-                f"n_probes is {value}, but this head has {self.n_clusters} clusters: "
-                f"choose 1 to {self.n_clusters}."
-            )
-        self._unverified_probes = int(value)
+        self._settings = self._settings.with_unverified_probes(value)
 
     def arrays(self) -> list[mx.array]:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
@@ -280,22 +268,12 @@ class FlashHead:
         Raises:
             ValueError: If a setting is not valid.
         """
-        if dense and n_probes is not None:
-            raise ValueError("dense scores every token: leave n_probes out.")
-        if draw_temperature is not None and not draw_temperature > 0:
-            raise ValueError(
-                f"The temperature of the draw is {draw_temperature}: it must be above 0."
-            )
-        names = ("_n_probes", "_unverified_probes", "_verified", "_draw_temperature")
-        before = {name: getattr(self, name) for name in names}
-        if n_probes is not None:
-            self.n_probes = n_probes
-        self._verified = dense
-        self._draw_temperature = draw_temperature
+        before = self._settings
+        self._settings = before.of_block(n_probes, dense, draw_temperature)
         try:
             yield self
         finally:
-            vars(self).update(before)
+            self._settings = before
 
     @contextmanager
     def intercepted(self, project: Projection) -> Iterator[None]:
@@ -321,7 +299,7 @@ class FlashHead:
             return project(hidden)
         if self.projection is not None:
             return self.projection(self, hidden)
-        if self._verified:
+        if self._settings.verified:
             return self.dense_logits(hidden)
         return self.unverified_logits(hidden)
 
@@ -363,9 +341,9 @@ class FlashHead:
         The arguments are those of :meth:`settings`, which gives their values if they are None.
         """
         if n_probes is None:
-            n_probes = self.unverified_probes
+            n_probes = self._settings.unverified_probes
         if draw_temperature is None:
-            draw_temperature = self._draw_temperature
+            draw_temperature = self._settings.draw_temperature
         if n_probes == self.n_clusters and draw_temperature is None:
             return self.dense_logits(hidden)
         states = hidden.reshape(-1, hidden.shape[-1])
@@ -425,7 +403,7 @@ class FlashHead:
         if draws is None:
             draws = best_draws(len(hidden))
         if n_probes is None:
-            n_probes = self.n_probes
+            n_probes = self._settings.n_probes
         adjusted = []
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)

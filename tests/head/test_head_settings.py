@@ -128,7 +128,7 @@ def test_a_plain_call_is_dense_and_a_block_is_not():
 def test_settings_are_those_of_the_innermost_block():
 
     def state():
-        return head.unverified_probes, head._draw_temperature
+        return head.unverified_probes, head._settings.draw_temperature
 
     head, _, _ = make_head()
     with head.settings(n_probes=2, draw_temperature=0.5):

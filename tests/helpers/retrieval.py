@@ -25,6 +25,10 @@ def best_token(head, hidden: mx.array) -> mx.array:
 def _retrieved(head, hidden: mx.array):
     states = hidden.reshape(-1, hidden.shape[-1])
     _, selection, scored = retrieve(
-        head.operations, states, head.unverified_probes, head._draw_temperature, words=False
+        head.operations,
+        states,
+        head.unverified_probes,
+        head._settings.draw_temperature,
+        words=False,
     )
     return selection, scored

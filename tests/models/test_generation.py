@@ -27,7 +27,7 @@ def flash(pair):
 
 
 def state(head):
-    return head.n_probes, head._draw_temperature, head.projection
+    return head.n_probes, head._settings.draw_temperature, head.projection
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
