@@ -204,11 +204,21 @@ def _template_call(call: dict[str, Any], where: str) -> dict[str, Any]:
     """A call with its arguments as an object: templates write them as JSON."""
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = read_json((arguments or "{}").encode())
-        except ValueError as error:
-            raise field_error(where, f"must have arguments in JSON, but {error}.") from None
+        arguments = read_arguments(arguments, where)
     return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def read_arguments(text: str, where: str) -> Any:
+    """Reads a call's arguments, JSON within JSON, whose size is checked; an ApiError if it is none.
+
+    Args:
+        text: The JSON; an empty text stands for no arguments.
+        where: The field that has the call, for the error.
+    """
+    try:
+        return read_json((text or "{}").encode())
+    except ValueError as error:
+        raise field_error(where, f"must have arguments in JSON, but {error}.") from None
 
 
 def _prompts(fields: TextFields, served: ServedModel) -> list[str | list[int]]:

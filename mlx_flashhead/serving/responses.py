@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from .api_errors import ApiError, field_error
+from .bodies import check_size
 from .choices import usage_of
 from .content_parts import BETWEEN_TEXTS, ChatMessages, Parts, passed_on
 from .dialects import Dialect, StreamEvent
 from .fields import Limit, Share, Temperature, read_struct, shown, without_nulls
 from .jobs import Job
+from .requests import read_arguments
 
 # It stands between the names of a namespace and a function.
 _BETWEEN_NAMES = "__"
@@ -182,17 +184,24 @@ def _chat_messages(fields: _ResponseFields) -> list[dict[str, Any]]:
     items = fields.input
     if isinstance(items, str):
         items = [_Message("user", items)]
-    for item in items:
+    check_size(",".join(_arguments_in(items)).encode())
+    for i, item in enumerate(items):
         match item:
             case _Message(role, content):
                 conversation.say(role, _joined(content))
             case _Reasoning():
                 conversation.think(_thought_of(item))
             case _FunctionCall(number, name, arguments, namespace):
-                conversation.call(number, _full_name(namespace, name), arguments)
+                read = read_arguments(arguments, f"input[{i}]")
+                conversation.call(number, _full_name(namespace, name), read)
             case _FunctionCallOutput(number, output):
                 conversation.result(number, _joined(output))
     return conversation.messages
+
+
+def _arguments_in(items: list[_Item]) -> list[str]:
+    """The arguments of all calls, which are JSON within JSON."""
+    return [item.arguments for item in items if isinstance(item, _FunctionCall)]
 
 
 def _joined(content: str | list[_Part]) -> str:

@@ -45,7 +45,7 @@ def test_items_are_messages_of_a_chat():
         {"type": "function_call_output", "call_id": "c1", "output": [part("g"), part("h")]},
         {"type": "function_call_output", "call_id": "c2", "output": "i"},
     ]
-    function = {"name": "crew__spawn", "arguments": '{"a": 1}'}
+    function = {"name": "crew__spawn", "arguments": {"a": 1}}
     call = {"id": "c1", "type": "function", "function": function}
     assistant = {"role": "assistant", "content": "f", "reasoning_content": "Hm. Yes. So."}
     assert translated(input=items, instructions="Be brief.")["messages"] == [
@@ -106,6 +106,12 @@ def test_fields_have_the_names_of_chats():
             'input[0].content[0] is "input_image": this model takes text only',
         ),
         ({"input": [{"role": "robot", "content": ""}]}, "input[0].role", '"user" or "assistant"'),
+        (
+            {"input": [{"role": "user", "content": "a"}, CALL | {"arguments": '{"a": '}]},
+            "input[1]",
+            "input[1] must have arguments in JSON, but Input data was truncated.",
+        ),
+        ({"input": [CALL | {"arguments": "[" * 50_001}]}, None, "members of objects"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation"),
         ({"conversation": "conv_1"}, "conversation", "send the whole conversation"),
         ({"background": True}, "background", "in its own response"),
