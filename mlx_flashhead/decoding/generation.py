@@ -63,7 +63,8 @@ def stream_generate(
         tokenizer: Its tokenizer.
         prompt: Text, token ids or an array of them.
         max_tokens: The most tokens of the text; -1 is no limit.
-        draft_model: A smaller model that proposes tokens, which the target verifies.
+        draft_model: A smaller model, or a trained drafter, that guesses tokens, which the target
+            verifies.
         stream: The stream of MLX that computes.
         logprobs: Whether the responses need log-probabilities, which are the dense model's.
         **kwargs: The settings n_probes, verify, dense, draw_temperature and max_wait, which
@@ -356,6 +357,7 @@ def _steps(
     if draft_model is not None:
         if input_embeddings is not None:
             raise ValueError("Speculative decoding does not support input embeddings.")
+        _check_verified(proposer.settings)
         return drafted_tokens(
             prompt,
             model,
@@ -385,6 +387,18 @@ def _steps(
         **options,
     )
     return with_guesses(steps, proposer)
+
+
+def _check_verified(settings: DecodingSettings) -> None:
+    """Refuses drafts that nothing would verify, as the commands do.
+
+    Raises:
+        ValueError: If FlashHead alone shall choose.
+    """
+    if not settings.verify:
+        raise ValueError("`verify=False` verifies no guesses: leave `draft_model` out.")
+    if settings.draw_temperature is not None:
+        raise ValueError("`draw_temperature` verifies no guesses: leave `draft_model` out.")
 
 
 def _how_it_was_decoded(

@@ -74,6 +74,13 @@ def test_the_text_is_that_without_drafts(pair, other, draft, name):
         assert n_drafted
 
 
+@pytest.mark.parametrize("options", [{"verify": False}, {"draw_temperature": 1.0}])
+def test_drafts_that_nothing_verifies_are_refused(pair, other, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}.* verifies no guesses: leave `draft_model` out"):
+        run(pair, pair.model, other.model, **options)
+
+
 def test_two_turns_with_one_cache(pair, other):
     """The caches of both models, one after the other, as mlx-lm takes them."""
     cache = make_prompt_cache(pair.model) + make_prompt_cache(other.model)
