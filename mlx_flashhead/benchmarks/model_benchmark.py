@@ -94,7 +94,7 @@ def summary(
         seconds: The times of the rounds, by variant.
 
     Returns:
-        ``about``, milliseconds, tokens/s of all sequences, and ratios of the medians to dense,
+        ``about``, milliseconds, tokens/s of all texts, and ratios of the medians to dense,
         JSON-ready.
     """
     token_ms = {variant: spread(times, 1000) for variant, times in seconds.items()}

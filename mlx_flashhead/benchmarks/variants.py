@@ -40,13 +40,13 @@ class Variant(NamedTuple):
 
         Args:
             prompt: Token ids.
-            batch: Sequences at once, all with this prompt.
-            n_tokens: Tokens of each sequence that are timed: those after the first.
+            batch: Texts at once, all with this prompt.
+            n_tokens: Tokens of each text that are timed: those after the first.
             sampling: Arguments of ``make_sampler``.
-            make_processors: Makes the logits processors of a sequence.
+            make_processors: Makes the logits processors of a text.
 
         Returns:
-            The mean seconds of a token, and the tokens of the first sequence.
+            The mean seconds of a token, and the tokens of the first text.
         """
         sampler = self.make_sampler(**sampling)
         times: list[float] = []

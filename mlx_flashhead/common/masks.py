@@ -63,7 +63,7 @@ class Mask:
     def begin(self) -> None:
         """Is called when a text begins."""
 
-    def for_sequence(self) -> "Mask":
+    def for_text(self) -> "Mask":
         """A mask of the same class for a text of its own: this one, which keeps no state."""
         return self
 

@@ -479,7 +479,7 @@ def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:
     own: list[Processor] = []
     for processor in processors:
         if isinstance(processor, Mask):
-            own.append(processor.for_sequence())
+            own.append(processor.for_text())
         else:
             own.append(processor)
     return tuple(own)

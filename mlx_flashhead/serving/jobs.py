@@ -1,4 +1,4 @@
-"""Jobs: the sequences that a request asks for, each with its sampler, its form and its text."""
+"""Jobs: the answers that a request asks for, each with its sampler, its form and its text."""
 
 import secrets
 import time
@@ -25,7 +25,7 @@ SECONDS_PER_MASK = 0.005
 
 @dataclass(eq=False)
 class Job:
-    """A sequence to be generated.
+    """An answer to be generated.
 
     Attributes:
         request: The request.
@@ -190,7 +190,7 @@ def read_jobs(
             if events is not None:
                 job.events = events
             if grammar is not None:
-                job.follow(grammar.for_sequence())
+                job.follow(grammar.for_text())
             jobs.append(job)
     return jobs
 

@@ -29,7 +29,7 @@ CHUNK_SECONDS = 0.4
 SMALLEST_CHUNK = 16
 # Tokens, and caches of layers that hold them.
 CachedTokens = tuple[list[int], list[Any]]
-# A sequence, its next token, and the logprobs (V,) there.
+# A job, its next token, and the logprobs (V,) there.
 Decoded = tuple[Job, int, mx.array]
 
 
@@ -61,6 +61,8 @@ class Reading:
                 cache += make_prompt_cache(served.draft_model)
         # The caches of the model's layers, and then those of its draft model's.
         self.cache: list[Any] = cache
+        # It hears the states of the prompt for a trained drafter.
+        self._proposer = Proposer(served.model, job.settings)
         self.drafts = self._new_drafts()
         # A job that goes on after a failure has tokens already.
         if not job.tokens:
@@ -71,7 +73,6 @@ class Reading:
         served = self.job.served
         if served.drafter is None:
             return None
-        self._proposer = Proposer(served.model, self.job.settings)
         self._proposer.hear_states()
         n_drafts = self.job.request.fields.num_draft_tokens
         drafts = TrainedDrafts(served.drafter, served.model, n_drafts, list)
@@ -90,7 +91,7 @@ class Reading:
         return self._all_tokens[: self.done], self.cache
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
-        """Removes the sequence. Returns what has been read of it."""
+        """Removes the answer. Returns what has been read of its prompt."""
         self.jobs = []
         return [self.cached]
 
@@ -139,7 +140,7 @@ class Reading:
 
 
 class Batch:
-    """Sequences with the same ``batch_key``, up to ``size``, whose tokens are verified together."""
+    """Answers with the same ``batch_key``, up to ``size``, whose tokens are verified together."""
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self.key = job.batch_key
@@ -153,7 +154,7 @@ class Batch:
         self._jobs: dict[int, Job] = {}
 
     def add(self, reading: Reading) -> None:
-        """Adds a sequence whose prompt has been read."""
+        """Adds an answer whose prompt has been read."""
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
         tokens, cache = reading.cached
@@ -176,7 +177,7 @@ class Batch:
         return list(self._jobs.values())
 
     def step(self) -> list[Decoded]:
-        """Takes one step. It may give no token of a sequence."""
+        """Takes one step. It may give no token of an answer."""
         _, responses = self._generator.next()
         decoded = []
         for response in responses:
@@ -187,7 +188,7 @@ class Batch:
         return decoded
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
-        """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
+        """Removes some of the answers, at least one. Returns the tokens and caches of these."""
         uids = [uid for uid, job in self._jobs.items() if job in jobs]
         removed = self._generator.remove(uids, return_prompt_caches=True)
         self._jobs = {uid: job for uid, job in self._jobs.items() if job not in jobs}
@@ -197,7 +198,7 @@ class Batch:
 
 
 class Single:
-    """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
+    """An answer by itself, in the loop of one text, perhaps with what drafts."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job = reading.job
@@ -246,7 +247,7 @@ class Single:
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
-        """Removes the sequence. Returns its tokens and caches; nothing if they do not agree."""
+        """Removes the answer. Returns its tokens and caches; nothing if they do not agree."""
         self.jobs = []
         # A loop that is closed brings the cache to the tokens that it has yielded.
         self._loop.close()

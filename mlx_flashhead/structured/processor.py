@@ -70,7 +70,7 @@ class GrammarProcessor(Mask):
 
     A token's mask needs the tokens before it, so the processor waits for them, and the logits are
     computed meanwhile. After the grammar's end it allows end-of-text tokens only. One processor
-    follows one sequence. A call may have fewer tokens than the one before, as in speculation.
+    follows one text. A call may have fewer tokens than the one before, as in speculation.
 
     With ``calls`` the text may hold calls of tools, which are followed from their mark on: anything
     else is allowed if there is no grammar and no call is required. With a grammar the text is one
@@ -84,7 +84,7 @@ class GrammarProcessor(Mask):
         thought: The marks of a thought that may come first: its beginning and its end. The prompt
             has begun it if the first one is empty.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
-            and the ones that :meth:`for_sequence` makes. Beyond it their texts end. Ambiguous
+            and the ones that :meth:`for_text` makes. Beyond it their texts end. Ambiguous
             grammars take more for each further token.
 
     Attributes:
@@ -109,7 +109,7 @@ class GrammarProcessor(Mask):
     ):
         self.grammar = grammar
         self._vocabulary = vocabulary_of(tokenizer)
-        # It counts the processors for other sequences, too.
+        # It counts the processors for other texts, too.
         self._time = MaskTime(seconds_per_mask)
         text = text_grammar(self._vocabulary, grammar, calls, required=required, thought=thought)
         form = "form of calls"
@@ -126,8 +126,8 @@ class GrammarProcessor(Mask):
         # The tokens that the matcher has taken.
         self._followed: list[int] = []
 
-    def for_sequence(self) -> "GrammarProcessor":
-        """A processor of the same grammar for another sequence, which shares the time of masks."""
+    def for_text(self) -> "GrammarProcessor":
+        """A processor of the same grammar for another text, which shares the time of masks."""
         made = copy.copy(self)
         made.begin()
         return made

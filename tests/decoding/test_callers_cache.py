@@ -295,7 +295,7 @@ def test_a_processor_may_be_replaced(plain_pair, misses):
 def test_attributes_of_others_objects_say_nothing(plain_pair):
     class Processor:
         begin = "a text"
-        for_sequence = 3
+        for_text = 3
         __code__ = []  # noqa: RUF012
 
         def __init__(self):

@@ -105,7 +105,7 @@ def test_masks_follow_the_tokens_back_and_forth():
     for _ in range(60):
         end = draw.randrange(len(text) + 1)
         assert allowed(processor, text[:end]) == expected[end]
-    other = processor.for_sequence()
+    other = processor.for_text()
     other([0], mx.zeros((1, other._vocabulary.size)))
     assert allowed(other, text[:9]) == expected[9]
 

@@ -175,7 +175,7 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
     """Those of this grammar take more and more. Several texts of one request share the time."""
     (a,) = tokenizer.encode("a")
     processor = GrammarProcessor(tokenizer, ambiguous(3), seconds_per_mask=1e-6)
-    other = processor.for_sequence()
+    other = processor.for_text()
     assert a in allowed(other, [7])
     tokens = [7]
     while allowed(processor, tokens) != {EOS} and len(tokens) < 500:
