@@ -26,6 +26,7 @@ from .structured.processor import GrammarProcessor
 if TYPE_CHECKING:
     from .loading.head_options import HeadOptions
     from .models.prompt_cache_file import CachedPrompt
+    from .models.trained_drafter import TrainedDrafter
 
 EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.
@@ -145,7 +146,7 @@ class _Loaded:
     tokenizer: Any
     config: dict[str, Any]
     folder: Path
-    draft_model: nn.Module | None = None
+    draft_model: "nn.Module | TrainedDrafter | None" = None
 
 
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Grammar | None) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..common.command import sentence
 from ..common.yielding import one_thread_less, yielding
-from ..conversion import Progress
+from ..conversion import Progress, Task
 from ..conversion.build import STEP_SECONDS
 from ..conversion.forecast import Forecast, Forecaster
 from ..decoding.policy import Tuning, policy_of
@@ -65,6 +65,7 @@ class Build:
         anew: Replace a FlashHead that there is, and take more time.
 
     Attributes:
+        gate: Whether the next part may be done. A caller may put another one here.
         stored: The FlashHead, once it is built.
         tuning: What it gains, once that is measured.
         error: What has ended the build.
@@ -93,13 +94,14 @@ class Build:
         copied = copy.deepcopy(model)
         location = find_head(copied)
         check_plain_product(location)
-        self.gate = gate or always
+        self.gate = always
         self._measures = gate is not None
         self._options = options
         self._forecaster: Forecaster | None = None
         self.closed = False
         step_seconds = math.inf
         if gate is not None:
+            self.gate = gate
             step_seconds = STEP_SECONDS
         parts = build_parts(
             copied,
@@ -124,8 +126,9 @@ class Build:
         self._forecaster = forecaster
 
     def _all_parts(
-        self, model: nn.Module, parts: Generator[Progress, None, StoredHead], options: HeadOptions
+        self, model: nn.Module, parts: Task[StoredHead], options: HeadOptions
     ) -> Generator[Progress | None, None, None]:
+        """The parts of the build, and those that measure what it gains, which have no progress."""
         self.stored = yield from parts
         self._forecaster = None
         if not self._measures:

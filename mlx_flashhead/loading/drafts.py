@@ -52,7 +52,7 @@ class DraftOptions:
 
     def load(
         self, target: nn.Module, folder: Path, options: HeadOptions, *, trust_remote_code: bool
-    ) -> Any:
+    ) -> nn.Module | TrainedDrafter | None:
         """What drafts for a model that is loaded; None if nothing does.
 
         Args:
@@ -72,6 +72,7 @@ class DraftOptions:
                 )
         if self.model is None:
             return None
+        drafter: nn.Module | TrainedDrafter
         drafter, _ = load_draft(
             self.model, draft_probes=self.probes, trust_remote_code=trust_remote_code
         )
@@ -86,10 +87,10 @@ def load_draft(
     mtp_of: nn.Module | None = None,
     draft_probes: int | None = None,
     trust_remote_code: bool = False,
-):
+) -> tuple[Any, Any]:
     """Loads what drafts for a model: a smaller one, or a drafter that was trained with it.
 
-    A draft model comes with its FlashHead if it has one. None is built. The target verifies each
+    A smaller model comes with its FlashHead if it has one. None is built. The target verifies each
     draft, so few probes will do: by default a tenth of the head's bytes (docs/drafts.md).
 
     Args:

@@ -42,15 +42,18 @@ def load(
     head_bits: int | None = None,
     flash_head_always: bool = False,
     progress: bool = True,
-):
-    """Loads a model with a FlashHead.
+) -> tuple[Any, ...]:
+    """Loads a model with a FlashHead: ``mlx_lm.load`` with further arguments.
 
     It is the one that is named, else the one in the model's folder, else the one that was built
     for this model before, else a new one, which is cached.
 
     Args:
         path_or_hf_repo: Folder or Hugging Face repository of the model.
+        tokenizer_config: Arguments of the tokenizer.
+        model_config: Entries that replace those of the model's configuration.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
+        lazy: Leave the weights on the disk until they are needed.
         return_config: Whether the configuration is wanted, too.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run the model's own Python code.
@@ -104,16 +107,32 @@ def _where_missing(build: bool) -> str:
     return REFUSE
 
 
-def load_with_head(folder: Path, options: HeadOptions, **loading: Any):
-    """A folder's model with its FlashHead: ``(model, tokenizer, config)``; raises as `load`."""
+def load_with_head(
+    folder: Path, options: HeadOptions, **loading: Any
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Loads a folder's model with its FlashHead.
+
+    Args:
+        folder: The model's folder.
+        options: How it gets its FlashHead.
+        **loading: Other arguments of :func:`mlx_flashhead.models.loading.load_dense`.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If the model does not exist, or as from :func:`attach_head`.
+    """
     stored = sources.explicit_head(options, folder)
     loaded = load_dense(folder, **loading)
     attach_head(loaded[0], loaded[1], stored, folder, options)
     return loaded
 
 
-def load_dense_head(folder: Path, options: HeadOptions, **loading: Any):
-    """A folder's model with its normal (dense) head, or a finer one that the options name."""
+def load_dense_head(
+    folder: Path, options: HeadOptions, **loading: Any
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """As :func:`load_with_head`, with the normal (dense) head, or a finer one that options name."""
     loaded = load_dense(folder, **loading)
     _attach_fine_head(find_head(loaded[0]), folder, options)
     return loaded
@@ -131,7 +150,7 @@ def sharded_load(
     n_probes: int | None = None,
     backend: str | None = None,
     progress: bool = True,
-):
+) -> tuple[Any, ...]:
     """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
 
     The FlashHead is named, or in the model's folder, or a single process has built it before.

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import finalize
 
 from ..common.command import sentence
@@ -94,10 +94,11 @@ class ProgramModels:
                 raise ValueError(
                     f"{name} is a model of its own: name it to the program, which drafts with it."
                 )
-            drafter: TrainedDrafter = drafting.load(model, folder, options, trust_remote_code=False)
+            loaded = drafting.load(model, folder, options, trust_remote_code=False)
         except (ValueError, OSError) as error:
             options.say(f"Without drafts: {sentence(error)}")
             return None
+        drafter = cast(TrainedDrafter, loaded)
         self._drafters[id(model)] = drafter
         finalize(model, self._drafters.pop, id(model), None).atexit = False
         return drafter
