@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(
 
 def run_kernel(source, *inputs, n=64, dtype=mx.float32, template=(), emulator=None, header=""):
     """A kernel of inputs a and b gives its output `out`, by n threads, 64 of them a group."""
+    if emulator is None:
+        emulator = Emulator()
     names = {"name": "test", "input_names": list("ab")[: len(inputs)], "output_names": ["out"]}
-    kernel = (emulator or Emulator()).metal_kernel(source=source, header=header, **names)
+    kernel = emulator.metal_kernel(source=source, header=header, **names)
     outputs = {"output_shapes": [(min(n, 64),)], "output_dtypes": [dtype]}
     sizes = {"grid": (n, 1, 1), "threadgroup": (64, 1, 1), "template": list(template)}
     return kernel(inputs=list(inputs), **sizes, **outputs)[0]
@@ -59,7 +61,8 @@ def test_products_and_sums_are_joined_as_configured():
             emulator = Emulator(contract=contract)
             source = INDEX + f"out[i] = {form} - (1.0f + 0x1p-11f);"
             out = run_kernel(source, x, header=header, emulator=emulator)
-            assert mx.all(out == (2.0**-24 if contract in fused else 0.0)), (form, contract)
+            expected = 2.0**-24 if contract in fused else 0.0
+            assert mx.all(out == expected), (form, contract)
 
 
 # Kernels that are wrong in one way each.
@@ -67,8 +70,11 @@ FAULTS = [
     # a missing barrier, one for other memory, one of a simdgroup, lock step, one output of two
     ("race", SHARED + BARRIER + "s[t] = a[t]; out[t] = s[63 - t];"),
     ("race", SHARED + "threadgroup_barrier(mem_flags::mem_device); out[t] = s[63 - t];"),
-    ("race", SHARED + BARRIER + "s[t] = a[t]; "
-     "simdgroup_barrier(mem_flags::mem_threadgroup); out[t] = s[63 - t];"),
+    (
+        "race",
+        SHARED + BARRIER + "s[t] = a[t]; "
+        "simdgroup_barrier(mem_flags::mem_threadgroup); out[t] = s[63 - t];",
+    ),
     ("race", SHARED + "simd_sum(1.0f); out[t] = s[t ^ 1];"),
     ("race", TID + "out[t] = 0; out[t / 2] = a[t];"),
     ("out-of-bounds", PAST_END),
@@ -80,14 +86,16 @@ FAULTS = [
     ("inactive-lane", INDEX + "out[i] = i < 64 ? simd_shuffle(a[i], 31) : 0;"),
     ("uninitialised", TID + "if (t != 13) out[t] = a[t];"),
     ("uninitialised", "threadgroup float s[64]; " + TID + "out[t] = s[t];"),
-    ("threadgroup-memory",
-     "threadgroup float s[8192], r; " + TID + "s[t] = a[t]; r = 0; out[t] = 0;"),
+    (
+        "threadgroup-memory",
+        "threadgroup float s[8192], r; " + TID + "s[t] = a[t]; r = 0; out[t] = 0;",
+    ),
     ("compile", NO_SPACE),
     ("compile", TID + "out[t] = ((const float*)a)[t];"),
     ("compile", "threadgroup float s[2] = {0, 0}; out[thread_index_in_threadgroup] = 0;"),
     ("compile", TID + "double v = a[t]; out[t] = v;"),
     ("compile", TID + "out[t] = min(t, 5);"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, source", FAULTS)
@@ -97,7 +105,8 @@ def test_fault_is_caught(kind, source, order):
     with pytest.raises(KernelFault) as fault:
         run_kernel(source, ramp(), n=n, emulator=Emulator(order))
     assert fault.value.kind == kind, str(fault.value)
-    assert "/" not in str(fault.value).split("\n")[0]  # names the kernel, not a path
+    # It names the kernel, not a path.
+    assert "/" not in str(fault.value).split("\n")[0]
 
 
 def test_fault_says_where():

@@ -75,8 +75,10 @@ def tokenizer_of(parser: str, *, plain: bool = False) -> TokenizerWrapper:
 
 def tool(name: str, parameters: dict | None = None) -> dict:
     """A tool in OpenAI's form."""
-    function = {"name": name, "description": "what it does"}
-    return {"type": "function", "function": function | {"parameters": parameters or {}}}
+    if parameters is None:
+        parameters = {}
+    function = {"name": name, "description": "what it does", "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def of(required=(), /, **properties) -> dict:

@@ -20,8 +20,11 @@ MODULES = {
 @contextmanager
 def emulated(library: str = "mlx_lm") -> Iterator[None]:
     """Within the block, all architectures of mlx_lm or mlx_vlm run on this machine."""
+    modules = MODULES[library]
+    if mx.metal.is_available():
+        modules = ()
     with ExitStack() as stack:
-        for name in () if mx.metal.is_available() else MODULES[library]:
+        for name in modules:
             with suppress(ImportError):
                 module = import_module(f"{library}.models.{name}")
                 owner = getattr(module, "BitLinear", module)
@@ -85,6 +88,12 @@ def rms_norm_sigmoid_gate(x, gate, *, eps):
 
 
 REPLACEMENTS = (
-    execute_matmul_kernel, expert_routing, norm_add_norm, pre_norm, post_expert_norm_combine,
-    qk_norm, qk_norm_rope, rms_norm_sigmoid_gate,
-)  # fmt: skip
+    execute_matmul_kernel,
+    expert_routing,
+    norm_add_norm,
+    pre_norm,
+    post_expert_norm_combine,
+    qk_norm,
+    qk_norm_rope,
+    rms_norm_sigmoid_gate,
+)

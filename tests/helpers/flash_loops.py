@@ -35,10 +35,10 @@ class Flash:
 
     def checked(self, settings=None, **options):
         """The tokens of the loop with a sampler, which are those of the dense loop."""
-        found, dense = (
-            self.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
-            for dense in (False, True)
-        )
+        if settings is None:
+            settings = {}
+        found = self.tokens(sampler=make_sampler(**settings), **options)
+        dense = self.tokens(dense=True, sampler=make_sampler(**settings), **options)
         assert found == dense
         return found
 
@@ -59,11 +59,13 @@ class Flash:
         uids = generator.insert(prompts, [max_tokens] * len(prompts), **options)
         tokens = {uid: [] for uid in uids}
         ends = {}
-        while responses := generator.next_generated():
+        responses = generator.next_generated()
+        while responses:
             for response in responses:
                 tokens[response.uid].append(response.token)
                 if response.finish_reason is not None:
                     ends[response.uid] = response
+            responses = generator.next_generated()
         generator.close()
         return [tokens[uid] for uid in uids], [ends[uid] for uid in uids]
 

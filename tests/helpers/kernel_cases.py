@@ -44,7 +44,7 @@ def kernels(**options):
 
 @contextlib.contextmanager
 def changed_kernels(right: str, wrong: str):
-    """Within the block the kernels' files have one text in the place of another."""
+    """Within the block the kernels' files have a text in the place of one that they have once."""
     files = {file.stem: file.read_text() for file in KERNEL_FILES.glob("*.h")}
     assert sum(text.count(right) for text in files.values()) == 1, right
     changed = {name: text.replace(right, wrong) for name, text in files.items()}
@@ -58,7 +58,9 @@ def changed_kernels(right: str, wrong: str):
 
 def to_numpy(array: mx.array) -> np.ndarray:
     """The array as numpy; 16-bit floats as float32, exactly."""
-    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+    if array.dtype == mx.bfloat16:
+        array = array.astype(mx.float32)
+    return np.array(array)
 
 
 def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtype, scale=0.05):
@@ -71,11 +73,12 @@ def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtyp
 
 def make_centroids(rng, n_clusters, hidden_size, *, group_size):
     """Random centroids, 4-bit in groups of ``group_size``; 0 for floats."""
+    bits = 4 if group_size else 16
     stored = make_rows(
         rng,
         n_clusters,
         hidden_size,
-        bits=4 if group_size else 16,
+        bits=bits,
         group_size=group_size,
         dtype=mx.bfloat16,
     )
@@ -101,12 +104,13 @@ def make_clustered(
 
 def plain_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:
     """Clusters of which only the token ids matter; two slots are padded if there is room."""
+    padded = 2 if cluster_size > 1 else 0
     return make_clustered(
         rng,
         n_clusters,
         cluster_size,
         4,
-        padded=2 if cluster_size > 1 else 0,
+        padded=padded,
         centroid_group=0,
         bits=16,
         group_size=0,

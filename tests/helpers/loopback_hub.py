@@ -124,12 +124,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.content[:most])
             self.close_connection |= most is not None and most < len(answer.content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = route
+    do_GET = route
+    do_HEAD = route
+    do_POST = route
+    do_PUT = route
 
     def answer(self, request: str):
         for pattern, name in ROUTES:
-            if match := re.fullmatch(pattern, request):
-                return getattr(self, name)(*(g and unquote(g) for g in match.groups()))
+            match = re.fullmatch(pattern, request)
+            if match is not None:
+                parts = []
+                for part in match.groups():
+                    # A part that is left out is None.
+                    if part is not None:
+                        part = unquote(part)
+                    parts.append(part)
+                return getattr(self, name)(*parts)
         return Answer(404, {"error": "no such page"})
 
     def log_message(self, *_):
@@ -137,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def pieces(self):
         """The request's body, piece by piece."""
-        left = int(self.headers.get("Content-Length") or 0)
+        left = int(self.headers.get("Content-Length", 0))
         while left:
             piece = self.rfile.read(min(left, CHUNK))
             if not piece:
@@ -146,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
             yield piece
 
     def account(self) -> Account | None:
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         return self.server.accounts.get(token)
 
     def repository(self, repo_id: str, *, write: bool = False) -> Repository:
@@ -155,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         account = self.account()
         may_write = account is not None and account.may_write(repo_id)
         if found is None or (found.private and not may_write):
-            raise Answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
+            status = 401 if account is None else 404
+            raise Answer(status, {}, X_Error_Code="RepoNotFound")
         if write and not may_write:
             raise Answer(403, {}, **NO_RIGHTS)
         return found
@@ -173,7 +184,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self):
         wanted = json.loads(self.body)
         account = self.account()
-        repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
+        owner = wanted.get("organization")
+        if owner is None:
+            owner = account.name
+        repo_id = f"{owner}/{wanted['name']}"
         if not account.may_write(repo_id):
             raise Answer(403, {}, **NO_RIGHTS)
         status = 200
@@ -192,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo_id, revision):
         repository = self.repository(repo_id)
-        number = repository.find(revision or "main")
+        if revision is None:
+            revision = "main"
+        number = repository.find(revision)
         siblings = [{"rfilename": path} for path in repository.commits[number]]
         about = {"id": repo_id, "sha": repository.sha(number), "private": repository.private}
         return about | {"siblings": siblings}
@@ -242,7 +258,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.sent[oid] = server.sent.get(oid, 0) + len(piece)
                 if server.down_after is not None:
                     server.down_after -= len(piece)
-                    server.down = server.down or server.down_after <= 0
+                    if server.down_after <= 0:
+                        server.down = True
                 if server.down:
                     raise Down
         assert self.path.endswith(SIGNATURE) and hashlib.sha256(content).hexdigest() == oid
@@ -250,7 +267,8 @@ class Handler(BaseHTTPRequestHandler):
         return Answer()
 
     def verify(self, oid):
-        return Answer(200 if oid in self.server.large else 404, {})
+        status = 200 if oid in self.server.large else 404
+        return Answer(status, {})
 
     def commit(self, repo_id):
         repository = self.repository(repo_id, write=True)
@@ -279,7 +297,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(403, {}, X_Error_Code="GatedRepo")
         content = self.server.content(stored)
         headers = {"X_Repo_Commit": commit, "ETag": f'"{git_oid(stored)[0]}"'}
-        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match is not None:
             start = int(match[1])
             end = min(int(match[2]), len(content) - 1)
             self.server.ranged_bytes += end + 1 - start

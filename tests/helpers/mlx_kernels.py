@@ -72,7 +72,9 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
     else:
         kernel = dense_kernel(matrix, n_rows)
         affine = matrix.biases is not None
-        name = f"{'' if affine else 'fp_'}{kernel.name}_impl"
+        name = f"{kernel.name}_impl"
+        if not affine:
+            name = f"fp_{name}"
         partial = kernel.name == "qmv_fast" and n_rows % 8 > 0
         helpers = ("get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe")
         if affine:
@@ -83,11 +85,11 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
             header += "constant constexpr float F8E4M3_MAX = 448.0f;\n"
             header += "constant constexpr float F4E2M1_MAX = 6.0f;\n"
             header += parts("fp_quantized.h", *helpers, *scales)
-        body = QMV.format(
-            name=name,
-            constants=f"{matrix.group_size}, {matrix.bits}" + ", true" * partial,
-            offsets="biases" if affine else "(const device float*)nullptr",
-        )
+        constants = f"{matrix.group_size}, {matrix.bits}"
+        if partial:
+            constants += ", true"
+        offsets = "biases" if affine else "(const device float*)nullptr"
+        body = QMV.format(name=name, constants=constants, offsets=offsets)
         header = PRELUDE + header
         rows = 8
         threadgroup = (LANES, 2, 1)
@@ -95,10 +97,14 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
     kernel = mx.fast.metal_kernel(name="mlx_logits", header=header, source=body, **names)
     groups = -(-n_rows // rows)
     x, y, z = threadgroup
+    if matrix.quantized:
+        grid = (x, y * groups, z)
+    else:
+        grid = (x * groups, y, z)
     (logits,) = kernel(
         inputs=list(inputs.values()),
         template=[("T", hidden.dtype)],
-        grid=(x, y * groups, z) if matrix.quantized else (x * groups, y, z),
+        grid=grid,
         threadgroup=threadgroup,
         output_shapes=[(1, n_rows)],
         output_dtypes=[hidden.dtype],

@@ -33,9 +33,19 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
 
 
 def write_model(
-    folder: Path, *, arch="llama", tied=True, dtype=mx.float32, by_mlx=True, hidden_size=64,
-    vocab_size=VOCAB_SIZE, seed=0, chat_template=CHAT_TEMPLATE, card=CARD, further=None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    *,
+    arch="llama",
+    tied=True,
+    dtype=mx.float32,
+    by_mlx=True,
+    hidden_size=64,
+    vocab_size=VOCAB_SIZE,
+    seed=0,
+    chat_template=CHAT_TEMPLATE,
+    card=CARD,
+    further=None,
+) -> Path:
     """Writes a random two-layer model and its README.md, the ``card``.
 
     The module ``arch`` of mlx-lm takes a llama's configuration, and ``further`` entries. Without
@@ -54,18 +64,21 @@ def write_model(
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
-    } | (further or {})
+    }
+    if further is not None:
+        config |= further
     mx.random.seed(seed)
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
-    weights = {
-        # Larger than a fresh layer's, so that the logits differ from token to token.
-        name: (array * 4 if array.ndim == 2 else array).astype(dtype)
-        for name, array in tree_flatten(model.parameters())
-    }
+    weights = {}
+    for name, array in tree_flatten(model.parameters()):
+        # Matrices are larger than a fresh layer's, so that the logits differ from token to token.
+        if array.ndim == 2:
+            array = array * 4
+        weights[name] = array.astype(dtype)
     folder.mkdir(parents=True)
-    metadata = {"format": "mlx" if by_mlx else "pt"}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata=metadata)
+    stored_by = "mlx" if by_mlx else "pt"
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": stored_by})
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder, chat_template)
     if card is not None:
@@ -79,8 +92,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:
-    """All that lies under a folder: files with their contents, and folders."""
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
+    """All that lies under a folder: files with their contents, and folders with None."""
+    found = {}
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else None
+        found[path.relative_to(folder)] = content
+    return found

@@ -164,10 +164,17 @@ class _Products:
             self._one_by_one = 1
 
     def quantized_matmul(
-        self, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None = None,
-        transpose: bool = True, group_size: int | None = None, bits: int | None = None,
-        mode: str = "affine", **options: Any,
-    ) -> mx.array:  # fmt: skip
+        self,
+        x: mx.array,
+        w: mx.array,
+        scales: mx.array,
+        biases: mx.array | None = None,
+        transpose: bool = True,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        **options: Any,
+    ) -> mx.array:
         """As ``mx.quantized_matmul``."""
         n_states = x.size // x.shape[-1]
         if not transpose or w.ndim > 2 or n_states > self._one_by_one or x.shape[-1] in QUAD_WIDTHS:
@@ -184,11 +191,19 @@ class _Products:
         return mx.concatenate(products).reshape(*x.shape[:-1], -1)
 
     def gather_qmm(
-        self, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array | None = None,
-        lhs_indices: mx.array | None = None, rhs_indices: mx.array | None = None,
-        transpose: bool = True, group_size: int | None = None, bits: int | None = None,
-        mode: str = "affine", **options: Any,
-    ) -> mx.array:  # fmt: skip
+        self,
+        x: mx.array,
+        w: mx.array,
+        scales: mx.array,
+        biases: mx.array | None = None,
+        lhs_indices: mx.array | None = None,
+        rhs_indices: mx.array | None = None,
+        transpose: bool = True,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        **options: Any,
+    ) -> mx.array:
         """As ``mx.gather_qmm``."""
         if lhs_indices is None or rhs_indices is None or not transpose or x.shape[-2] > 1:
             arrays = (x, w, scales, biases, lhs_indices, rhs_indices, transpose)
@@ -211,12 +226,18 @@ class _Products:
 
 
 def _rows(
-    weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int | None,
-    bits: int | None, mode: str,
-) -> Matrix:  # fmt: skip
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    group_size: int | None,
+    bits: int | None,
+    mode: str,
+) -> Matrix:
     """Rows as MLX's functions get them; they may leave the form to the mode."""
-    group_size = group_size or {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}.get(mode, 64)
-    bits = bits or {"mxfp8": 8}.get(mode, 4)
+    if group_size is None:
+        group_size = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}.get(mode, 64)
+    if bits is None:
+        bits = {"mxfp8": 8}.get(mode, 4)
     return Matrix(weight, scales, biases, None, group_size, bits, mode)
 
 

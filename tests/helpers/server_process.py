@@ -41,9 +41,11 @@ class Server:
     def lines(self, number: int, after: int = 0) -> list[str]:
         """So many lines of it: one is written when its request's client has the answer."""
         until = time.monotonic() + 20
-        while len(lines := self.log().splitlines()[after:]) < number:
+        lines = self.log().splitlines()[after:]
+        while len(lines) < number:
             assert time.monotonic() < until, lines
             time.sleep(0.01)
+            lines = self.log().splitlines()[after:]
         return lines
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:

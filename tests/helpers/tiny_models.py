@@ -54,9 +54,16 @@ FORMS = {
 
 
 def tiny_model(
-    arch="llama", *, tied=True, dtype=mx.float32, bits=None, group_size=32, mode="affine", seed=0,
+    arch="llama",
+    *,
+    tied=True,
+    dtype=mx.float32,
+    bits=None,
+    group_size=32,
+    mode="affine",
+    seed=0,
     **overrides,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """A random model with weights and biases that are large enough for logits that differ.
 
     ``bits`` quantizes the head and the linear layers; ``overrides`` are keys of the configuration.
@@ -131,7 +138,11 @@ def tiny_index(
     model, *, cluster_size=8, n_probes=4, eos_token_ids=(), seed=0, recipe=None, location=None
 ) -> FlashHeadIndex:
     """A FlashHead for ``model``: random clusters, fitted centroids."""
-    rows = (location or find_head(model)).rows()
+    if location is None:
+        location = find_head(model)
+    if recipe is None:
+        recipe = {}
+    rows = location.rows()
     token_ids = random_clusters(np.random.default_rng(seed), rows.n_rows, cluster_size)
     centroids = fitted(rows, token_ids)
     config = FlashHeadConfig(
@@ -145,7 +156,7 @@ def tiny_index(
         centroid_group_size=centroids.matrix.group_size or 0,
         calibration={"source": "none"},
         report={"agreement": 0.5},
-        recipe=recipe or {},
+        recipe=recipe,
         fingerprint=rows.fingerprint,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))

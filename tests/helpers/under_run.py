@@ -44,9 +44,11 @@ def texts(batches, prompts, **options):
     """The tokens of prompts in a batch, as a program that keeps to its public face."""
     uids = batches.insert(prompts, [N_TOKENS] * len(prompts), **options)
     found = {uid: [] for uid in uids}
-    while responses := batches.next_generated():
+    responses = batches.next_generated()
+    while responses:
         for response in responses:
             found[response.uid].append(response.token)
+        responses = batches.next_generated()
     return list(found.values())
 
 

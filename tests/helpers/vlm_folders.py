@@ -42,10 +42,11 @@ def write_vision_model(folder: Path, *, tied: bool = False) -> Path:
     made = qwen2_vl.ModelConfig.from_dict(deepcopy(config))
     made = update_module_configs(made, qwen2_vl, deepcopy(config), ["text", "vision"])
     mx.random.seed(0)
-    weights = {
-        name: array * 4 if array.ndim == 2 and "embed_tokens" not in name else array
-        for name, array in tree_flatten(qwen2_vl.Model(made).parameters())
-    }
+    weights = {}
+    for name, array in tree_flatten(qwen2_vl.Model(made).parameters()):
+        if array.ndim == 2 and "embed_tokens" not in name:
+            array = array * 4
+        weights[name] = array
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     pictures = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}

@@ -65,7 +65,9 @@ def vlm_config(name: str, tied: bool) -> dict:
     """The small config.json of an architecture."""
     own = VLM_OVERRIDES.get(name, {})
     text = OVERRIDES.get(name, {})
-    text = (text(tied) if callable(text) else text) | own.get("text", {})
+    if callable(text):
+        text = text(tied)
+    text = text | own.get("text", {})
     config = COMMON | IMAGE_TOKENS | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | text
     parts = {f"{name}_config": VISION | own.get(name, {}) for name in ("vision", "audio")}
     parts |= {"text_config": config | own.get("text_config", {})}

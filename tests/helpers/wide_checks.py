@@ -18,8 +18,14 @@ FORMS = (False, True)
 
 def bits(arrays) -> list[tuple]:
     """Dtypes, shapes and bits of arrays."""
-    whole = [array if array.ndim else array[None] for array in arrays]
-    return [(a.dtype, a.shape, np.array(a.view(mx.uint8)).tobytes()) for a in whole]
+    found = []
+    for array in arrays:
+        # An array without axes cannot be viewed as bytes.
+        if array.ndim == 0:
+            array = array[None]
+        content = np.array(array.view(mx.uint8)).tobytes()
+        found.append((array.dtype, array.shape, content))
+    return found
 
 
 def held(caches) -> list[tuple]:

@@ -44,8 +44,9 @@ KERNEL_FLAGS = [
 # Products and sums may become one operation, as Apple's compiler may do it: never ("off"), within
 # an expression ("on"), or wherever they meet, in functions that are all inlined ("fast"). x86-64
 # has it as an extension.
-CONTRACT_FLAGS = ["-target-feature", "+fma"] if platform.machine() == "x86_64" else []
-CONTRACT_FLAGS += ["-mllvm", "-inline-threshold=100000"]
+CONTRACT_FLAGS = ["-mllvm", "-inline-threshold=100000"]
+if platform.machine() == "x86_64":
+    CONTRACT_FLAGS += ["-target-feature", "+fma"]
 # Calls before each load, store, memcpy and memset; see runtime/memory.cpp.
 CHECK_FLAGS = [
     "-fsanitize=kernel-address",
@@ -63,7 +64,8 @@ RUNTIME_FLAGS = [
 @cache
 def zig() -> str:
     """Path of the ``zig`` program, which contains clang and a linker."""
-    import ziglang  # here, since not every environment that collects the tests has it
+    # Not every environment that collects the tests has it.
+    import ziglang
 
     return str(Path(ziglang.__file__).parent / "zig")
 
@@ -154,10 +156,15 @@ def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str)
     def build(path: Path) -> None:
         made = path.with_suffix(".o")
         whole = f'{translate(text, file_name)}\n#line 1 "entry.metal"\n{entry}'
-        flags = [*(CHECK_FLAGS if check else []), "-emit-obj", "-o", str(made)]
-        flags += [f"-ffp-contract={contract}"]
-        # more is joined where functions are inlined; without that, less takes less time
-        flags += ["-O2", *CONTRACT_FLAGS] if contract != "off" else ["-O1"]
+        flags = ["-emit-obj", "-o", str(made), f"-ffp-contract={contract}"]
+        if check:
+            flags += CHECK_FLAGS
+        if contract == "off":
+            # Without inlining, this takes less time.
+            flags.append("-O1")
+        else:
+            # More is joined where functions are inlined.
+            flags += ["-O2", *CONTRACT_FLAGS]
         compile_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
         link([made], path)
 

@@ -31,9 +31,13 @@ class Emulator:
         self.seed = seed
         self.check = check
         self.contract = contract
-        self.max_threads = max_threads or {}
-        self.dispatches = []  # one of each launch so far
-        self.built = set()  # texts of the kernels that were compiled: MLX keeps a library for each
+        if max_threads is None:
+            max_threads = {}
+        self.max_threads = max_threads
+        # One of each launch so far.
+        self.dispatches = []
+        # The texts of the kernels that were compiled: MLX keeps a library for each.
+        self.built = set()
 
     def metal_kernel(self, **options):
         """Takes and refuses what ``mx.fast.metal_kernel`` does; the result is called likewise."""
@@ -55,9 +59,16 @@ class Emulator:
         self, options, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None
     ):
         """Runs a kernel, made with ``options``, at once: MLX would wait until it is needed."""
-        arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        arrays = []
+        for each in inputs:
+            # An input may also be a number.
+            if not isinstance(each, mx.array):
+                each = mx.array(each)
+            arrays.append(each)
         mx.eval(arrays)
-        call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}
+        if template is None:
+            template = []
+        call = {"grid": grid, "threadgroup": threadgroup, "template": template}
         outputs = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
         signature = signature_of(options, arrays, call | outputs)
         name = options["name"]
@@ -68,7 +79,7 @@ class Emulator:
                 f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
                 f"threadgroup ({allowed})."
             )
-        # as MLX dispatches them: no threadgroup is larger than the grid
+        # As MLX dispatches them, no threadgroup is larger than the grid.
         threadgroup = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
         data = dict(zip(options["input_names"], map(bits_of, arrays), strict=True))
         forms = zip(output_shapes, output_dtypes, strict=True)
@@ -79,15 +90,16 @@ class Emulator:
                 shape, dtype = forms[parameter]
                 n_bytes = int(np.prod(shape)) * dtype.size
                 buffers.append(Buffer(parameter, OUTPUT, dtype.size, n_bytes))
-                buffers[-1].data[:] = 0xFF  # NaN in every floating dtype
+                # This is NaN in every floating dtype.
+                buffers[-1].data[:] = 0xFF
             elif parameter not in ATTRIBUTES:
                 values = input_values(parameter, data)
                 buffers.append(Buffer(parameter, INPUT, values.itemsize, values.nbytes))
                 buffers[-1].data[:] = values.reshape(-1).view(np.uint8)
         self.built.add(signature.text)
-        form = signature.name, self.check, self.contract
+        form = (signature.name, self.check, self.contract)
         library = compile_kernel(signature.text, signature.entry(), *form)
-        settings = tuple(grid), threadgroup, self.order, self.seed, self.check
+        settings = (tuple(grid), threadgroup, self.order, self.seed, self.check)
         self.dispatches.append(launch(name, library, buffers, *settings))
         return [
             mx.array(made.data.view(f"u{dtype.size}")).view(dtype).reshape(tuple(shape))
@@ -111,4 +123,6 @@ def input_values(name: str, data: dict[str, np.ndarray]) -> np.ndarray:
     x = data[of]
     if role == "strides":
         return np.array(x.strides, np.int64) // x.itemsize
-    return np.array(x.shape if role == "shape" else [x.ndim], np.int32)
+    if role == "shape":
+        return np.array(x.shape, np.int32)
+    return np.array([x.ndim], np.int32)

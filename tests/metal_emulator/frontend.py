@@ -22,7 +22,8 @@ class KernelFault(RuntimeError):
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
-        self.kind = kind  # ``compile``, or one of ``run.KINDS``
+        # It is ``compile``, or one of ``run.KINDS``.
+        self.kind = kind
 
 
 def refuse(name: str, text: str, position: int, reason: str):
@@ -105,7 +106,8 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
                 f'"{variable}", {index}, sizeof({element}{dimensions})); '
             )
             index += 1
-        pieces.append("\n" * text.count("\n", at, end))  # lines keep their numbers
+        # Lines keep their numbers.
+        pieces.append("\n" * text.count("\n", at, end))
         done = end + 1
     return "".join(pieces) + text[done:]
 
@@ -113,8 +115,15 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
 def translate(text: str, name: str) -> str:
     """Metal text, of a file of this name, to what clang compiles; a KernelFault for an unknown
     attribute, or a threadgroup variable outside a kernel."""
-    comments = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'  # strings are left alone
-    blanked = re.sub(comments, lambda match: match[1] or blank(match), text, flags=re.DOTALL)
+    comments_and_strings = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'
+
+    def without_comment(match: re.Match) -> str:
+        string = match[1]
+        if string is not None:
+            return string
+        return blank(match)
+
+    blanked = re.sub(comments_and_strings, without_comment, text, flags=re.DOTALL)
     return rewrite_threadgroup_variables(blank_attributes(blanked, name), blanked, name)
 
 
@@ -136,22 +145,27 @@ LOCATION = re.compile(r"(?:line|\w+\.metal):(\d+):\d+")
 def objection(row: str) -> str | None:
     """What Apple's compiler refuses in a row of the tree, or None."""
     if "__generic" in row and " implicit " not in row:
-        if match := CAST.search(row):
-            return f"the cast to '{match[1].replace('__generic ', '')}' has no address space"
-        if (match := DECLARATION.search(row)) and match[1] not in ("used", "referenced"):
-            return f"pointer or reference '{match[1]}' has no address space"
+        cast = CAST.search(row)
+        if cast is not None:
+            kind = cast[1].replace("__generic ", "")
+            return f"the cast to '{kind}' has no address space"
+        declaration = DECLARATION.search(row)
+        if declaration is not None and declaration[1] not in ("used", "referenced"):
+            return f"pointer or reference '{declaration[1]}' has no address space"
     elif "__bf16" in row and "part_of_explicit_cast" not in row:
         if TO_BFLOAT.search(row):
             return "no implicit conversion to 'bfloat': write bfloat16_t(...)"
-        if match := COMPOUND.search(row):
-            return f"no implicit conversion from '{match[1]}' to 'bfloat' in an assignment"
+        compound = COMPOUND.search(row)
+        if compound is not None:
+            return f"no implicit conversion from '{compound[1]}' to 'bfloat' in an assignment"
     return None
 
 
 def check_syntax_tree(rows: list[str], name: str) -> None:
     """Refuses what clang accepts and Apple's compiler does not, by clang's ``-ast-dump``."""
     for index, row in enumerate(rows):
-        if (reason := objection(row)) is not None:
+        reason = objection(row)
+        if reason is not None:
             places = (LOCATION.search(earlier) for earlier in reversed(rows[: index + 1]))
             line = next((place[1] for place in places if place), "?")
             raise KernelFault("compile", f"{name}:{line}: error: {reason}")

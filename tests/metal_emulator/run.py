@@ -14,20 +14,24 @@ from .frontend import KernelFault
 ORDERS = ("forward", "reverse", "shuffle")
 INPUT = 0
 OUTPUT = 1
-GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
+# So many lie around each buffer, so that an index past its end meets no other buffer.
+GUARD_BYTES = 1 << 16
 ALIGNMENT = 256
 # As in runtime/state.h.
 KINDS = ("", "out-of-bounds", "read-only", "misaligned", "uninitialised", "race")
 KINDS += ("divergent-barrier", "inactive-lane", "threadgroup-memory")
-NOWHERE = 0xFFFFFFFF  # no region
-NOBODY = 2000  # from this number on no thread is meant
+# This number is that of no region.
+NOWHERE = 0xFFFFFFFF
+# From this number on no thread is meant.
+NOBODY = 2000
 
 _u32 = ctypes.c_uint32
 _u64 = ctypes.c_uint64
 _pointer = ctypes.c_void_p
 # What the runtime counts, in the order of `Traffic`.
 COUNTS = ["n_read", "n_written", "distinct_read", "distinct_written", "lines_read", "lines_written"]
-_launch_lock = threading.Lock()  # the runtime runs one launch at a time
+# The runtime runs one launch at a time.
+_launch_lock = threading.Lock()
 
 
 # These three mirror the structs of runtime/state.h.
@@ -61,23 +65,42 @@ class _Launch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a dispatch moves to and from one buffer."""
+    """What a dispatch moves to and from one buffer.
 
-    bytes: int  # size of the buffer
-    reads: int = 0  # bytes, repeats included
+    Attributes:
+        bytes: The size of the buffer.
+        reads: Bytes that are read, repeats included.
+        writes: Bytes that are written, repeats included.
+        distinct_bytes_read: Bytes that are read, each counted once.
+        distinct_bytes_written: Bytes that are written, each counted once.
+        lines_read: Distinct 128-byte lines that are read, from the buffer's start.
+        lines_written: Distinct 128-byte lines that are written.
+    """
+
+    bytes: int
+    reads: int = 0
     writes: int = 0
-    distinct_bytes_read: int = 0  # each byte counted once
+    distinct_bytes_read: int = 0
     distinct_bytes_written: int = 0
-    lines_read: int = 0  # distinct 128-byte lines, from the buffer's start
+    lines_read: int = 0
     lines_written: int = 0
 
 
 @dataclass(frozen=True)
 class Dispatch:
+    """A launch of a kernel.
+
+    Attributes:
+        name: The kernel's.
+        barriers: Threadgroup barriers passed by the threadgroup that passed most.
+        threadgroup_bytes: Threadgroup memory.
+        buffers: The traffic by the buffer's name. Without checks it has the sizes alone.
+    """
+
     name: str
-    barriers: int  # threadgroup barriers passed by the threadgroup that passed most
-    threadgroup_bytes: int  # threadgroup memory
-    buffers: dict[str, Traffic]  # without checks the sizes alone
+    barriers: int
+    threadgroup_bytes: int
+    buffers: dict[str, Traffic]
 
 
 class Buffer:
@@ -133,14 +156,8 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
     if state.fault.kind:
         raise runtime_fault(name, state.fault)
-    for buffer in buffers if check else ():
-        unwritten = np.flatnonzero(buffer.cells[:, 0] == 0) if buffer.kind == OUTPUT else ()
-        if len(unwritten):
-            raise KernelFault(
-                "uninitialised",
-                f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
-                f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
-            )
+    if check:
+        check_all_is_written(name, buffers)
     traffic = {
         buffer.name: Traffic(buffer.data.size, *(getattr(region, name) for name in COUNTS))
         for buffer, region in zip(buffers, regions, strict=True)
@@ -148,12 +165,27 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
     return Dispatch(name, state.barriers, state.threadgroup_bytes, traffic)
 
 
+def check_all_is_written(name, buffers) -> None:
+    """A KernelFault for the first output of which some elements are not written."""
+    for buffer in buffers:
+        if buffer.kind != OUTPUT:
+            continue
+        unwritten = np.flatnonzero(buffer.cells[:, 0] == 0)
+        if len(unwritten):
+            raise KernelFault(
+                "uninitialised",
+                f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
+                f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
+            )
+
+
 def runtime_fault(name, fault) -> KernelFault:
     """Words a fault as the runtime left it."""
     kind = KINDS[fault.kind]
     said = f"Kernel '{name}': {kind}, thread {fault.thread} of threadgroup {tuple(fault.group)}"
     if fault.region != NOWHERE:
-        offset = ctypes.c_int64(fault.offset).value  # negative before the buffer's start
+        # It is negative before the buffer's start.
+        offset = ctypes.c_int64(fault.offset).value
         verb = "write" if fault.write else "read"
         said += f", {verb} of {fault.size} bytes at byte {offset} of '{fault.name.decode()}'"
     if kind in ("race", "divergent-barrier") and fault.other < NOBODY:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-metal_kernel = mx.fast.metal_kernel  # MLX's own, also while the emulator is installed
+# This is MLX's own, also while the emulator is installed.
+metal_kernel = mx.fast.metal_kernel
 
 # Where the attributes stand in ``Indices`` of runtime/state.h, or how they follow from it.
 ATTRIBUTES = {
@@ -28,10 +29,15 @@ INSTANCE = re.compile(r"decltype\(.*\) (.*);\s*$")
 
 @dataclass(frozen=True)
 class Signature:
-    """A generated kernel."""
+    """A generated kernel.
 
-    name: str  # of the function
-    text: str  # header, template line, signature, source and instantiation
+    Attributes:
+        name: The function's.
+        text: Header, template line, signature, source and instantiation.
+    """
+
+    name: str
+    text: str
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -52,11 +58,14 @@ class Signature:
                 arguments.append(f"*({declaration[:-1]}*)a[{index}]")
             else:
                 arguments.append(f"({declaration})a[{index}]")
+        function = self.name
         instance = INSTANCE.search(self.text)
+        if instance is not None:
+            function = instance[1]
         return (
             'extern "C" __attribute__((no_sanitize("kernel-address")))\n'
             "void metal_emulator_entry(const thread ulong* a, const thread uint* i) {\n"
-            f"  {instance[1] if instance else self.name}({', '.join(arguments)});\n}}\n"
+            f"  {function}({', '.join(arguments)});\n}}\n"
         )
 
 

@@ -88,7 +88,8 @@ def check_form(
     for hidden_states, actual, expected in zip(states, sparse, dense, strict=True):
         ids, _ = candidates(head, hidden_states)
         assert ids.shape == (*hidden_states.shape[:-1], N_PROBES * CLUSTER_SIZE)
-        real = mx.minimum(ids, VOCAB_SIZE - 1)  # a padded slot looks at the last token instead
+        # A padded slot looks at the last token instead.
+        real = mx.minimum(ids, VOCAB_SIZE - 1)
         scored = mx.take_along_axis(actual, real, axis=-1)
         wanted = mx.take_along_axis(expected, real, axis=-1)
         assert ((ids == VOCAB_SIZE) | mx.isclose(scored, wanted, rtol=1e-4, atol=1e-4)).all()

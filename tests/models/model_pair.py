@@ -72,7 +72,9 @@ def uncached(model, prompt: list[int], n_tokens: int = 12) -> list[int]:
     ids = list(prompt)
     for _ in range(n_tokens):
         hidden = model.model(mx.array([ids]))[:, -1:]
-        tied = model.args.tie_word_embeddings
-        logits = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+        if model.args.tie_word_embeddings:
+            logits = model.model.embed_tokens.as_linear(hidden)
+        else:
+            logits = model.lm_head(hidden)
         ids.append(mx.argmax(logits).item())
     return ids[len(prompt) :]

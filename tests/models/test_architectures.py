@@ -48,33 +48,41 @@ def cases():
     """Each form, every second one of them in 4 bits, for architectures of one form, too. One form
     of each architecture writes a text: its caches are those of the other form."""
     for i, (name, forms) in enumerate(FOUND.items()):
+        is_odd = i % 2 == 1
         served = [tied for tied in (False, True) if forms[tied].served]
-        for tied in served:
-            in_4_bits = tied if len(served) == 2 else i % 2
-            writes = len(served) == 1 or tied == bool(i % 2)
-            yield name, tied, 4 if in_4_bits else None, writes
+        if len(served) == 1:
+            yield name, served[0], is_odd, True
+        elif len(served) == 2:
+            for tied in served:
+                yield name, tied, tied, tied == is_odd
 
 
-@pytest.mark.parametrize("name, tied, bits, writes", [*cases()])
-def test_flash_head(name, tied, bits, writes):
+@pytest.mark.parametrize("name, tied, in_4_bits, writes", [*cases()])
+def test_flash_head(name, tied, in_4_bits, writes):
     model = tiny_architecture(name, tied=tied)
-    model = model if bits is None else quantized(model)
+    if in_4_bits:
+        model = quantized(model)
     location = find_head(model)
     form = FOUND[name][tied]
     assert (f"`{location.path}`", location.tied) == (form.cell, tied)
-    assert bits is None or location.rows().bits == (form.bits or 0)
+    if in_4_bits:
+        # An architecture without bits does not quantize its head.
+        bits = 0 if form.bits is None else form.bits
+        assert location.rows().bits == bits
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 9)))
     check_form(model, location, lambda: steps(model, tokens))
-    if writes:  # whatever it does with its head's logits, and whatever its caches are
+    # Whatever it does with its head's logits, and whatever its caches are.
+    if writes:
         Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)
 
 
 @pytest.mark.parametrize("name", [name for name, cell in STEPS.items() if cell != "no"])
 def test_several_tokens_a_step(name):
     """A window of 8 tokens ends within the first step, and is past its end at the second one."""
-    in_4_bits = [*STEPS].index(name) % 2
     model = tiny_architecture(name, tied=False)
-    model = quantized(model) if in_4_bits else model
+    # Every second one is in 4 bits.
+    if [*STEPS].index(name) % 2:
+        model = quantized(model)
     apart = STEPS[name] == "apart"
     assert all(same_as_single(model, length, 3, apart=apart) for length in (6, 13))
 

@@ -61,10 +61,10 @@ def test_the_names_of_mlx_lms_loops_are_there():
 
 
 INNER_NAMES = {
-    "_chat_template", "_generation_batch", "_idx", "_old_wired_limit", "_prompt_batch",
-    "_temporal_order", "_uid_count", "_unprocessed_sequences", "__code__", "co_consts",
-    "co_filename", "co_names", "co_varnames",
-}  # fmt: skip
+    *("_chat_template", "_generation_batch", "_idx", "_old_wired_limit", "_prompt_batch"),
+    *("_temporal_order", "_uid_count", "_unprocessed_sequences"),
+    *("__code__", "co_consts", "co_filename", "co_names", "co_varnames"),
+}
 
 
 def test_inner_names_are_touched_in_compat_alone():
@@ -105,7 +105,8 @@ def test_a_function_of_mlx_lms_batches_is_replaced(monkeypatch):
     batches = mlx_lm_names.GenerationBatch
     with monkeypatch.context() as patch:
         patch.setattr(batches, "_step", lambda batch: ([], []))
-        assert mlx_lm_is_as_imported()  # a loop of one text is none of them
+        # The loop of one text does not call it.
+        assert mlx_lm_is_as_imported()
         assert set(recognised.replaced_names()) == {"GenerationBatch._step"}
     with monkeypatch.context() as patch:
         patch.delattr(mlx_lm_names.BatchGenerator, "close")
@@ -114,7 +115,8 @@ def test_a_function_of_mlx_lms_batches_is_replaced(monkeypatch):
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(mlx_lm_names, "download", pytest.fail)  # the Hub is not contacted
+    # The Hub is not contacted.
+    monkeypatch.setattr(mlx_lm_names, "download", pytest.fail)
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere/at/all", "one/two/three"):
         refused(partial(resolve, name), f"There is no folder {name}: check")
     (tmp_path / "file").touch()

@@ -39,10 +39,14 @@ def feed(cache, n, value=1.0):
 
 def attributes(cache):
     """What a cache holds beside its keys and values, as numbers."""
-    others = {name: each for name, each in vars(cache).items() if name not in ("keys", "values")}
-    return {
-        name: each.tolist() if isinstance(each, mx.array) else each for name, each in others.items()
-    }
+    found = {}
+    for name, each in vars(cache).items():
+        if name in ("keys", "values"):
+            continue
+        if isinstance(each, mx.array):
+            each = each.tolist()
+        found[name] = each
+    return found
 
 
 def changed(before, cache):
@@ -121,6 +125,7 @@ def test_a_cache_whose_end_is_set_is_one_that_was_fed(name, length):
     assert end_of(cache) == 0
     set_end(cache, length, length)
     expected = attributes(fed)
-    if type(cache) in OF_A_BATCH:  # padding is not counted in a text's own number
+    # Padding is not counted in a text's own number.
+    if type(cache) in OF_A_BATCH:
         expected["offset"] = [length]
     assert attributes(cache) == expected

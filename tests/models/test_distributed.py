@@ -71,7 +71,8 @@ def launched(tmp_path_factory):
         convert(str(dense), flash, n_probes=3, calibration="none", progress=False)
         return flash
 
-    qwen2 = write("qwen2", arch="qwen2", tied=False)  # can be split both ways
+    # It can be split both ways.
+    qwen2 = write("qwen2", arch="qwen2", tied=False)
     commands = {
         "within layers": (qwen2,),
         "by layers": (qwen2, "--pipeline"),
@@ -83,7 +84,8 @@ def launched(tmp_path_factory):
     hosts = [[f"127.0.0.1:{port}"] for port in free_ports()]
     (place / "hosts").write_text(json.dumps(hosts))
     options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"MLX_HOSTFILE": str(place / "hosts")}  # as mlx.launch gives them
+    # These are the variables that mlx.launch gives.
+    environment = os.environ | {"MLX_HOSTFILE": str(place / "hosts")}
     environments = [environment | {"MLX_RANK": str(rank)} for rank in range(2)]
     processes = [subprocess.Popen(command, env=each, **options) for each in environments]
     try:

@@ -102,16 +102,22 @@ def test_streams_take_turns(flash):
     texts = [""] * 4
     for responses in zip_longest(*streams):
         for i, response in enumerate(responses):
-            texts[i] += response.text if response else ""
+            # A text that has ended has no more responses.
+            if response is not None:
+                texts[i] += response.text
     assert texts == expected
 
 
-@pytest.mark.parametrize("shared_pair", ["untied"], indirect=True)  # a loop sees no difference
+# A loop sees no difference between tied and untied embeddings.
+@pytest.mark.parametrize("shared_pair", ["untied"], indirect=True)
 @pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
 @pytest.mark.parametrize("settings", [{}, {"dense": True}, {"verify": False}], ids=str)
 def test_batch_is_what_each_gets_alone(flash, pair, sizes, settings):
     prompts = [pair.encode(prompt) for prompt in BATCH]
-    alone = pair.unverified if settings == {"verify": False} else pair.expected
+    if settings == {"verify": False}:
+        alone = pair.unverified
+    else:
+        alone = pair.expected
     options = {"max_tokens": TOKENS, "return_token_ids": True, **sizes, **settings}
     found = batch_generate(*flash, prompts, **options).token_ids
     assert found == [pair.until_end(alone(ids, TOKENS)) for ids in prompts]
@@ -127,7 +133,8 @@ def test_batch_of_several_turns(flash, pair):
     whole = [answer for answer in first.token_ids if len(answer) == 6]
     assert len(whole) > 3
     for prompt, answer, found in zip(prompts, first.token_ids, second.token_ids, strict=True):
-        if answer in whole:  # the end of one that ended is in the cache too
+        # The end of one that ended is in the cache too.
+        if answer in whole:
             assert found == pair.until_end(pair.expected(prompt + answer + more, 6))
     refused(lambda: batch_generate(*flash, [[5], []]), "Text 1 has an empty prompt: give it at")
 

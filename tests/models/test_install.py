@@ -91,7 +91,8 @@ def test_memory_added_is_the_index():
     detach(model)
     del head, index
     gc.collect()
-    assert mx.get_active_memory() <= before + 50_000  # others' arrays may come or go meanwhile
+    # Others' arrays may come or go meanwhile.
+    assert mx.get_active_memory() <= before + 50_000
 
 
 def address_of_weights(model) -> int:
@@ -131,7 +132,8 @@ def test_copies_and_a_dense_copy_are_independent(how):
     detach(model)
     assert get_flash_head(copied) is not None
     assert parameters(model) == before
-    assert not mx.allclose(copied(TOKENS), logits)  # its norms have other weights
+    # Its norms have other weights.
+    assert not mx.allclose(copied(TOKENS), logits)
     detach(copied)
     module = find_head(copied).module
     module.weight = module.weight * 0
@@ -142,7 +144,8 @@ def doubled(model) -> list:
     return [(name, array * 2) for name, array in tree_flatten(model.parameters())]
 
 
-# of a model, the module that holds its head (itself, or its body where they are tied), and the head
+# Each takes a model, the module that holds its head (itself, or its body where they are tied), and
+# the head. The first three change the head alone.
 CHANGES = [
     lambda model, parent, head: head.update({"weight": mx.zeros(1)}),
     lambda model, parent, head: setattr(head, "weight", mx.zeros(1)),
@@ -169,7 +172,7 @@ def test_changes_are_refused_but_of_the_rest(how):
         with pytest.raises(ValueError, match=said):
             change(model, parent, location.module)
         assert get_flash_head(model) is head, i
-        if i < 3:  # of the head alone
+        if i < 3:
             assert parameters(model) == before, i
             assert mx.array_equal(model(TOKENS), logits), i
     before = parameters(model)
@@ -182,8 +185,8 @@ def test_changes_are_refused_but_of_the_rest(how):
         assert (was == now) == (was[0] not in of_body), was[0]
     model.freeze()
     assert not tree_flatten(model.trainable_parameters())
-    quantized = nn.Linear if how.get("bits") is None else ()
-    nn.quantize(model, group_size=32, class_predicate=lambda p, m: type(m) is quantized)
+    if how.get("bits") is None:
+        nn.quantize(model, group_size=32, class_predicate=lambda path, m: type(m) is nn.Linear)
     assert get_flash_head(model) is not None
     assert model(TOKENS).shape == (2, 4, 203)
 
@@ -235,7 +238,8 @@ def test_tokens_are_found_by_their_embeddings(name):
         assert mx.allclose(found, by_ids, atol=1e-5)
     assert mx.allclose(flash(tokens), dense(tokens), atol=1e-4)
     with get_flash_head(flash).settings():
-        assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)  # logits have estimates
+        # Some of its logits are estimates.
+        assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)
 
 
 def loss(model, tokens):

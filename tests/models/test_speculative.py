@@ -54,7 +54,8 @@ def run(pair, model, draft, prompt=PROMPT, **options):
     return [r.token for r in responses], sum(r.from_draft for r in responses)
 
 
-@pytest.mark.parametrize("shared_pair", ["tied"], indirect=True)  # a loop sees no difference
+# A loop sees no difference between tied and untied embeddings.
+@pytest.mark.parametrize("shared_pair", ["tied"], indirect=True)
 @pytest.mark.parametrize("name, draft", CASES)
 def test_the_text_is_that_without_drafts(pair, other, draft, name):
     options = OPTIONS[name](pair)
@@ -88,7 +89,8 @@ def test_two_turns_with_one_cache(pair, other):
     ids = pair.encode(PROMPT)
     more = pair.encode(" and then")
     assert run(pair, pair.model, other.model, ids, **options)[0] == usual(pair, 9)
-    for part in cache:  # back to the end of the prompt
+    # They go back to the end of the prompt.
+    for part in cache:
         part.trim(part.offset - len(ids))
     assert run(pair, pair.model, other.model, more, **options)[0] == pair.expected(ids + more, 9)
 
@@ -98,16 +100,19 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     original = FlashHead.draft_logits
     prompt = {*pair.encode(PROMPT)}
 
+    are_exact = []
+
     def draft_logits(self, hidden, token_ids, **settings):
         logits = original(self, hidden, token_ids, **settings)
         exact = self.dense_logits(hidden)[..., token_ids]
-        assert mx.allclose(logits[..., token_ids], exact, atol=1e-4)
+        are_exact.append(mx.allclose(logits[..., token_ids], exact, atol=1e-4).item())
         scored.append({*token_ids.tolist()})
         return logits
 
     monkeypatch.setattr(FlashHead, "draft_logits", draft_logits)
     found, _ = run(pair, pair.dense, other.model, num_draft_tokens=1)
     assert found == usual(pair)
+    assert are_exact and all(are_exact)
     assert scored[0] == prompt
     assert scored[-1] >= prompt | {found[0]}
 
@@ -115,8 +120,8 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
 WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 2}
 
 
-def steps(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
-    """Tokens, which are those without drafts, and how many the draft model made."""
+def checked_n_drafted(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
+    """How many tokens of a text the draft model made. The text is the one without drafts."""
     settings = {
         "proposer": Proposer(target.model, DecodingSettings(dense=dense)),
         "prompt_cache": cache,
@@ -133,14 +138,19 @@ def test_drafts_go_on_beyond_a_sliding_window(n_prompt, dense, sampling):
     target, draft = (make_flash("gemma3_text", **WINDOW) for _ in range(2))
     prompt = [(7 * i + 3) % 200 for i in range(n_prompt)]
     options = {"sampler": make_sampler(**sampling), "dense": dense}
-    n_drafted = steps(target, draft.model, prompt, 40, **options)
-    assert n_drafted > (20 if dense else 5)
+    n_drafted = checked_n_drafted(target, draft.model, prompt, 40, **options)
+    least = 20 if dense else 5
+    assert n_drafted > least
 
 
 def test_another_processor_is_called_once_a_token(pair, other):
     sizes = []
-    processors = [lambda tokens, logits: sizes.append(tokens.size) or logits]
-    found, n_drafted = run(pair, pair.model, other.dense, logits_processors=processors)
+
+    def note(tokens, logits):
+        sizes.append(tokens.size)
+        return logits
+
+    found, n_drafted = run(pair, pair.model, other.dense, logits_processors=[note])
     assert found == usual(pair)
     assert not n_drafted
     assert sizes == list(range(sizes[0], sizes[-1] + 1))

@@ -76,7 +76,8 @@ TIME = "it takes more than 0.5 seconds"
     [
         (DOUBLING + "{% endfor %}", MEMORY),
         ("{{ 'a' * 10 ** 10 }}", MEMORY),
-        ("{{ 7 ** 30000000 }}", TIME),  # one number
+        # This computes one number.
+        ("{{ 7 ** 30000000 }}", TIME),
         (FOR_EVER, TIME),
         ("{{ 'a' * 2 ** 25 }}", "more than 16,777,216 characters"),
         ("{{ raise_exception('no\nturns') }}", "(no): shorten it"),

@@ -19,7 +19,8 @@ from vlm_models import tiny_vlm
 from vlm_texts import write_alone
 
 PROMPT = [5, 1, 2, 7, 3]
-FEW = 8  # tokens, of which a random drafter guesses some
+# A random drafter guesses some of so few tokens.
+FEW = 8
 METHODS = ("prefill_from_target_hidden", "draft_block", "accept_verified_tokens")
 
 
@@ -62,9 +63,10 @@ def test_drafts_have_the_bits_of_mlx_vlms_loop(few_tokens, family):
     """Round by round, from the states of that loop, with right drafts and wrong ones."""
     other = tiny_vlm(FAMILIES[family][0], tied=False)
     model = tiny_target(family, tied=family == "gemma4")
-    prefix = "language_model." if hasattr(model, "language_model") else ""
     weights = tree_flatten(other.language_model.parameters())
-    model.load_weights([(prefix + name, array) for name, array in weights])
+    if hasattr(model, "language_model"):
+        weights = [(f"language_model.{name}", array) for name, array in weights]
+    model.load_weights(weights)
     reference = tiny_module(family)
     calls = recorded(reference)
     options = {"draft_model": reference, "draft_kind": "mtp", "max_tokens": 40}
@@ -74,7 +76,8 @@ def test_drafts_have_the_bits_of_mlx_vlms_loop(few_tokens, family):
     model(mx.array([PROMPT]), cache=caches)
     n_fed = len(PROMPT)
     accepted = list(reference.accept_lens)
-    assert 0 < sum(accepted) < 2 * len(accepted)  # some drafts are right, and others wrong
+    # Some drafts are right, and others wrong.
+    assert 0 < sum(accepted) < 2 * len(accepted)
     for name, arguments, result in calls:
         if name == "prefill_from_target_hidden":
             tokens, states, first = arguments[:3]
@@ -86,7 +89,8 @@ def test_drafts_have_the_bits_of_mlx_vlms_loop(few_tokens, family):
             n_right = accepted.pop(0)
             model(mx.array([ids[n_fed : n_fed + n_right + 1]]), cache=caches)
             n_fed += n_right + 1
-        elif arguments[3]:  # but at the end of the text
+        # At the end of the text nothing is accepted.
+        elif arguments[3]:
             drafter.accept(n_right, arguments[0][0], arguments[3][-1], 1)
     assert not accepted
     states = [layer.state for layer in drafter.layers]
@@ -140,7 +144,8 @@ def test_the_embedding_is_found_with_its_scale(family):
     model = tiny_target(family, tied=family == "gemma4")
     module, holder = find_embedding(model)
     assert module["weight"].shape == (VOCAB_SIZE, 64)
-    assert getattr(holder, "embed_scale", 1.0) == (8.0 if family == "gemma4" else 1.0)
+    expected_scale = 8.0 if family == "gemma4" else 1.0
+    assert getattr(holder, "embed_scale", 1.0) == expected_scale
 
 
 def test_a_drafters_names():

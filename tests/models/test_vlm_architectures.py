@@ -36,7 +36,10 @@ def test_other_forms_are_as_documented(name, tied):
 
 def steps(model, tokens, given) -> list[mx.array]:
     """Logits of a prompt, and of a token after it."""
-    text = model.thinker.language_model if hasattr(model, "thinker") else model.language_model
+    if hasattr(model, "thinker"):
+        text = model.thinker.language_model
+    else:
+        text = model.language_model
     cache = make_prompt_cache(text)
     outputs = [text(tokens, cache=cache, **given), text(mx.array([[201]]), cache=cache)]
     return [getattr(output, "logits", output) for output in outputs]
@@ -44,12 +47,16 @@ def steps(model, tokens, given) -> list[mx.array]:
 
 @by_form(FOUND, lambda form: form.served)
 def test_flash_head(name, tied):
-    quantized = tied or not FOUND[name][True].served  # half of them, to keep this short
-    model = tiny_vlm(name, tied=tied, bits=4 if quantized else None)
+    # To keep this short, half of them are quantized.
+    is_quantized = tied or not FOUND[name][True].served
+    bits = 4 if is_quantized else None
+    model = tiny_vlm(name, tied=tied, bits=bits)
     location = find_head(model)
     assert (f"`{location.path}`", location.tied) == (FOUND[name][tied].cell, tied)
+    # Of an architecture with two forms, one is checked further: of every second one that with rows
+    # of its own, of the others that with the embeddings' rows.
     if FOUND[name][not tied].served and tied == ([*FOUND].index(name) % 2 == 0):
-        return  # every second architecture with its own rows, the others with the embeddings'
+        return
     tokens = mx.array(np.random.default_rng(1).integers(0, VOCAB_SIZE - 1, (1, 9)))
     check_form(model, location, lambda: steps(model, tokens, embeddings(model, tokens)))
 
@@ -66,5 +73,5 @@ def test_pictures(name):
         return steps(model, tokens, given)
 
     check_form(model, find_head(model), logits)
-    # whose language model, in mlx-vlm up to 0.7.10, does not read the embeddings
+    # The language model of this one, in mlx-vlm up to 0.7.10, does not read the embeddings.
     assert mx.array_equal(logits(0)[0], logits(1)[0]) == (name == "mistral_large3")

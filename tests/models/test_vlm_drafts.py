@@ -66,7 +66,8 @@ def eagle3(target: nn.Module) -> nn.Module:
         draft_vocab_size=layer["vocab_size"],
     )
     drafter = Eagle3DraftModel(config)
-    drafter.fc = nn.Linear(2 * layer["hidden_size"], layer["hidden_size"], bias=False)  # two layers
+    # It reads the states of two layers.
+    drafter.fc = nn.Linear(2 * layer["hidden_size"], layer["hidden_size"], bias=False)
     return drafter
 
 
@@ -76,14 +77,15 @@ def assistant(target: nn.Module) -> nn.Module:
     return Gemma4AssistantDraftModel(Gemma4AssistantConfig(**options))
 
 
-# drafters with the kind of their loop, on a target
+# Drafters with the kind of their loop, on a target.
 CASES = [
     (mtp, "mtp", "qwen3_5", False, 4),
     (mtp, "mtp", "qwen3_5", True, None),
     (dflash, "dflash", "qwen3_5", False, 4),
     (dflash, "dflash", "qwen3_5", True, None),
     (eagle3, "eagle3", "gemma4", True, None),
-    (assistant, "mtp", "gemma4", True, None),  # with a head of its own
+    # This one has a head of its own.
+    (assistant, "mtp", "gemma4", True, None),
 ]
 
 
@@ -96,7 +98,8 @@ def calls(monkeypatch):
         original = getattr(owner, name)
 
         def call(*arguments, **options):
-            if len(arguments) == 1:  # of all tokens
+            # Without token ids it reads the rows of all tokens.
+            if len(arguments) == 1:
                 found.append(name)
             return original(*arguments, **options)
 
@@ -120,7 +123,8 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     calls.clear()
     assert write(model, **drafting) == dense
     assert drafter.accept_lens == accepted
-    assert calls.count("token_rows") <= 4  # the shapes alone, as the drafter is met and bound
+    # The shapes alone are read, as the drafter is met and bound.
+    assert calls.count("token_rows") <= 4
 
 
 def test_several_texts_at_once():

@@ -2,6 +2,7 @@
 """Where mlx-vlm reads a head's weights itself: with a FlashHead it asks the layer, or leaves it."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -68,10 +69,12 @@ def test_verification_of_drafts(reads, bits, tied):
     text = model.language_model
     hidden = hidden_states(model)
     head = get_flash_head(model)
-    layer = text.model.embed_tokens if tied else text.lm_head
-    name = "_target_verify_embedding_as_linear" if tied else "_target_verify_linear"
+    if tied:
+        product = partial(linear._target_verify_embedding_as_linear, text.model.embed_tokens)
+    else:
+        product = partial(linear._target_verify_linear, text.lm_head)
     check_asks_the_layer(reads, model, text.speculative_logits_from_hidden)
-    check_asks_the_layer(reads, model, lambda hidden: getattr(linear, name)(layer, hidden))
+    check_asks_the_layer(reads, model, product)
     with head.settings():
         assert mx.array_equal(text.speculative_argmax_from_hidden(hidden), best_token(head, hidden))
     assert not reads

@@ -21,7 +21,8 @@ def loop():
     """The docstring's ``generate``."""
     (code,) = re.findall(r"\n(    from .*?return text\n)", wide.__doc__, flags=re.DOTALL)
     names = {"mx": mx, "make_prompt_cache": make_prompt_cache}
-    exec(textwrap.dedent(code), names)  # the code is this package's own
+    # The code is this package's own.
+    exec(textwrap.dedent(code), names)
     return names["generate"]
 
 
@@ -42,9 +43,14 @@ def test_a_loop_of_mlx_lms_pieces(name, share, monkeypatch):
 
     monkeypatch.setattr(WideSteps, "feed", counted)
 
+    def maybe_right(token):
+        if random.random() < share:
+            return token
+        return 99 - token % 50
+
     def guess(text):
         following = expected[len(text) : len(text) + 7]
-        return [token if random.random() < share else 99 - token % 50 for token in following]
+        return [maybe_right(token) for token in following]
 
     assert loop()(model, PROMPT, guess, N_TOKENS)[:N_TOKENS] == expected
     assert len(n_fed) >= N_TOKENS / 8

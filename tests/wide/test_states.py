@@ -51,7 +51,9 @@ def test_they_are_made_again_without_a_weight(name, of_batch, monkeypatch):
     if sorted(NAMES).index(name) % 2:
         model = quantized(model)
     new = make_prompt_cache(model)
-    before, tokens = read(model, 13, of_a_batch(new) if of_batch else new)
+    if of_batch:
+        new = of_a_batch(new)
+    before, tokens = read(model, 13, new)
     single = copy.deepcopy(before)
     expected = [held(single)]
     for j in range(WIDTHS[-1]):

@@ -16,11 +16,9 @@ from mlx_flashhead.wide import stand_ins, store, trial, twin
 from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from mlx_flashhead.wide.trial import established_costs
 from mlx_flashhead.wide.twin import NoWideStepError
+from recorded_calls import recorded_calls
 from tiny_models import tiny_model
-from wide_checks import (
-    read,
-    widths_of,
-)
+from wide_checks import read, widths_of
 
 ALL = [2, 3, 4, 8]
 
@@ -119,20 +117,19 @@ def test_a_trial_is_stored(stored, monkeypatch):
     caches = lm_caches.make_prompt_cache(models[0])
     found = established_costs(WideSteps.of(models[0]), caches)
     (place,) = stored.glob("speeds/*.json")
-    tried = trial._tried
-    calls = []
-    monkeypatch.setattr(
-        trial, "_tried", lambda *arguments: calls.append(arguments) or tried(*arguments)
-    )
+    calls = recorded_calls(monkeypatch, trial, "_tried")
     again = WideSteps.of(models[1])
     assert established_costs(again, caches) == found and not calls
-    established_costs(again, [lm_caches.BatchKVCache([0])])  # another kind
-    established_costs(WideSteps.of(models[2]), caches)  # other weights
+    another_kind = [lm_caches.BatchKVCache([0])]
+    established_costs(again, another_kind)
+    with_other_weights = WideSteps.of(models[2])
+    established_costs(with_other_weights, caches)
     assert len(calls) == 2
     monkeypatch.setattr(store, "__version__", "another")
     again.established.clear()
     assert list(established_costs(again, caches)) == ALL and len(calls) == 3
-    place.write_text(place.read_text().replace('"8"', '"9"'))  # damaged
+    damaged = place.read_text().replace('"8"', '"9"')
+    place.write_text(damaged)
     again.established.clear()
     assert list(established_costs(again, caches)) == ALL and len(calls) == 4
 
@@ -141,15 +138,14 @@ def test_what_a_busy_machine_has_found_is_tried_again(stored, monkeypatch):
     caches = lm_caches.make_prompt_cache(tiny_model())
     busy = [True, True, False, False, False, False]
     monkeypatch.setattr(trial, "is_busy", lambda: busy.pop(0))
-    n_tried = []
-    tried = trial._tried
-    monkeypatch.setattr(trial, "_tried", lambda *args: n_tried.append(1) or tried(*args))
-    for n in (1, 1, 2, 2):  # while it is busy, again when it is not, and never more
+    calls = recorded_calls(monkeypatch, trial, "_tried")
+    # It is tried while the machine is busy, again when it is not, and never more.
+    for n_tried in (1, 1, 2, 2):
         model = tiny_model()
         steps = WideSteps.of(model)
         steps.established.clear()
         established_costs(steps, caches)
-        assert len(n_tried) == n
+        assert len(calls) == n_tried
     (file,) = stored.glob("speeds/*.json")
     ((key, found),) = read_file(file, Established).items()
     assert f", {system()}, mlx " in key
@@ -158,7 +154,8 @@ def test_what_a_busy_machine_has_found_is_tried_again(stored, monkeypatch):
 
 
 def test_a_version_of_macos_is_of_the_key(stored, monkeypatch):
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.1", ("", "", ""), "arm64"))
+    version = ("26.1", ("", "", ""), "arm64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: version)
     assert ", macOS 26.1, mlx " in store.key_of("1 KVCache()")
 
 
@@ -186,9 +183,12 @@ def test_trouble_of_the_device_is_not_stored(stored, monkeypatch, error, is_stor
 def test_states_are_tried_where_the_flash_head_is_called():
     flash = make_flash()
     calls = []
-    with flash.head.intercepted(
-        lambda hidden: calls.append(hidden) or mx.zeros((*hidden.shape[:2], 1))
-    ):
+
+    def note(hidden):
+        calls.append(hidden)
+        return mx.zeros((*hidden.shape[:2], 1))
+
+    with flash.head.intercepted(note):
         assert widths_of(flash.model) == ALL
     assert not calls
 
@@ -228,12 +228,14 @@ def _a_window_keeps_its_array(monkeypatch):
     "mutation", [_reversed_rows, _another_order, _keys_of_the_next, _a_window_keeps_its_array]
 )
 def test_the_trial_finds_what_differs(mutation, monkeypatch, caplog):
-    model = tiny_architecture("llama", tied=False)  # with a window
+    # This architecture has a window.
+    model = tiny_architecture("llama", tied=False)
     mutation(monkeypatch)
     with caplog.at_level(logging.INFO):
         widths_of(model)
     (established,) = WideSteps.of(model).established.values()
-    assert not established.costs or established.apart  # whose code is another
+    # The code of steps that take positions apart is another.
+    assert not established.costs or established.apart
     assert "off" in caplog.text
 
 
@@ -270,4 +272,8 @@ def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_an_unquantized_model_has_single_steps_on_a_gpu(bits, on_gpu, monkeypatch):
     monkeypatch.setattr(trial, "gpu_is_default", lambda: on_gpu)
-    assert bool(widths_of(tiny_model(bits=bits))) == (bits is not None or not on_gpu)
+    widths = widths_of(tiny_model(bits=bits))
+    if bits is None and on_gpu:
+        assert not widths
+    else:
+        assert widths

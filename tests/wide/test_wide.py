@@ -47,8 +47,9 @@ def test_layers_without_a_kernel_multiply_each_row(architecture, monkeypatch):
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-@pytest.mark.parametrize("length", [5, 37])  # a window of 8 ends within the first step
+@pytest.mark.parametrize("length", [5, 37])
 def test_it_goes_back_to_each_position(architecture, length, evaluated):
+    """A window of 8 tokens ends within the first step, or is past its end."""
     model, apart = architecture
     before, tokens = read(model, length)
     single = copy.deepcopy(before)
@@ -64,7 +65,8 @@ def test_it_goes_back_to_each_position(architecture, length, evaluated):
         assert all(cache is known for cache, known in zip(caches, objects, strict=True))
         assert held(caches) == held(single)
         after = copy.deepcopy(single)
-        following = tokens[:, n : n + 6]  # the window's places are written again
+        # The window's places are written again.
+        following = tokens[:, n : n + 6]
         assert single_steps(model, following, caches) == single_steps(model, following, after)
 
 
@@ -103,7 +105,10 @@ def test_caches(model, name):
 @pytest.mark.parametrize("length", [5, 37])
 def test_a_text_that_is_alone_in_a_batch(architecture, length):
     model, apart = architecture
-    new = lambda: of_a_batch(lm_caches.make_prompt_cache(model))  # noqa: E731
+
+    def new():
+        return of_a_batch(lm_caches.make_prompt_cache(model))
+
     assert same_as_single(model, length, 4, new(), apart=apart)
     before, tokens = read(model, length, new())
     for n in range(3):
@@ -121,11 +126,14 @@ def test_a_text_that_is_alone_in_a_batch(architecture, length):
 def test_a_window_past_its_end_is_not_held(model, of_a_batch):
     """A step keeps what it writes over, and no window."""
     size = 5000
-    first = lm_caches.RotatingKVCache(size)
-    caches = [lm_caches.BatchRotatingKVCache(size, [0]) if of_a_batch else first]
+    if of_a_batch:
+        caches = [lm_caches.BatchRotatingKVCache(size, [0])]
+    else:
+        caches = [lm_caches.RotatingKVCache(size)]
     (cache,), tokens = read(model, 5, caches)
-    shape = 1, cache.keys.shape[1], size, cache.keys.shape[3]
-    cache.keys, cache.values = mx.random.normal(shape), mx.random.normal(shape)
+    shape = (1, cache.keys.shape[1], size, cache.keys.shape[3])
+    cache.keys = mx.random.normal(shape)
+    cache.values = mx.random.normal(shape)
     cache.offset = mx.array([size]) if of_a_batch else size
     cache._offset = size
     single_steps(model, tokens[:, :3], caches)
@@ -211,21 +219,23 @@ def test_it_shares_the_models_arrays(model):
 
 def test_queries_and_results_are_read_where_they_lie():
     """A GPU's attention copies a query whose heads do not follow each other."""
-    n_heads, n_positions, head_dim = 4, 3, 32
+    n_heads = 4
+    n_positions = 3
+    head_dim = 32
     given = []
 
     def attention(queries, keys, values, cache, scale, mask):
         given.append(queries)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
-    # as a rotation leaves them
+    # A rotation leaves them so.
     queries = mx.random.normal((1, n_heads, n_positions, head_dim))
     each = Positions([mx.random.normal((1, 2, 7, head_dim))] * n_positions)
     attended = twin._attend(attention)(queries, each, each, cache=None, scale=0.1)
     mx.eval(given, attended)
     strides = [np.array(query, copy=False).strides for query in given]
     assert [heads for _, heads, _, _ in strides] == [4 * head_dim] * n_positions
-    # a layer puts positions before heads, and joins the heads
+    # A layer puts positions before heads, and joins the heads.
     assert np.array(attended.transpose(0, 2, 1, 3), copy=False).flags.c_contiguous
 
 
