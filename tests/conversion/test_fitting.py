@@ -58,14 +58,16 @@ def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
     # This width fits no group.
     states = states[:, :-1].copy()
     n_states, hidden_size = states.shape
-    if not (with_bias):
-        head_bias = None
-    fitted = fit(rows, token_ids, states, head_bias=head_bias)
+    if with_bias:
+        fitted = fit(rows, token_ids, states, head_bias=head_bias)
+        target = targets(rows, token_ids, states, head_bias)
+    else:
+        fitted = fit(rows, token_ids, states, head_bias=None)
+        target = targets(rows, token_ids, states, 0)
     assert fitted.matrix.format.bits == 16
     assert fitted.matrix.weight.dtype == mx.float16
 
     # The bias column is not penalised: it is solved for by an augmented system of its own.
-    target = targets(rows, token_ids, states, 0 if head_bias is None else head_bias)
     means = np.stack([rows[ids].mean(axis=0) for ids in members(token_ids, len(rows))])
     residual = target - states @ means.T
     wide = np.concatenate([states, np.ones((n_states, 1))], axis=1).astype(np.float64)

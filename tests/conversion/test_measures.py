@@ -37,7 +37,9 @@ def test_grid():
     grid = probes.measured_probes(16_384, allowing(3072))
     assert grid[:3] == [8, 16, 24]
     assert grid[-2] < 3072 <= grid[-1]
-    assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
+    for fewer, more in pairwise(grid):
+        assert more % 8 == 0
+        assert more - fewer == 8 or more <= 1.16 * fewer
     assert probes.measured_probes(13, allowing(100)) == [8, 13]
     assert probes.measured_probes(13, allowing(100), 10) == [8, 10, 13]
     assert probes.measured_probes(13, allowing(-1)) == [8]

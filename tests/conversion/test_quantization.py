@@ -30,8 +30,8 @@ def converted(source, **options):
     return model, tokenizer, config
 
 
-def stored(folder, source, **options):
-    """What mlx-lm loads after saving: the same model, and its configuration."""
+def checked_stored(folder, source, **options):
+    """What mlx-lm loads after saving, which is the same model, and its configuration."""
     model, tokenizer, config = converted(source, **options)
     save(folder, source, model, tokenizer, config, donate_model=False)
     loaded, loaded_config = mlx_lm.utils.load_model(folder)
@@ -46,8 +46,12 @@ def linear_bits(model):
     """Bits of all layers but the head that can be quantized."""
     layers = nn.Linear | nn.QuantizedLinear | nn.Embedding | nn.QuantizedEmbedding
     head = find_head(model).module
-    named = (each for each in model.modules() if isinstance(each, layers) and each is not head)
-    return {each.bits if "scales" in each else 16 for each in named}
+    found = set()
+    for module in model.modules():
+        if isinstance(module, layers) and module is not head:
+            bits = module.bits if "scales" in module else 16
+            found.add(bits)
+    return found
 
 
 def head_weight(model):
@@ -61,7 +65,9 @@ def rounded(weight, bits, group_size):
 
 
 FLOATS = ("affine", 0, 0)
-HEADS = [(bits, ("affine", bits, 64) if bits < 16 else FLOATS) for bits in HEAD_BITS]
+# The form of a head of so many bits.
+HEADS = [(bits, ("affine", bits, 64)) for bits in HEAD_BITS if bits < 16]
+HEADS += [(bits, FLOATS) for bits in HEAD_BITS if bits >= 16]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ HEADS = [(bits, ("affine", bits, 64) if bits < 16 else FLOATS) for bits in HEAD_
 def test_head_and_body_have_their_own_bits(tmp_path, hidden_size, tied, options, form, linear):
     source = write_model(tmp_path / "source", tied=tied, hidden_size=hidden_size)
     dense = head_weight(mlx_lm.utils.load_model(source)[0])
-    model, config = stored(tmp_path / "stored", source, **options)
+    model, config = checked_stored(tmp_path / "stored", source, **options)
     rows = find_head(model).rows()
     assert (rows.mode, rows.bits, rows.group_size) == form
     assert linear_bits(model) == linear
@@ -99,7 +105,8 @@ def test_head_and_body_have_their_own_bits(tmp_path, hidden_size, tied, options,
         if rows.bits:
             expected = rounded(dense, rows.bits, rows.group_size)
         np.testing.assert_array_equal(head_weight(model), expected)
-    assert ("quantization" in config) == bool("quantize" in options or rows.bits)
+    is_quantized = "quantize" in options or rows.bits > 0
+    assert ("quantization" in config) == is_quantized
 
 
 @pytest.mark.parametrize(("tied", "body_bits"), [(True, 8), (False, 4)])
@@ -107,14 +114,14 @@ def test_quantized_checkpoints(tmp_path, tied, body_bits):
     """A head may become coarser than it is stored, never finer; the body stays."""
     source = tmp_path / "quantized"
     dense = write_model(tmp_path / "dense", tied=tied)
-    model, _ = stored(source, dense, quantize=True, q_bits=body_bits, head_bits=body_bits)
+    model, _ = checked_stored(source, dense, quantize=True, q_bits=body_bits, head_bits=body_bits)
     before = head_weight(model)
     for head_bits in HEAD_BITS:
         if head_bits > body_bits:
             said = f"`head_bits` {head_bits} is more than the {body_bits}"
             refusals.refused(lambda bits=head_bits: converted(source, head_bits=bits), said)
             continue
-        model, _ = stored(tmp_path / str(head_bits), source, head_bits=head_bits)
+        model, _ = checked_stored(tmp_path / str(head_bits), source, head_bits=head_bits)
         if head_bits == body_bits:
             expected = before
         else:

@@ -162,8 +162,9 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
     risk = {"greedy": [0, 0], "sampled": 1}
     absurd["verification"] = {"risk": risk, "by_probes": [{"n_probes": 10**9}]}
     unread = f"{file} cannot be read because it is damaged or incomplete"
+    lacking = f"{settings} is damaged (Object missing required field"
     for changed, reason in (
-        ({SETTINGS_NAME: json.dumps(absurd).encode()}, "is damaged (Object missing required field"),
+        ({SETTINGS_NAME: json.dumps(absurd).encode()}, lacking),
         ({FILE_NAME: good[FILE_NAME][:-100]}, unread),
         ({FILE_NAME: b""}, unread),
         ({}, f"{file} does not hold the arrays that its settings describe"),
@@ -178,8 +179,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
         said = []
         assert sources.find(rows, said.append) is None
         (sentence,) = said
-        assert reason in sentence and sentence.endswith(": it is built again.")
-        assert sentence.startswith(str(settings if SETTINGS_NAME in changed else file))
+        assert sentence.startswith(reason) and sentence.endswith(": it is built again.")
     capfd.readouterr()
     load(str(folder))
     first, second, *_ = capfd.readouterr().err.splitlines()

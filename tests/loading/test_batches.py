@@ -82,7 +82,10 @@ def step_of_omlx(self):
     """mlx-lm's step, after which each grammar is told what was chosen: oMLX's, in short."""
     result = OWN_STEP(self)
     for token, processors in zip(self._next_tokens.tolist(), self.logits_processors, strict=False):
-        for rule in processors or ():
+        # A text without processors may have None.
+        if processors is None:
+            processors = []
+        for rule in processors:
             if isinstance(rule, Rule):
                 rule.accept_token(token)
     return result
@@ -92,7 +95,10 @@ OWN_STEP = OWN["GenerationBatch"]._step
 
 
 def beside_each_other(make, model, prompts):
-    """Two plain texts and one with a grammar between them, and another one added later."""
+    """Two plain texts and one with a grammar between them, and another one added later.
+
+    The grammar is told what was chosen for its text.
+    """
     batches = make(model)
     rule = Rule()
     uids = []
@@ -113,14 +119,16 @@ def beside_each_other(make, model, prompts):
     held = batches.extract_cache(uids[1:2])[uids[1]]
     (more,) = batches.insert([prompts[0]], [N_TOKENS], logits_processors=[[Rule()]])
     found[more] = []
-    removed = batches.remove(uids[2:], return_prompt_caches=True)[uids[2]]
-    removed = removed[0][0].offset, removed[1]
-    while responses := batches.next_generated():
+    caches, tokens = batches.remove(uids[2:], return_prompt_caches=True)[uids[2]]
+    n_unread = caches[0].offset - len(tokens)
+    responses = batches.next_generated()
+    while responses:
         take(responses)
+        responses = batches.next_generated()
     texts_found = [found[uid] for uid in (*uids[:2], more)]
     # mlx-lm is a token ahead.
     assert rule.accepted[: N_TOKENS - 1] == found[uids[1]][:-1]
-    return uids, texts_found, ends, held[0][0].offset, removed[0] - len(removed[1])
+    return uids, texts_found, ends, held[0][0].offset, n_unread
 
 
 def test_grammars_of_omlx_are_told_what_was_chosen(under, plain, monkeypatch):
@@ -203,9 +211,11 @@ def test_what_mlx_lms_own_batch_has_begun_it_ends(under, plain, monkeypatch):
         found = {first: [response.token for response in batches.next_generated()]}
     (second,) = batches.insert(prompts[1:2], [N_TOKENS])
     found[second] = []
-    while responses := batches.next_generated():
+    responses = batches.next_generated()
+    while responses:
         for response in responses:
             found[response.uid].append(response.token)
+        responses = batches.next_generated()
     assert list(found.values()) == expected[:2]
     assert under.lines() == [f"model: {CHANGED_BATCHES}."]
 
@@ -220,8 +230,10 @@ def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
     batches.max_tokens = 3
     (uid,) = batches.insert(prompts[:1])
     found = []
-    while responses := batches.next_generated():
+    responses = batches.next_generated()
+    while responses:
         found += [(response.uid, response.token) for response in responses]
+        responses = batches.next_generated()
     assert found == [(uid, token) for token in expected[0][:3]]
     assert under.lines() == ["model: verified."]
 

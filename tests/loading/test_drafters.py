@@ -39,7 +39,9 @@ def write_target(folder, family="qwen3_5", *, mtp=False, bits=None, card=None, c
         weights |= {f"mtp.{name}": array.astype(mx.bfloat16) for name, array in own.items()}
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(about | (config or {})))
+    if config is not None:
+        about = about | config
+    (folder / "config.json").write_text(json.dumps(about))
     write_tokenizer(folder)
     if card is not None:
         (folder / "README.md").write_text(f"---\nbase_model: {card}\n---\n")
@@ -226,12 +228,14 @@ def test_the_layer_is_that_of_the_original(on_hub, original):
             continue
         weight = module["weight"]
         if "scales" in module:
-            scales, biases = module["scales"], module["biases"]
+            scales = module["scales"]
+            biases = module["biases"]
             weight = mx.dequantize(weight, scales, biases, module.group_size, module.bits)
         assert mx.allclose(weight, expected[f"{name}.weight"], atol=0.02), name
 
 
 def refusal(folder, source=True):
+    """The one sentence that rejects a drafter of its own; none is kept."""
     with pytest.raises(ValueError, match=r"\A.*\.\Z") as caught:
         own(folder, source)
     assert not [*own_drafter.home().rglob("*.safetensors")]
@@ -240,7 +244,8 @@ def refusal(folder, source=True):
 
 def test_without_a_network_nobody_waits(original, monkeypatch):
     """For a single file the Hub's client would try again for 23 seconds."""
-    address = "http://127.0.0.1:9"  # nothing listens there
+    # Nothing listens there.
+    address = "http://127.0.0.1:9"
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in (
         ("ENDPOINT", address),

@@ -276,7 +276,13 @@ def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
 
 def of_rows(spoil):
     """What `LoopbackHub.spoil` does, to ranges of the tensor's size alone."""
-    return lambda piece, range_: spoil(piece, range_) if len(piece) > 20_000 else (piece, range_)
+
+    def spoil_rows(piece, header):
+        if len(piece) > 20_000:
+            return spoil(piece, header)
+        return piece, header
+
+    return spoil_rows
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,9 @@ def test_hostile_settings_of_a_model(tmp_path, dense, text):
     changes = None
     with suppress(ValueError, RecursionError):
         changes = json.loads(text)
-    whole = isinstance(changes, dict) and "model_type" not in changes
-    (folder / "config.json").write_bytes(json.dumps(good | changes).encode() if whole else text)
+    if isinstance(changes, dict) and "model_type" not in changes:
+        text = json.dumps(good | changes).encode()
+    (folder / "config.json").write_bytes(text)
     with pytest.raises(ValueError) as caught:
         load_with_head(folder, HeadOptions(missing=REFUSE, progress=False))
     assert "\n" not in str(caught.value)

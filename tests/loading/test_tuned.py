@@ -35,7 +35,12 @@ def measure(monkeypatch):
         return left.pop(0)
 
     monkeypatch.setattr(tuned, "tune", tune)
-    return lambda *results: left.extend(results) or left
+
+    def measure(*results):
+        left.extend(results)
+        return left
+
+    return measure
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,8 @@ def test_measuring_has_a_bar(loaded, monkeypatch, capsys, progress, n_more):
     ends = []
 
     def tune(model, rejected):
-        yield from [None] * n_measurements
+        for _ in range(n_measurements):
+            yield
         return FAST
 
     class Noted(Bar):

@@ -40,12 +40,13 @@ def loaded(place):
 
 def answer(model, processor, picture=None) -> str:
     """A greedy answer of mlx-vlm's own generation."""
-    if picture is None:
-        images = []
-    else:
+    n_images = 0
+    images = None
+    if picture is not None:
+        n_images = 1
         images = [str(picture)]
-    prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=len(images))
-    return mlx_vlm.generate(model, processor, prompt, image=images or None, max_tokens=9).text
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=n_images)
+    return mlx_vlm.generate(model, processor, prompt, image=images, max_tokens=9).text
 
 
 @pytest.mark.parametrize("with_picture", [False, True], ids=["text", "picture"])
@@ -82,7 +83,8 @@ def test_it_is_built_at_first_use_and_cached(loaded, quick, monkeypatch, capfd):
 
     def spy(self, *arguments, **options):
         found = original(self, *arguments, **options)
-        seen.extend([found] if isinstance(found, list) else [])
+        if isinstance(found, list):
+            seen.append(found)
         return found
 
     monkeypatch.setattr(ProcessorText, "apply_chat_template", spy)

@@ -195,7 +195,8 @@ def test_the_hub_is_asked_before_the_long_work_and_after_it(hub, dense, tmp_path
     ],
 )
 def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
-    licence = recognise({"license": licence}, [])
-    found = Origin(name).result_name("fp32", licence.prefix if licence else "")
+    recognised = recognise({"license": licence}, [])
+    prefix = "" if recognised is None else recognised.prefix
+    found = Origin(name).result_name("fp32", prefix)
     assert found == expected
     validate_repo_id(f"me/{found}")

@@ -36,7 +36,8 @@ def test_the_distance_of_products_is_a_share_of_lengths():
     found = list(products([64], sizes=(1, 8)))
     assert [figures["states"] for figures in found] == [1, 8] * 3
     for figures in found:
-        assert figures["distance"] < (1e-6 if figures["dtype"] == "float32" else 1e-2)
+        largest = 1e-6 if figures["dtype"] == "float32" else 1e-2
+        assert figures["distance"] < largest
         if figures["states"] == 1:
             assert figures["distance"] == 0
 

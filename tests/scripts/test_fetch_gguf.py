@@ -83,7 +83,9 @@ def folder(model, tmp_path_factory):
             blocks = gguf.quants.quantize(weight, form)
             writer.add_tensor("token_embd.weight", blocks, raw_dtype=form)
         else:
-            writer.add_tensor(names[name], weight + (1 if "norm" in name else 0))
+            if "norm" in name:
+                weight = weight + 1
+            writer.add_tensor(names[name], weight)
     finish(writer)
     folder = tmp_path_factory.mktemp("models")
     write_folder(folder, path, "float16")
@@ -152,7 +154,8 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
     names = {field: sizes[field] for field in qwen2.ModelArgs.__annotations__ if field in sizes}
     model = qwen2.Model(qwen2.ModelArgs(model_type="qwen2", **names))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer = gguf.GGUFWriter(path := tmp_path / "tiny.gguf", "qwen2")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "qwen2")
     for name, key in SIZES.items():
         if name == "rope_theta":
             write = writer.add_float32

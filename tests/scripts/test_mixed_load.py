@@ -39,7 +39,8 @@ class Log:
     def log(self):
         return ["a line", "Traceback (most recent call last):"]
 
-    port = pid = 0
+    port = 0
+    pid = 0
 
 
 @pytest.fixture

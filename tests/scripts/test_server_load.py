@@ -91,10 +91,9 @@ def test_three_servers_are_put_under_load(run, converted, tmp_path, monkeypatch)
 
     monkeypatch.setattr(server, "serving", recorded)
     file = tmp_path / "out.json"
-    code, screen, _ = run(
-        server, "--model", converted, "--n-probes", 2, "--rounds", 1, "--clients", 3,
-        "--requests", 6, "--tokens", 4, "--report", file, "--plot", tmp_path / "out.png",
-    )  # fmt: skip
+    flags = ["--model", converted, "--n-probes", 2, "--rounds", 1, "--clients", 3]
+    flags += ["--requests", 6, "--tokens", 4, "--report", file, "--plot", tmp_path / "out.png"]
+    code, screen, _ = run(server, *flags)
     assert code == 0 and max(map(len, screen.splitlines())) <= 80
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads(file.read_text())
