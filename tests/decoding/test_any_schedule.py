@@ -46,7 +46,9 @@ def pair(request):
     policy = policy_of(flash.head)
     flash.head.n_probes = 1
     policy.adapts = True
-    policy.max_risk = policy.max_wait = 1e9  # proposals run ahead
+    # Proposals run ahead.
+    policy.max_risk = 1e9
+    policy.max_wait = 1e9
     return dense, flash
 
 
@@ -127,13 +129,15 @@ def a_batch(generator, model, samplers, removal):
     n_tokens = removal[1]
     tokens = {uid: [] for uid in uids}
     taken = None
-    while responses := generator.next_generated():
+    responses = generator.next_generated()
+    while responses:
         for response in responses:
             tokens[response.uid].append(response.token)
         if taken is None and len(tokens[uid]) == n_tokens:
             cache, held = generator.remove([uid], return_prompt_caches=True)[uid][:2]
             taken = held, logits_after(model, cache)
             tokens[uid] = tokens[uid][:n_tokens]
+        responses = generator.next_generated()
     return [tokens[uid] for uid in uids], taken
 
 

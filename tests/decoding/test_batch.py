@@ -36,12 +36,14 @@ def alone(flash, prompt, settings, processors):
 
 @pytest.mark.parametrize("with_processors", [False, True])
 def test_mixed_settings_share_the_steps(flash, misses, with_processors):
-    processors = [[], sample_utils.make_logits_processors(repetition_penalty=1.3), [], []]
-    processors = processors if with_processors else [[]] * 4
+    processors = [[], [], [], []]
+    if with_processors:
+        processors[1] = sample_utils.make_logits_processors(repetition_penalty=1.3)
     tokens, ends = flash.batch(PROMPTS, logits_processors=processors, **sampled(SETTINGS))
     expected = [alone(flash, *each) for each in zip(PROMPTS, SETTINGS, processors, strict=True)]
     assert tokens == expected
-    assert misses or with_processors  # whose tokens' clusters are scored too, here all
+    # The clusters of a penalty's tokens are scored, too: here all.
+    assert misses or with_processors
     for prompt, found, end in zip(PROMPTS, tokens, ends, strict=True):
         assert end.finish_reason == "length" and end.all_tokens == prompt + found
         assert [layer.offset for layer in end.prompt_cache] == [len(prompt) + 25] * 2
@@ -83,10 +85,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_batch_is_as_a_dense_one(flash, misses, name):
-    flash = make_flash(dtype=mx.bfloat16, bits=4) if name == "16 bits" else flash
+    if name == "16 bits":
+        flash = make_flash(dtype=mx.bfloat16, bits=4)
     found = [flash.batch(PROMPTS, dense=dense, **OPTIONS[name]())[0] for dense in (False, True)]
     assert found[0] == found[1]
-    assert misses or name == "another's sampler"  # several draw from MLX's random state: dense
+    # Several texts that draw from MLX's random state are dense.
+    assert misses or name == "another's sampler"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,10 @@ def test_a_stop_token_ends_a_text(flash, cache):
     confirmed with it."""
     ((expected,), _) = flash.batch([PROMPT], caches=[cache()], dense=True)
     for stop, form in zip(expected[5:12:3], (int, list, tuple), strict=True):
-        stops = {stop} if form is int else [form([stop])]
+        if form is int:
+            stops = {stop}
+        else:
+            stops = [form([stop])]
         generator = VerifiedBatchGenerator(flash.model, stop_tokens=stops)
         generator.insert([PROMPT], [25], caches=[cache()])
         responses = [r for each in iter(generator.next_generated, []) for r in each]
@@ -144,7 +151,8 @@ def test_a_stop_token_ends_a_text(flash, cache):
         assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2
 
 
-@pytest.mark.newest  # 0.31 has state machines
+# mlx-lm 0.31 has state machines.
+@pytest.mark.newest
 def test_each_text_has_stops_of_its_own(flash, greedy):
     stops = [StopSequences([[tokens[8]], tokens[3:5]]) for tokens in greedy]
     tokens, ends = flash.batch(PROMPTS, stop_sequences=stops)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -29,7 +30,7 @@ ONE_UNKNOWN = "one a function that is not known, the others greedy"
 
 @dataclass(frozen=True)
 class Case:
-    """A batch, and what happens to it before some call."""
+    """A batch, and what happens to it before some calls: events of `Batch.happen` by the call."""
 
     samplers: str = SHARED
     n: int = 3
@@ -37,7 +38,7 @@ class Case:
     stops: tuple[int, ...] = ()
     sizes: dict = field(default_factory=dict)
     penalty: float | None = None
-    events: dict = field(default_factory=dict)  # by call, as of `Batch.happen`
+    events: dict = field(default_factory=dict)
 
 
 CASES = {
@@ -105,12 +106,14 @@ class Batch:
 
     def insert(self, n):
         rows = slice(self.n_inserted, self.n_inserted + n)
-        penalty = self.case.penalty
+        processors = None
+        if self.case.penalty is not None:
+            processors = [make_logits_processors(repetition_penalty=self.case.penalty)] * n
         self.live += self.generator.insert(
             PROMPTS[rows],
             list(self.case.limits[rows]),
             samplers=self.samplers[rows],
-            logits_processors=penalty and [make_logits_processors(repetition_penalty=penalty)] * n,
+            logits_processors=processors,
         )
         self.n_inserted += n
 
@@ -149,15 +152,12 @@ def run(make, case):
 def check(models, case, misses):
     dense, flash = models
     modes = []
-    found, states = run(
-        lambda **options: VerifiedBatchGenerator(
-            flash, logprobs=False, announce=modes.append, **options
-        ),
-        case,
-    )
-    expected, expected_states = run(lambda **options: BatchGenerator(dense, **options), case)
+    ours = partial(VerifiedBatchGenerator, flash, logprobs=False, announce=modes.append)
+    found, states = run(ours, case)
+    expected, expected_states = run(partial(BatchGenerator, dense), case)
     assert found == expected
-    if case.samplers not in (ONE_GREEDY, ONE_UNKNOWN):  # handed out as soon as they can be
+    # Tokens beside greedy texts are handed out as soon as they can be.
+    if case.samplers not in (ONE_GREEDY, ONE_UNKNOWN):
         assert states == expected_states
     assert case.n > 1 or "verified" in modes
 

@@ -47,7 +47,8 @@ def faults(monkeypatch):
 
     def wrong(product):
         slots = result(product)
-        if not hasattr(product, "tolerance"):  # it is being measured
+        # It is being measured.
+        if not hasattr(product, "tolerance"):
             return slots
         injected.append(product)
         signs = mx.random.randint(0, 2, slots.shape, key=mx.random.key(len(injected))) * 2 - 1
@@ -99,7 +100,8 @@ def test_a_head_that_cancels_large_terms(sampler, judged):
     """Its logits are small, and the rounding of their sums is not: no fault is needed."""
     model = tiny_model(num_hidden_layers=2, tied=False)
     weights = dict(tree_flatten(model.parameters()))
-    for name, array in weights.items():  # two coordinates of a state are always equal
+    # Two coordinates of a state are always equal.
+    for name, array in weights.items():
         if name.endswith(("o_proj.weight", "down_proj.weight", "model.norm.weight")):
             array[1] = array[0]
         elif name.endswith("embed_tokens.weight"):
@@ -110,7 +112,9 @@ def test_a_head_that_cancels_large_terms(sampler, judged):
     model.load_weights(list(weights.items()))
     flash = flash_of(model)
     for seed in range(3):
-        settings = SAMPLERS[sampler] | ({"seed": seed} if sampler != "greedy" else {})
+        settings = dict(SAMPLERS[sampler])
+        if sampler != "greedy":
+            settings["seed"] = seed
         flash.checked(settings, prompt=[17 * seed, 5, 10, 15, 20, 25], max_tokens=40)
     assert len(judged) > 100 and not all(judged)
 
@@ -154,12 +158,16 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
 ):
     """In float32, too: each token of a text that can be verified later."""
     flash = make_flash(num_hidden_layers=2)
-    monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
+    # Two texts are dense for the time being.
+    monkeypatch.setattr(Proposer, "max_batch", 1)
     alone = recorded_calls(monkeypatch, Proposer, "dense_row")
     monkeypatch.setattr(rounded_product, "may_use_tf32", lambda: by_tf32)
     tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
     n_dense_steps = 2 * 7
-    assert len(alone) >= n_dense_steps if by_tf32 else len(alone) < n_dense_steps / 2
+    if by_tf32:
+        assert len(alone) >= n_dense_steps
+    else:
+        assert len(alone) < n_dense_steps / 2
     assert tokens == flash.batch([[5, 17, 3], [8]], max_tokens=9, dense=True)[0]
 
 
@@ -171,7 +179,8 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_float32_is_made_of_16_
         model.lm_head.set_dtype(mx.bfloat16)
         flash = flash_of(model)
         assert model(mx.array([[1]])).dtype == mx.float32
-        monkeypatch.setattr(Proposer, "max_batch", 1)  # so that both are dense for the time being
+        # Both texts are dense for the time being.
+        monkeypatch.setattr(Proposer, "max_batch", 1)
         alone = recorded_calls(monkeypatch, Proposer, "dense_row")
         flash.batch([[5, 17, 3], [8]], max_tokens=9)
         n_dense_steps = 2 * 7

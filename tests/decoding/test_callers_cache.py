@@ -113,15 +113,18 @@ ENDS = {"close": closed, "exception": failed, "kept": kept, "saved": saved}
 
 @pytest.mark.parametrize("n_before, end", [*enumerate(ENDS)])
 def test_a_text_that_ends_anywhere_leaves_its_cache_right(pair, n_before, end, tmp_path, misses):
-    for place in range(1 + 3 * n_before, N_TOKENS, 13):  # other places for each way to end
+    # Each way to end has other places.
+    for place in range(1 + 3 * n_before, N_TOKENS, 13):
         found = []
         for steps_of, model in pair.both():
             cache = pair.make_cache(model)
             steps = steps_of(prompt_cache=cache)
             tokens = [next(steps)[0] for _ in range(place)]
             held = ENDS[end](steps, cache, tmp_path / "cache.safetensors")
-            logits = logits_after(model, held) if end != "kept" else mx.zeros(1)
-            # the next turn, with the same caches, while the loop may live on
+            logits = mx.zeros(1)
+            if end != "kept":
+                logits = logits_after(model, held)
+            # The next turn has the same caches, while the loop may live on.
             more = [
                 token for token, _ in steps_of(prompt=[77, 5], prompt_cache=cache, max_tokens=4)
             ]
@@ -195,7 +198,9 @@ def nothing(i):
 
 
 def draws_sometimes(i):
-    return [mx.random.uniform().item()] if i % 5 == 2 else []
+    if i % 5 == 2:
+        return [mx.random.uniform().item()]
+    return []
 
 
 def seeds_once(i):
@@ -275,7 +280,8 @@ def test_a_list_of_processors_may_be_changed(plain_pair, n_before, misses):
                 processors.clear()
         found.append(tokens)
     assert found[0] == found[1]
-    assert misses or n_before  # with a penalty all clusters of this model are scored
+    # With a penalty all clusters of this model are scored.
+    assert misses or n_before
 
 
 def test_a_processor_may_be_replaced(plain_pair, misses):

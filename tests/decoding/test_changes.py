@@ -30,35 +30,47 @@ from tiny_models import VOCAB_SIZE, tiny_model
 MODELS = {
     "llama, float32": {},
     "softcap, bfloat16, 4 bits": {
-        "arch": "gemma2", "final_logit_softcapping": 8.0, "dtype": mx.bfloat16, "bits": 4,
+        "arch": "gemma2",
+        "final_logit_softcapping": 8.0,
+        "dtype": mx.bfloat16,
+        "bits": 4,
     },
     "softcap, float16": {"arch": "gemma2", "final_logit_softcapping": 5.0, "dtype": mx.float16},
     "scale, bfloat16": {"arch": "cohere", "logit_scale": 0.3, "dtype": mx.bfloat16},
-}  # fmt: skip
+}
 PENALTIES = {
     "none": {},
     "bias": {"logit_bias": {5: 3.0, 40: -float("inf"), 7: 2.5}},
     "repetition": {"repetition_penalty": 1.3, "repetition_context_size": 4},
-    # of windows that hold the latest token alone, which is not read yet
+    # These have windows that hold the latest token alone, which is not read yet.
     "latest repeated": {
-        "repetition_penalty": 3.0, "repetition_context_size": 1,
-        "presence_penalty": -0.5, "presence_context_size": 12,
+        "repetition_penalty": 3.0,
+        "repetition_context_size": 1,
+        "presence_penalty": -0.5,
+        "presence_context_size": 12,
     },
     "latest present": {
-        "presence_penalty": 30.0, "presence_context_size": 1,
-        "repetition_penalty": 0.9, "repetition_context_size": 12,
+        "presence_penalty": 30.0,
+        "presence_context_size": 1,
+        "repetition_penalty": 0.9,
+        "repetition_context_size": 12,
     },
     "all": {
-        "logit_bias": {5: 1.5, 60: -4.0}, "repetition_penalty": 0.9, "presence_penalty": 0.6,
-        "frequency_penalty": 0.7, "repetition_context_size": 2, "presence_context_size": 3,
+        "logit_bias": {5: 1.5, 60: -4.0},
+        "repetition_penalty": 0.9,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.7,
+        "repetition_context_size": 2,
+        "presence_context_size": 3,
         "frequency_context_size": 5,
     },
-}  # fmt: skip
+}
 
 
 N_TOKENS = 20
 
-judged: list = []  # sequences with a rejected proposal
+# The texts of this file with a rejected proposal.
+judged: list = []
 
 
 def every_third(tokens):
@@ -124,8 +136,10 @@ def plain_tokens(model, **options):
 )
 def test_the_text_is_mlx_lms(pair, misses, penalties, masked):
     dense, flash = pair
-    processors = make_logits_processors(**PENALTIES[penalties]) + [mask()] * masked
-    expected = plain_tokens(dense, logits_processors=processors or None)
+    processors = make_logits_processors(**PENALTIES[penalties])
+    if masked:
+        processors = [*processors, mask()]
+    expected = plain_tokens(dense, logits_processors=processors)
     assert flash.tokens(logits_processors=processors, max_tokens=N_TOKENS) == expected
     judged.extend(misses)
 
@@ -177,15 +191,15 @@ def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
     processors = [Mask(lambda tokens, n: words(few(tokens), n))]
     found = flash.tokens(logits_processors=processors, max_tokens=N_TOKENS)
     assert found == plain_tokens(dense, logits_processors=processors)
+    # The processors of mlx-lm 0.31 see the last token of a prompt alone.
     seen = PROMPT if PROCESSORS_SEE_PROMPT else PROMPT[-1:]
     assert all(few(seen + found[:i])[token] for i, token in enumerate(found))
     assert bool(misses) == (n_allowed > FEW_ALLOWED)
 
 
 def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
-    operations = PortableOperations(
-        plain_clusters(np.random.default_rng(0), 3, 4)
-    )  # two slots are padded
+    # Two slots are padded.
+    operations = PortableOperations(plain_clusters(np.random.default_rng(0), 3, 4))
     logits = mx.full((1, 3, 4), mx.finfo(mx.float32).min)
     left = Unscored(mx.zeros((1, 1)), mx.zeros((1, 1)))
     selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=left)
@@ -201,7 +215,8 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
     "processors, known",
     [
         (make_logits_processors(**PENALTIES["all"]), True),
-        (make_logits_processors(**PENALTIES["all"])[::-1], False),  # another order
+        # These have another order.
+        (make_logits_processors(**PENALTIES["all"])[::-1], False),
         (make_logits_processors(**PENALTIES["repetition"]) * 2, False),
         (make_logits_processors(repetition_penalty=1.1, repetition_context_size=0), False),
         (make_logits_processors(repetition_penalty=1.1, repetition_context_size=5000), False),

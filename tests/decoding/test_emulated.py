@@ -13,7 +13,8 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.operations import NO_DEPTH
 from tiny_models import tiny_model
 
-pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+# The oldest environment has no compiler for the emulator.
+pytestmark = pytest.mark.newest
 SAMPLERS = {
     "greedy": {},
     "temperature": {"temp": 1.0, "seed": 1},

@@ -16,7 +16,8 @@ from mlx_flashhead.head.operations import NO_DEPTH
 from tiny_models import tiny_model
 
 pytestmark = [
-    pytest.mark.newest,  # the oldest environment has no compiler for the emulator
+    # The oldest environment has no compiler for the emulator.
+    pytest.mark.newest,
     pytest.mark.skipif(on_gpu(), reason="kernels are counted on the emulator"),
 ]
 N_TOKENS = 100
@@ -29,7 +30,9 @@ class Counted:
     """
 
     def __init__(self, monkeypatch):
-        self.arrays = self.kernels = self.traced = self.within = 0
+        # How many kernels and traced functions are being called.
+        self.within = 0
+        self.clear()
         array = mx.array
         run = Emulator._run
         counted = self
@@ -41,12 +44,15 @@ class Counted:
             def __call__(cls, *given, **named):
                 by_package = "/mlx_flashhead/" in sys._getframe(1).f_code.co_filename
                 from_numbers = not isinstance(given[0], array)
-                counted.arrays += by_package and from_numbers and not counted.within
+                if by_package and from_numbers and counted.within == 0:
+                    counted.arrays += 1
                 return array(*given, **named)
 
         def called(emulator, *given, **named):
-            counted.kernels += not counted.within
-            counted.within += 1  # the emulator makes arrays, too
+            if counted.within == 0:
+                counted.kernels += 1
+            # The emulator makes arrays, too.
+            counted.within += 1
             try:
                 return run(emulator, *given, **named)
             finally:
@@ -55,11 +61,18 @@ class Counted:
         monkeypatch.setattr(mx, "array", Meta("array", (), {}))
         monkeypatch.setattr(Emulator, "_run", called)
 
+    def clear(self):
+        """Counts anew."""
+        self.arrays = 0
+        self.kernels = 0
+        self.traced = 0
+
     def compile(self, function, *_, **__):
         """Stands in for ``mx.compile``."""
 
         def traced(*given, **named):
-            self.traced += not self.within
+            if self.within == 0:
+                self.traced += 1
             self.within += 1
             try:
                 return function(*given, **named)
@@ -78,12 +91,16 @@ def test_a_token_takes_one_traced_call(monkeypatch, settings, n_arrays):
     with kernels(check=False):
         flash = flash_of(tiny_model(num_hidden_layers=2))
         policy = policy_of(flash.head)
-        policy.depth = NO_DEPTH  # all clusters are scored, so that nothing is rejected
-        policy.max_wait = policy.max_risk = math.inf  # verifications come by numbers of tokens
+        # All clusters are scored, so that nothing is rejected.
+        policy.depth = NO_DEPTH
+        # Verifications come by numbers of tokens.
+        policy.max_wait = math.inf
+        policy.max_risk = math.inf
         counted = Counted(monkeypatch)
         monkeypatch.setattr(mx, "compile", counted.compile)
-        for _ in range(2):  # the first text learns what the model does to its logits
-            counted.arrays = counted.kernels = counted.traced = 0
+        # The first text learns what the model does to its logits.
+        for _ in range(2):
+            counted.clear()
             steps = flash.steps(
                 n_probes=flash.head.n_clusters,
                 sampler=make_sampler(**settings),
@@ -93,7 +110,8 @@ def test_a_token_takes_one_traced_call(monkeypatch, settings, n_arrays):
             assert len(list(steps)) == N_TOKENS
     assert flash.head.backend == "metal"
     assert counted.traced <= N_TOKENS
-    assert counted.kernels <= 0.4 * N_TOKENS  # those of verifications
+    # These are the kernels of verifications.
+    assert counted.kernels <= 0.4 * N_TOKENS
     assert counted.arrays <= n_arrays * N_TOKENS
 
 
@@ -109,7 +127,8 @@ class Calls:
     def note(self, frame, event, _):
         code = frame.f_code
         own = "/mlx_flashhead/" in code.co_filename and not code.co_name.startswith("<")
-        self.n += own and event == "call"
+        if own and event == "call":
+            self.n += 1
 
     def __enter__(self):
         self._before = sys.getprofile()
@@ -132,9 +151,11 @@ class Calls:
 def test_a_token_takes_few_calls(sampler, most_calls):
     flash = flash_of(tiny_model(num_hidden_layers=1))
     policy = policy_of(flash.head)
-    policy.lockstep = True  # verifications come by numbers of tokens
+    # Verifications come by numbers of tokens.
+    policy.lockstep = True
     policy.max_risk = math.inf
-    flash.head.n_probes = flash.head.n_clusters  # nothing is rejected
+    # Nothing is rejected.
+    flash.head.n_probes = flash.head.n_clusters
     n_tokens = 2 * N_TOKENS
     steps = flash.steps(sampler=sampler, max_tokens=2 * n_tokens, logprobs=False)
     for _ in range(n_tokens):

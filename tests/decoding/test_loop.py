@@ -55,7 +55,8 @@ def every_seventh():
 @pytest.mark.parametrize("n_probes", [1, pytest.param(3, marks=pytest.mark.compiled), 26])
 def test_every_sampler(flash, name, n_probes, misses):
     assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == N_TOKENS
-    assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
+    # XTC is dense.
+    assert bool(misses) == (n_probes < 26 and name != "xtc")
 
 
 @pytest.mark.parametrize("name", [*PROCESSORS, None])
@@ -64,8 +65,11 @@ def test_every_processor(flash, name, settings, misses, monkeypatch):
     """Without one, a thread computes the verification."""
     if name is None:
         monkeypatch.setattr("mlx_flashhead.head.rounded_product.WORTH_A_THREAD", 0)
-    flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
-    # the clusters of tokens that these change are scored too: here nearly all; a scale is dense
+    processors = None
+    if name is not None:
+        processors = PROCESSORS[name]()
+    flash.checked(settings, logits_processors=processors)
+    # The clusters of tokens that these change are scored, too: here nearly all. A scale is dense.
     assert misses or name in ("penalty", "bias", "scale")
 
 
@@ -92,7 +96,8 @@ def test_every_format_and_architecture(options, misses):
     flash = make_flash(**options)
     for settings in ({}, {"temp": 1.0}, {"temp": 9.0, "top_p": 0.99}):
         flash.checked(settings, max_tokens=24)
-    assert misses or "gemma2" in options.values()  # whose choices are clear
+    # The choices of this gemma2 are clear.
+    assert misses or "gemma2" in options.values()
 
 
 def test_logits_that_are_nan_or_depend_on_each_other_are_dense():
@@ -256,7 +261,7 @@ def test_what_replaces_a_function_of_mlx_lm_is_called(monkeypatch):
     """mlx-lm's loop decodes the text, since it looks the function up."""
     flash = make_flash(num_hidden_layers=2)
     generate = importlib.import_module("mlx_lm.generate")
-    # 0.31 looks the name up in the module of the caches
+    # mlx-lm 0.31 looks the name up in the module of the caches.
     place = generate if hasattr(generate, "make_prompt_cache") else mlx_lm.models.cache
     made = []
     original = place.make_prompt_cache
@@ -293,8 +298,10 @@ def test_a_model_in_training_with_dropout_is_mlx_lms_to_the_random_state(sampler
         generator = make(flash.model)
         generator.insert([PROMPT, PROMPT[::-1]], [9, 9], samplers=[sampler] * 2)
         texts.append([])
-        while responses := generator.next_generated():
+        responses = generator.next_generated()
+        while responses:
             texts[-1] += [(response.uid, response.token) for response in responses]
+            responses = generator.next_generated()
         texts[-1].append(mx.random.state[0].tolist())
     assert texts[0] == texts[1]
     flash.model.eval()
@@ -316,7 +323,8 @@ def test_the_first_tokens_do_not_wait(flash, forward_passes, monkeypatch):
     steps = flash.steps(n_probes=26, max_tokens=40)
     seen = [len(forward_passes) for _, _ in zip(range(14), steps, strict=False)]
     steps.close()
-    assert seen == [3, *[8] * 4, *[16] * 8, 32]  # the prompt, then a step ahead of a verification
+    # The prompt is read first, and then a step ahead of each verification.
+    assert seen == [3, *[8] * 4, *[16] * 8, 32]
 
 
 def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes, monkeypatch):
@@ -351,9 +359,12 @@ def test_pending_tokens_are_joined_along_the_way(monkeypatch):
     """On kernels, so that a verification of 32 states joins no more than one does at once."""
     joins = recorded_calls(monkeypatch, FlashHead, "joined")
     monkeypatch.setattr(PortableOperations, "joined_early", MetalOperations.joined_early)
-    flash = make_flash(n_probes=13)  # all clusters, so none is rejected
+    # All clusters are probed, so that none is rejected.
+    flash = make_flash(n_probes=13)
     policy = policy_of(flash.head)
-    policy.first_pending = policy.max_pending = 32
-    policy.max_risk = policy.max_wait = 1e9
+    policy.first_pending = 32
+    policy.max_pending = 32
+    policy.max_risk = 1e9
+    policy.max_wait = 1e9
     assert flash.tokens(max_tokens=36) == flash.tokens(max_tokens=36, dense=True)
     assert [len(proposals) for _, proposals, *_ in joins[:5]] == [7, 7, 7, 7, 8]

@@ -13,7 +13,8 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.policy import Pace, policy_of
 from tiny_models import tiny_model
 
-DENSE = 1.0  # seconds of a dense token
+# A dense token takes so many seconds.
+DENSE = 1.0
 
 
 def seconds_of_text(pace, n_tokens, step, k, rejected_every):
@@ -36,7 +37,8 @@ def seconds_of_text(pace, n_tokens, step, k, rejected_every):
             verifications += 1
             since = 0
             if rejected_every and verifications % rejected_every == 0:
-                grown = 2 - k  # all but its first token
+                # All but its first token are lost.
+                grown = 2 - k
         total += step
         made += grown
         pace.note_proposed(step, grown, verified)
@@ -107,8 +109,10 @@ def test_text_that_changes_is_proposed_again():
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
 def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
     """Dense phases begin and end at any token, and draws go on where they were."""
-    window = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
-    dense = tiny_model(arch, **(window if arch == "gemma3_text" else {}))
+    window = {}
+    if arch == "gemma3_text":
+        window = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
+    dense = tiny_model(arch, **window)
     flash = flash_of(copy.deepcopy(dense))
     policy = policy_of(flash.head)
     policy.adapts = True
@@ -128,7 +132,9 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
             phases.append(n_tokens)
 
     policy.paces = {(sampled, sampled, 1): Slow(DENSE) for sampled in (False, True)}
-    sampler = sample_utils.make_sampler(**settings) if settings else None
+    sampler = None
+    if settings is not None:
+        sampler = sample_utils.make_sampler(**settings)
     mx.random.seed(3)
     expected = [
         t for t, _ in generate_step(mx.array(PROMPT), dense, max_tokens=90, sampler=sampler)
@@ -138,7 +144,8 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
     assert [t for t, _ in flash.steps(max_tokens=90, sampler=sampler)] == expected
     assert mx.random.state[0].tolist() == state
     assert len(phases) > 1
-    assert misses or arch == "gemma3_text"  # whose choices are clear
+    # The choices of this gemma3_text are clear.
+    assert misses or arch == "gemma3_text"
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -146,7 +153,8 @@ def test_a_sampled_text_that_was_measured_slower_is_dense_alone(dtype, misses):
     """Several are tried, but in 16 bits, where trying makes the dense steps of a batch dearer."""
     flash = make_flash(dtype=dtype, num_hidden_layers=2)
     policy = policy_of(flash.head)
-    policy.sampled_dense = policy.adapts = True
+    policy.sampled_dense = True
+    policy.adapts = True
     settings = {"temp": 0.9, "seed": 3}
     said = set()
     text = flash.tokens(sampler=make_sampler(**settings), announce=said.add)
@@ -154,7 +162,8 @@ def test_a_sampled_text_that_was_measured_slower_is_dense_alone(dtype, misses):
     assert text == flash.tokens(dense=True, sampler=make_sampler(**settings))
     assert not misses
     assert flash.tokens() == flash.tokens(dense=True)
-    assert misses  # greedy text goes on being proposed
+    # Greedy text goes on being proposed.
+    assert misses
     misses.clear()
     samplers = [make_sampler(**settings | {"seed": seed}) for seed in range(3)]
     dense = flash.batch(OTHERS, dense=True, samplers=samplers)[0]

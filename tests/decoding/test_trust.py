@@ -81,7 +81,9 @@ def test_another_processor_is_called_once_a_token(model, sampler):
 
     found = run(model.tokens)
     assert found == run(partial(model.tokens, dense=True))
-    assert len(found[1][0]) == (len(PROMPT) if PROCESSORS_SEE_PROMPT else 1)
+    # The processors of mlx-lm 0.31 see the last token of a prompt alone.
+    n_seen = len(PROMPT) if PROCESSORS_SEE_PROMPT else 1
+    assert len(found[1][0]) == n_seen
     if sampler is None:
         assert found == run(partial(mlx_lms_tokens, model))
 
@@ -112,11 +114,12 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
         return texts, mx.random.state[0].tolist()
 
     assert run(False) == run(True)
-    # with a penalty its tokens' clusters are scored, too: here nearly all
+    # With a penalty its tokens' clusters are scored, too: here nearly all.
     assert misses or penalty
 
 
-HOSTS = {  # of their default requests
+# The settings of their default requests.
+HOSTS = {
     "vllm-mlx": {"temp": 0.7, "top_p": 0.9},
     "mlx-openai-server": {"temp": 0.7, "top_p": 0.95, "top_k": 20},
     "oMLX": {"temp": 0.7, "top_p": 0.95},
@@ -160,7 +163,8 @@ def test_what_is_recognised():
             assert not is_recognised(make(temp=1.0, **chain))
 
 
-@pytest.mark.newest  # mlx-lm 0.31 raises an error
+# mlx-lm 0.31 raises an error.
+@pytest.mark.newest
 def test_a_least_number_of_tokens_is_min_p_s():
     logits = mx.log(mx.array([[0.7, 0.2, 0.06, 0.04]]))
     sampler = make_sampler(temp=1.0, top_p=0.5, min_p=0.5, min_tokens_to_keep=3)

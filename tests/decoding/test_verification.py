@@ -25,7 +25,8 @@ def flash():
     """A model whose verifications come by numbers of tokens alone."""
     flash = make_flash(num_hidden_layers=2)
     policy = policy_of(flash.head)
-    policy.max_risk = policy.max_wait = 1e9
+    policy.max_risk = 1e9
+    policy.max_wait = 1e9
     return flash
 
 
@@ -56,8 +57,8 @@ def test_a_limit_is_verified_at_once(flash, rounds):
     assert len(rounds) == 11
 
 
-@pytest.mark.parametrize("n_texts", [1, 3])
-def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, n_texts):
+@pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, *OTHERS[:2]]], ids=["one", "three"])
+def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, prompts):
     """A rejection loses tokens of its own text only."""
     counts = []
     launch = VerifySchedule._launch
@@ -76,20 +77,23 @@ def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, n_texts):
     policy = policy_of(flash.head)
     policy.first_pending = 32
     policy.max_risk = 0.035
-    flash.head.n_probes = flash.head.n_clusters  # no token is rejected
-    flash.batch([PROMPT, *OTHERS][:n_texts], max_tokens=18)
-    assert counts[: 2 * n_texts] == [4] * 2 * n_texts
+    # No token is rejected.
+    flash.head.n_probes = flash.head.n_clusters
+    flash.batch(prompts, max_tokens=18)
+    of_two_verifications = [4] * (2 * len(prompts))
+    assert counts[: len(of_two_verifications)] == of_two_verifications
 
 
 def test_steps_after_a_rejected_token_are_counted(flash, rounds, misses):
     """A rejection wastes the steps behind the token, and no more: a verification is read a step
     after its launch."""
     policy = policy_of(flash.head)
-    policy.first_pending = policy.max_pending = 4
+    policy.first_pending = 4
+    policy.max_pending = 4
     n = len(flash.tokens(max_tokens=40))
-    most = 5 * len(misses)  # its step, those of the other three, and the one beside the product
-    assert n <= len(rounds) <= n + most
-    assert len(rounds) > n  # some are wasted
+    # A rejection wastes its step, those of the other three, and the one beside the product.
+    most = 5 * len(misses)
+    assert n < len(rounds) <= n + most
 
 
 def test_a_failed_step_rolls_back(flash, monkeypatch, misses):
@@ -161,12 +165,13 @@ def plain(flash, prompts, limits, **options):
 
 
 def decoded(generator, prompts, limits, **options):
+    """The tokens of each text of a batch, of which a call gives one at most."""
     uids = generator.insert(prompts, limits, **options)
     tokens = {uid: [] for uid in uids}
     while tokens and len(uids):
         responses = generator.next()[1]
         counts = [response.uid for response in responses]
-        assert len(counts) == len(set(counts))  # one token of a text at most
+        assert len(counts) == len(set(counts))
         for response in responses:
             tokens[response.uid].append(response.token)
             if response.finish_reason is not None:
@@ -183,10 +188,16 @@ def test_a_call_gives_one_token_of_a_text_at_most_and_computes_none_that_is_left
     rounds.clear()
     calls = []
     step = generator.next
-    generator.next = lambda: calls.append(len(rounds)) or step()
+
+    def noted():
+        calls.append(len(rounds))
+        return step()
+
+    generator.next = noted
     with generator.stats() as stats:
         assert decoded(generator, [PROMPT, *OTHERS], [20] * 4) == expected
-    assert len(calls) > len(set(calls)) > 3  # calls between which nothing was computed
+    # Between some calls nothing was computed.
+    assert len(calls) > len(set(calls)) > 3
     assert stats.generation_tokens == 80
 
 
@@ -228,7 +239,9 @@ def test_a_wrapped_model_is_dense(flash):
         def __call__(self, tokens, cache=None):
             logits = self.inner(tokens, cache=cache)
             late = cache is not None and cache[0].offset % 3 == 0
-            return logits[..., ::-1] if late else logits
+            if late:
+                return logits[..., ::-1]
+            return logits
 
     around = Around(flash.model)
     assert not Proposer(around).verifies and Proposer(flash.model).verifies

@@ -35,8 +35,10 @@ KINDS = [
     "a grammar",
     "penalties and a grammar",
 ]
-ARCHITECTURES = ["llama", "gemma2"]  # gemma2 has a softcap
-BOUNDS = {"exact": 0.0, "rounded": 1e-4}  # of scored logits, as on MLX's kernels or on others
+# The second one has a softcap.
+ARCHITECTURES = ["llama", "gemma2"]
+# Bounds of scored logits are as on MLX's kernels or on others.
+BOUNDS = {"exact": 0.0, "rounded": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ def dispatches(flash, kind, k: int) -> Counter:
         text = Text(*kind, mx.array([0, 1, 0, 1]))
         text.enter(Phase.AHEAD, OwnCaches([], flash.model).marks([text])[0])
         masked = text.changes is not None and text.changes.mask is not None
-        allowed = np.full(n_words, 7, np.uint32) if masked else None
+        allowed = None
+        if masked:
+            allowed = np.full(n_words, 7, np.uint32)
         unjoined = []
         for i in range(k):
             row = slice(i, i + 1)
@@ -94,7 +98,8 @@ def dispatches_with(flash, name, k, monkeypatch, **rounding):
     bounds = Rounding(2.0**-7, longest=1.0, product=1e-3, **rounding)
     monkeypatch.setattr(FlashHead, "rounding", lambda *_: bounds)
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
-    monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
+    # No export knows `mx.contiguous`.
+    monkeypatch.setattr(mx, "contiguous", lambda array: -array)
     found = dispatches(flash, kind, k)
     n_joins = -(-k // step_times.JOINED)
     return found, sum(found.values()) - n_joins - step_times.VERIFY_LAUNCHES
@@ -119,7 +124,8 @@ def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, sco
     found, n_bounds = dispatches_with(flashes[arch], name, k, monkeypatch, scored=scored)
     n_joins = -(-k // MetalOperations.joined_early)
     assert MetalOperations.joined_early == step_times.JOINED
-    if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
+    # These steps are what the penalties make of bounds that are not zero.
+    if "penalties" in name and scored:
         assert 0 < n_bounds <= 12
     else:
         assert n_bounds == 0 and found == {"QuantizedMatmul": 1, "CustomKernel": 3 + n_joins}

@@ -32,7 +32,8 @@ from mlx_flashhead.wide.step import Established, WideSteps, layout_of
 from simulated_texts import drawn, time_of_policy, time_of_width
 from tiny_models import tiny_model
 
-CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)  # a large model on a small chip
+# A large model on a small chip has such costs.
+CHEAP = Costs({2: 1.06, 3: 1.2, 4: 1.4, 8: 2.4}, draft=0.05)
 DEAR = Costs({2: 1.8, 3: 1.95, 4: 2.1, 8: 3.1}, draft=0.05, wrong=0.1)
 HOPELESS = Costs({2: 2.2, 3: 3.2, 4: 4.2, 8: 8.2})
 
@@ -51,18 +52,21 @@ def test_the_best_width():
     assert best_width([0.3] * 7, CHEAP) == 2
     assert best_width([0.05] * 7, CHEAP) == 1
     assert best_width([0.9] * 7, Costs({})) == 1
-    assert best_width([0.95] * 3, CHEAP) == 4  # no wider than it has guesses
+    # A step is no wider than it has guesses.
+    assert best_width([0.95] * 3, CHEAP) == 4
     assert best_width([0.95] * 7, CHEAP._replace(draft=0.4)) < 8
 
 
 def test_shares_are_those_of_the_text():
     learned = Shares(Known().shares)
     for _ in range(300):
-        learned.note(3, 2)  # two right, the third wrong
+        # Two are right, and the third is wrong.
+        learned.note(3, 2)
     shares = learned.chances
     assert shares[1] >= shares[0] > 0.9
     assert shares[2] < 0.15
-    assert all(share <= shares[2] for share in shares[3:])  # never reached: as the one before
+    # A depth that was never reached is as the one before.
+    assert all(share <= shares[2] for share in shares[3:])
 
 
 def test_a_depth_that_was_seldom_reached_falls_as_in_earlier_texts():
@@ -181,7 +185,9 @@ def steps_of(guesses, n_tokens, n_right):
             offer, n = taken
             accepted = min(n, n_right)
             guesses.judge(Guess(offer.guesser, offer.make(n)), accepted)
-        steps.append((1 if taken is None else n + 1, taken and offer.guesser.name))
+            steps.append((n + 1, offer.guesser.name))
+        else:
+            steps.append((1, None))
         place += accepted + 1
     return steps
 
@@ -215,7 +221,8 @@ def test_what_is_known_of_a_pair_is_read_again(tmp_path, monkeypatch):
             self.source = source
 
     monkeypatch.setattr(known_pairs, "TrainedDrafter", Trained)
-    first, model = Trained("a drafter"), Trained("")
+    first = Trained("a drafter")
+    model = Trained("")
     known = known_pairs.known_of(first, model)
     assert known == Known() and known_pairs.known_of(first, model) is known
     shares = Shares(known.shares)
@@ -250,7 +257,8 @@ def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
     """As on a GPU: what is found decides, and what a step of several tokens costs."""
     monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
     model = tiny_model(num_hidden_layers=2)
-    forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
+    # The text is this token alone.
+    forever = sample_utils.make_logits_processors({5: 100.0})
     n_steps = {}
     for cost in (1.01, 100.0):
         kind = layout_of(make_prompt_cache(model))
@@ -266,7 +274,8 @@ def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
         assert [token for token, _ in steps] == [5] * 60
         n_steps[cost] = proposer.n_steps
     assert n_steps[1.01] < 20
-    assert n_steps[100.0] >= 59  # single ones
+    # All steps are single ones.
+    assert n_steps[100.0] >= 59
 
 
 @pytest.mark.parametrize(

@@ -154,14 +154,20 @@ def test_its_cache_serves_the_next_turn():
     cache = make_prompt_cache(target) + make_prompt_cache(drafting)
     held = list(PROMPT)
     for turn in ([], [5, 9, 77], [60]):
-        prompt = held[-1:] + turn if turn else held
+        if turn:
+            # The caches hold all but the last token.
+            context = held[:-1]
+            prompt = held[-1:] + turn
+        else:
+            context = []
+            prompt = held
         steps = drafted_tokens(
             mx.array(prompt),
             target,
             drafting,
             proposer=Proposer(target),
             prompt_cache=cache,
-            context=held[:-1] if turn else [],
+            context=context,
             max_tokens=9,
         )
         held += [*turn, *(token for token, *_ in steps)]
@@ -180,7 +186,8 @@ def test_its_cache_serves_the_next_turn_whatever_came_before():
         steps = drafted_tokens(
             mx.array(turn),
             model,
-            copy.deepcopy(model),  # all of its drafts are right
+            # All of its drafts are right.
+            copy.deepcopy(model),
             proposer=proposer,
             num_draft_tokens=3,
             prompt_cache=cache,

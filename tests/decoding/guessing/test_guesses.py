@@ -52,24 +52,33 @@ ANOTHER_ORDER = 1e-3
 
 def evens():
     """Allows even tokens."""
-    return Mask(lambda tokens, vocab_size: [0x55555555] * -(-vocab_size // 32))
+
+    def words(tokens, vocab_size):
+        n_words = -(-vocab_size // 32)
+        return [0x55555555] * n_words
+
+    return Mask(words)
 
 
 PROCESSORS = {
     "none": list,
-    "penalties": lambda: sample_utils.make_logits_processors(
-        {3: 2.0, 8: -1.0}, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1
+    "penalties": partial(
+        sample_utils.make_logits_processors,
+        {3: 2.0, 8: -1.0},
+        repetition_penalty=1.3,
+        presence_penalty=0.2,
+        frequency_penalty=0.1,
     ),
     "mask": lambda: [evens()],
 }
 
 
 class Models(NamedTuple):
-    """One model three times."""
+    """One model three times: for mlx-lm's loops, with a FlashHead, and without."""
 
     name: str
-    plain: Any  # for mlx-lm's loops
-    flash: Any  # with a FlashHead
+    plain: Any
+    flash: Any
     without: Any
 
     def functions(self, i):
@@ -88,7 +97,9 @@ def models(request):
     flash = flash_of(copy.deepcopy(plain))
     flash.head.n_probes = 1
     policy = policy_of(flash.head)
-    policy.max_risk = policy.max_wait = 1e9  # proposals run ahead
+    # Proposals run ahead.
+    policy.max_risk = 1e9
+    policy.max_wait = 1e9
     return Models(request.param, plain, flash.model, copy.deepcopy(plain))
 
 
@@ -114,25 +125,34 @@ class Oracle(Guesser):
         self._expected = expected
         self._prompt = prompt
         self._chance = random.Random(5)
-        self.counts = []  # of each guess: its tokens, and those that were right
+        # Of each guess these are its tokens, and those that were right.
+        self.counts = []
         self.heard = []
-        self.states = []  # (D,) after each token that was heard; None without a FlashHead
+        # The state (D,) after each token that was heard; None without a FlashHead.
+        self.states = []
         self.n_left = 0
 
     def hear(self, tokens, states):
         self.heard += tokens
-        self.states += [None] * len(tokens) if states is None else [*states]
+        if states is None:
+            self.states += [None for _ in tokens]
+        else:
+            self.states += [*states]
         assert len(self.states) == len(self.heard)
 
     def take_back(self, n):
         assert 0 < n <= len(self.heard)
-        del self.heard[-n:], self.states[-n:]
+        del self.heard[-n:]
+        del self.states[-n:]
 
     def offer(self, text, latest):
         assert self.heard == [*self._prompt, *text.fed]
         chance = self._chance
         n = chance.choice([1, 3, 3, 7])
-        found = [*self._expected[text.n_chosen :], *[1] * n][:n]
+        found = self._expected[text.n_chosen : text.n_chosen + n]
+        # Past the text's end it guesses ones.
+        while len(found) < n:
+            found.append(1)
         for i in range(n):
             if chance.random() > 0.6:
                 found[i] = chance.randrange(200)
@@ -159,22 +179,33 @@ class Oracle(Guesser):
 def batch_guesser(monkeypatch):
     """Has a text that decodes alone in a batch guessed by one of ours."""
 
-    def of(guesser):
-        made = partial(guesses.guesses_of, guesser=guesser)
-        monkeypatch.setattr(batch, "guesses_of", lambda *known, **named: made(*known, **named))
+    def guess_by(guesser):
+        # This names ours in the place of none.
+        def guesses_of(proposer, read, **options):
+            return guesses.guesses_of(proposer, read, guesser, **options)
+
+        monkeypatch.setattr(batch, "guesses_of", guesses_of)
         return guesser
 
-    return of
+    return guess_by
 
 
 class Text(NamedTuple):
-    """A text up to a place."""
+    """A text up to a place.
+
+    Attributes:
+        tokens: Its tokens.
+        states: MLX's random state after each token.
+        logprobs: The tokens' log-probabilities.
+        after: The logits (V,) that its cache gives for another token.
+        others: The tokens of another text of a batch.
+    """
 
     tokens: list[int]
-    states: list[Any]  # MLX's random state after each token
-    logprobs: list[float]  # of the tokens
-    after: Any  # the logits (V,) that its cache gives for another token
-    others: Any = ()  # the tokens of another text of a batch
+    states: list[Any]
+    logprobs: list[float]
+    after: Any
+    others: Any = ()
 
     def assert_is(self, plain, atol=0.0):
         """Fails unless the text is plain mlx-lm's, its random states and its cache with it."""
@@ -216,7 +247,8 @@ def batched_text_of(batch_of, model, functions, place=None, other=None):
     }
     (uid,) = generator.insert([PROMPT], [N_TOKENS], **options)
     text = Text([], [], [], None, [])
-    while len(text.tokens) != place and (responses := generator.next_generated()):
+    responses = generator.next_generated()
+    while responses:
         for response in responses:
             if response.uid != uid:
                 text.others.append(response.token)
@@ -225,6 +257,9 @@ def batched_text_of(batch_of, model, functions, place=None, other=None):
             cache = response.prompt_cache
             if len(text.tokens) == 3 and other is not None:
                 generator.insert([other], [2])
+        if len(text.tokens) == place:
+            break
+        responses = generator.next_generated()
     if cache is None:
         cache = generator.remove([uid], return_prompt_caches=True)[uid][0]
     generator.close()
@@ -238,19 +273,23 @@ def _note(text, token, logprobs):
 
 
 def ours(lookup="auto", guesser=None, **settings):
-    return lambda prompt, model, **options: verified_tokens(
-        prompt,
-        model,
-        proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings)),
-        guesser=guesser,
-        **options,
-    )
+    """A function that begins a text of our loop."""
+
+    def steps_of(prompt, model, **options):
+        proposer = Proposer(model, DecodingSettings(lookup=lookup, **settings))
+        return verified_tokens(prompt, model, proposer=proposer, guesser=guesser, **options)
+
+    return steps_of
 
 
 def our_batch(lookup="auto", **settings):
-    return lambda model: VerifiedBatchGenerator(
-        model, proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings))
-    )
+    """A function that makes a batch of ours."""
+
+    def batch_of(model):
+        proposer = Proposer(model, DecodingSettings(lookup=lookup, **settings))
+        return VerifiedBatchGenerator(model, proposer=proposer)
+
+    return batch_of
 
 
 def plain_text_of(models, functions, *rest):
@@ -289,7 +328,12 @@ def test_whoever_guesses_hears_the_tokens_and_states_of_every_step(models, i):
     assert oracle.heard == [*PROMPT, *plain.tokens]
     head = get_flash_head(models.flash)
     noted = []
-    with head.intercepted(lambda hidden: noted.append(hidden) or head.dense_logits(hidden)):
+
+    def note(hidden):
+        noted.append(hidden)
+        return head.dense_logits(hidden)
+
+    with head.intercepted(note):
         models.flash(mx.array(oracle.heard)[None])
     spacing = mx.finfo(noted[0].dtype).eps
     assert mx.allclose(mx.stack(oracle.states), noted[0][0], rtol=0, atol=spacing * 64)
@@ -333,11 +377,13 @@ def test_several_texts_that_draw_are_not_guessed(monkeypatch, place, repeats, ch
         mx.random.seed(3)
         (first,) = generator.insert([PROMPT], [N_TOKENS], samplers=[make()])
         found = {first: []}
-        while responses := generator.next_generated():
+        responses = generator.next_generated()
+        while responses:
             for response in responses:
                 found.setdefault(response.uid, []).append(response.token)
                 if response.uid == first and len(found[first]) == place:
                     generator.insert([[1, 2, 3, 4] * repeats], [4], samplers=[make()])
+            responses = generator.next_generated()
         return list(found.values())
 
     plain = texts_of(BatchGenerator(model, prefill_step_size=chunk))
@@ -366,9 +412,12 @@ def test_a_draft_model_changes_nothing(models, draft, i):
     _, _, flash, without = models
     sampler = tuple(SAMPLERS)[i]
     plain = plain_text_of(models, (sampler, "none"))
-    target, drafting = ((flash, draft), (without, without), (flash, without))[models.other(i)]
+    pairs = [(flash, draft), (without, without), (flash, without)]
+    target, drafting = pairs[models.other(i)]
     mx.random.seed(3)
-    cache = make_prompt_cache(target) + make_prompt_cache(drafting) if i else None
+    cache = None
+    if i > 0:
+        cache = make_prompt_cache(target) + make_prompt_cache(drafting)
     proposer = Proposer(target)
     steps = drafted_tokens(
         mx.array(PROMPT),
@@ -486,7 +535,8 @@ def trials(monkeypatch):
     "options, n_trials",
     [
         ({"max_kv_size": 16}, 1),
-        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, 2),  # "on" asks before
+        # Here "on" asks before the text.
+        ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}, 2),
         ({"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": len(PROMPT) + 9}, 1),
     ],
 )
@@ -504,16 +554,20 @@ def test_steps_are_tried_before_a_text_alone(trials, options, n_trials):
     assert n_tokens == [0] * n_trials
 
 
-@pytest.mark.parametrize("n_texts, n_trials", [(1, 1), (2, 0)])
-def test_steps_are_tried_before_a_text_of_a_batch(trials, monkeypatch, n_texts, n_trials):
+@pytest.mark.parametrize(
+    "prompts, limits, n_trials", [([PROMPT], [20], 1), ([PROMPT, OTHERS[0]], [20, 3], 0)]
+)
+def test_steps_are_tried_before_a_text_of_a_batch(trials, monkeypatch, prompts, limits, n_trials):
     """A text that another one leaves alone has single steps, if nothing is known of others."""
     monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
     model = tiny_model(num_hidden_layers=2)
     n_tokens, tokens = trials
     generator = our_batch("auto")(model)
-    generator.insert([PROMPT, OTHERS[0]][:n_texts], [20, 3][:n_texts])
-    while responses := generator.next_generated():
+    generator.insert(prompts, limits)
+    responses = generator.next_generated()
+    while responses:
         tokens += [response.token for response in responses]
+        responses = generator.next_generated()
     assert n_tokens == [0] * n_trials
 
 

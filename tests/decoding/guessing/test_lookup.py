@@ -34,7 +34,8 @@ def test_tokens_that_were_taken_back_are_not_found():
     lookup = Lookup([1, 2, 3, 4, 7, 8])
     lookup.extend([1, 2, 9, 5, 5, 5])
     lookup.truncate(6)
-    lookup.extend([7, 8, 7, 8, 6, 6, 1, 2])  # where 1, 2 stood is something else now
+    # Where 1, 2 stood is something else now.
+    lookup.extend([7, 8, 7, 8, 6, 6, 1, 2])
     assert lookup.find(1) == (0, [])
     lookup.extend([4, 1, 2])
     assert lookup.find(1) == (2, [4])

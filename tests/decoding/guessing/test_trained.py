@@ -37,8 +37,15 @@ PENALTIES = {
     "repetition": lambda: make_logits_processors(repetition_penalty=1.3),
     "bias": lambda: make_logits_processors({7: 2.0}),
 }
+
+
+def unrelated_pair(family):
+    """A model and a drafter that knows nothing of it."""
+    return tiny_target(family), tiny_drafter(family)
+
+
 PAIRS = {
-    "nothing right": lambda family: (tiny_target(family), tiny_drafter(family)),
+    "nothing right": unrelated_pair,
     "all right": exact_pair,
     "some right": partial(exact_pair, noise=0.3),
 }
@@ -102,7 +109,8 @@ def test_sampled_texts(sampler, penalty, flash):
     """MLX's random state is what mlx-lm would have left at each token, too."""
     model, drafter = exact_pair("qwen3_5", noise=0.3)
     options = {"sampler": SAMPLERS[sampler](), "logits_processors": PENALTIES[penalty]()}
-    if sampler == "own":  # which is this package's: the text without drafts
+    # The text of this package's sampler is the one without drafts.
+    if sampler == "own":
         expected = without_drafts(model, **options)
     else:
         expected = [token for token, _ in plain(model, **options)]
@@ -187,18 +195,21 @@ def test_the_drafters_cache_goes_on_from_turn_to_turn():
         held = [*held, *turn, *(token for token, _ in tokens)]
         lengths.append(length_of_pairs(cache[-1]))
         assert lengths[-1] <= len(held) - 1
-    assert lengths[-1] >= len(held) - len(lengths)  # a pair is missing between two turns
+    # A pair is missing between two turns.
+    assert lengths[-1] >= len(held) - len(lengths)
 
 
 def test_many_single_steps_are_caught_up(monkeypatch):
     """Where drafts do not pay for a while, their pairs are read in few passes."""
     model, drafter = exact_pair("qwen3_5")
     offer = TrainedDrafts.offer
-    monkeypatch.setattr(
-        TrainedDrafts,
-        "offer",
-        lambda self, text, latest: offer(self, text, latest) if text.n_chosen > 100 else None,
-    )
+
+    def offer_late(self, text, latest):
+        if text.n_chosen > 100:
+            return offer(self, text, latest)
+        return None
+
+    monkeypatch.setattr(TrainedDrafts, "offer", offer_late)
     monkeypatch.setattr(trained, "WAITING", 16)
     expected = plain(model, max_tokens=120)
     tokens, proposer = drafted(model, drafter, max_tokens=120)
@@ -212,12 +223,14 @@ def batched(generator, prompts, limits):
     texts = {}
     uids = generator.insert(prompts[:1], limits[:1])
     n_steps = 0
-    while responses := generator.next_generated():
+    responses = generator.next_generated()
+    while responses:
         for response in responses:
             texts.setdefault(response.uid, []).append(response.token)
         n_steps += 1
         if n_steps == 6 and len(prompts) > 1:
             uids += generator.insert(prompts[1:], limits[1:])
+        responses = generator.next_generated()
     generator.close()
     return [texts[uid] for uid in uids]
 
@@ -244,7 +257,8 @@ def test_the_text_that_is_alone_in_a_batch_is_guessed(family, flash):
 def test_without_wide_steps_nothing_is_drafted(caplog):
     model, drafter = exact_pair("qwen3_5")
     expected = plain(model)
-    model.__class__ = type("OddHeads", (type(model),), {})  # of which nothing is known
+    # Nothing is known of this class.
+    model.__class__ = type("OddHeads", (type(model),), {})
     tokens, proposer = drafted(model, drafter)
     assert tokens == expected
     assert not proposer.guesses

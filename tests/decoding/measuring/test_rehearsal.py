@@ -16,7 +16,8 @@ from mlx_flashhead.head.metal_operations import MetalOperations
 from mlx_flashhead.head.rounded_product import CLASSES
 from tiny_models import tiny_model
 
-pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
+# The oldest environment has no compiler for the emulator.
+pytestmark = pytest.mark.newest
 emulator_only = pytest.mark.skipif(on_gpu(), reason="texts are counted on the emulator")
 
 

@@ -18,8 +18,10 @@ from mlx_flashhead.wide import trial
 from mlx_flashhead.wide.step import WideSteps
 from wide_checks import of_a_batch
 
-DENSE = 0.006  # seconds
-VERIFICATION = 0.003  # of any number of tokens
+# A dense step takes so many seconds.
+DENSE = 0.006
+# A verification of any number of tokens takes so many seconds.
+VERIFICATION = 0.003
 
 
 def measured(model, between=lambda: None, **options):
@@ -69,7 +71,8 @@ def clock(monkeypatch):
     def advanced(decoder):
         (text,) = decoder.texts
         advance(decoder)
-        Clock.now += (Clock.step if text.proposing else DENSE) * Clock.slow
+        seconds = Clock.step if text.proposing else DENSE
+        Clock.now += seconds * Clock.slow
 
     def launched(schedule, texts):
         Clock.now += VERIFICATION * Clock.slow
@@ -192,7 +195,9 @@ def test_a_slow_machine_takes_few_tokens(clock, monkeypatch):
     def timed(model, first, n, *, sampled=False, dense=False):
         sizes.append(n)
         clock.now += 2.0
-        return 1.0 if dense else 0.5
+        if dense:
+            return 1.0
+        return 0.5
 
     monkeypatch.setattr(tuning, "token_seconds", timed)
     found = measured(make_flash().model)
