@@ -20,7 +20,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .conversion.pipeline import convert
     from .decoding.generation import batch_generate, generate, stream_generate
-    from .decoding.sampler import make_sampler
+    from .decoding.sampling import make_sampler
     from .head.flash_head import FlashHead
     from .index.flash_head_config import FlashHeadConfig
     from .loading.drafts import load_draft
@@ -42,7 +42,7 @@ _MODULES = {
     "loading.drafts": ("load_draft",),
     "loading.load": ("attach", "load", "sharded_load"),
     "decoding.generation": ("batch_generate", "generate", "stream_generate"),
-    "decoding.sampler": ("make_sampler",),
+    "decoding.sampling": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),
     "structured.processor": ("grammar_processor",),
 }

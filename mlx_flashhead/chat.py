@@ -118,7 +118,7 @@ def _chat(args: Namespace, terminal: Any) -> None:
 
 def _answer_options(args: Namespace, tokenizer: Any) -> dict[str, Any]:
     """The keywords of each answer: its length, its sampler, and how it is verified."""
-    from .decoding.sampler import make_sampler
+    from .decoding.sampling import make_sampler
 
     ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
     sampler = make_sampler(

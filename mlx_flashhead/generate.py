@@ -333,7 +333,7 @@ def _answer(
 ) -> None:
     """Writes the answer to the terminal."""
     from .decoding.generation import generate
-    from .decoding.sampler import make_sampler
+    from .decoding.sampling import make_sampler
 
     tokenizer = loaded.tokenizer
     processor = None

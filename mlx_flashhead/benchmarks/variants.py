@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.loop import verified_tokens
 from ..decoding.proposer import Proposer
-from ..decoding.sampler import Processor, make_sampler
+from ..decoding.sampling import Processor, make_sampler
 from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 

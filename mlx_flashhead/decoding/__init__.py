@@ -16,6 +16,6 @@ A text that decodes alone may take several tokens a step:
 
 `loop.py` drives one text, `batch.py` several, `generation.py` puts them under mlx-lm's
 functions. `policy.py` has what a head gains on this machine, which `measuring/` measures once, and
-in the text at hand. `sampler.py` says which samplers and processors can be verified; all others are
-decoded by the normal (dense) head.
+in the text at hand. `sampling.py` says which samplers and processors can be verified. Text with
+others is decoded by the normal (dense) head.
 """

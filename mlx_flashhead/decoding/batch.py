@@ -23,7 +23,7 @@ from .guessing.guesses import check_lookup, guesses_of
 from .guessing.trained import TrainedDrafts
 from .phase import DISTURBED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
-from .sampler import Processor, Sampler, SamplerFunction
+from .sampling import Processor, Sampler, SamplerFunction
 from .text import Text, mode_of, own_processors
 
 BatchGenerator: Any = inner_batch.ClosableBatchGenerator
@@ -430,7 +430,7 @@ class _Generation:
         drafts.caches = lambda: self._decoder.caches.layers
         *before, last = entry.prompt
         guesses = guesses_of(self._proposer, before, drafts, layers=layers, has_heard=True)
-        entry.text.guesses = guesses
+        self._decoder.take_guesses(entry.text, guesses)
         if guesses is not None:
             guesses.hear([last], state)
             # The layers are of another kind once a text was taken back.
@@ -442,13 +442,14 @@ class _Generation:
         """Gives a text that decodes alone what guesses its tokens, once."""
         text = self._decoder.texts[0]
         entry = self._entries[text.uid]
-        if len(self) == 1 and not entry.decoded_alone and text.guesses is None:
+        if len(self) == 1 and not entry.decoded_alone and text not in self._decoder.guesses:
             entry.decoded_alone = True
             layers = None
             if text.n_yielded == 0:
                 layers = self._decoder.caches.layers
             read = [*entry.prompt, *text.fed]
-            text.guesses = guesses_of(self._proposer, read, layers=layers)
+            guesses = guesses_of(self._proposer, read, layers=layers)
+            self._decoder.take_guesses(text, guesses)
 
     def _hand_out(self) -> list[Response]:
         """Hands out one accepted token of each text that has one.

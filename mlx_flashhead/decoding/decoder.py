@@ -41,19 +41,25 @@ class Decoder:
     Args:
         proposer: Proposes tokens, and says what can be verified.
         caches: The caches of the texts: of a text alone, or of several. They run the model.
+
+    Attributes:
+        texts: The R texts, in the order of their caches.
+        guesses: What is guessed of texts, where something is. They hear each token, and are asked
+            while a text decodes alone.
+        several_draw: Whether several texts draw from MLX's random state, also such as are not here
+            yet. Their draws depend on when any text begins and ends, so that none goes ahead.
     """
 
     def __init__(self, proposer: Proposer, caches: Caches):
         self.texts: list[Text] = []
         self.caches = caches
+        self.guesses: dict[Text, Guesses] = {}
+        self.several_draw = False
         self._proposer = proposer
         # The latest tokens (R,), launched and not read.
         self._latest: mx.array | None = None
         self._schedule = VerifySchedule(proposer, caches.marks)
         self._n_started = 0
-        # Whether several texts draw from MLX's random state, also such as are not here yet. Their
-        # draws depend on when any text begins and ends, so that none goes ahead.
-        self.several_draw = False
 
     def start(self, texts: list[Text], layers: list[Any], logits: mx.array) -> None:
         """Adds texts whose prompts have been read, and launches their first tokens.
@@ -71,6 +77,11 @@ class Decoder:
         tokens = self._proposer.choose_densely(texts, logits, [])
         mx.async_eval(step_arrays(tokens, [text.pending[-1] for text in texts]))
         self._join(texts, layers, tokens)
+
+    def take_guesses(self, text: Text, guesses: Guesses | None) -> None:
+        """Goes by guesses of a text, which have heard its tokens so far; None: there are none."""
+        if guesses is not None:
+            self.guesses[text] = guesses
 
     def round(self) -> None:
         """Computes the next token of each text, and accepts what is decided.
@@ -144,8 +155,8 @@ class Decoder:
             tokens = cast(list[int], latest.tolist())
             for row, (text, token) in enumerate(zip(self.texts, tokens, strict=True)):
                 text.pending[text.n_read].read(token)
-                if text.guesses is not None:
-                    text.guesses.hear([token], _row(states, row))
+                if text in self.guesses:
+                    self.guesses[text].hear([token], _row(states, row))
         self._schedule.step(self.texts)
         self._restart([text for text in self.texts if text.rejected])
         return single
@@ -157,7 +168,7 @@ class Decoder:
                 _log_once_that_steps_are_single()
             return None
         text = self.texts[0]
-        guesses = text.guesses
+        guesses = self.guesses.get(text)
         if guesses is None or self.several_draw or text.phase is Phase.DENSE:
             return None
         known = LatestToken(latest, text.pending[-1].token)
@@ -180,7 +191,7 @@ class Decoder:
         Returns:
             Whether the model has taken the tokens. Otherwise nothing has changed.
         """
-        guesses = cast(Guesses, text.guesses)
+        guesses = self.guesses[text]
         proposer = self._proposer
         fed = mx.concatenate([latest.astype(mx.uint32), guess.tokens])
         states: list[mx.array] = []
@@ -207,7 +218,7 @@ class Decoder:
         text.keep_cached(n_cached + n_right + 1)
         self._latest = chosen[n_right : n_right + 1]
         guesses.judge(guess, n_right)
-        proposer.guesses[guess.guesser.name].append((len(guess.tokens), n_right))
+        proposer.judged[guess.guesser.name].append((len(guess.tokens), n_right))
         heard = None
         if states:
             heard = states[-1][0, : n_right + 1]
@@ -269,7 +280,7 @@ class Decoder:
         for text in texts:
             text.cut(text.n_yielded + 1)
             if caches_changed:
-                text.roll_back(text.n_yielded)
+                self._roll_back(text, text.n_yielded)
                 # Earlier ones are of no use.
                 text.marks = deque([self._mark(text)])
         layers = self._take_out(texts)
@@ -293,6 +304,15 @@ class Decoder:
         if texts:
             self._schedule.forget(texts)
             self._drop(texts)
+        for text in texts:
+            self.guesses.pop(text, None)
+
+    def leave_guesses(self, text: Text) -> None:
+        """Tells whoever guesses that a text ends at the token that was handed out last."""
+        if text in self.guesses:
+            guesses = self.guesses[text]
+            guesses.take_back(text.n_cached - text.n_yielded)
+            guesses.leave()
 
     # The round's parts.
 
@@ -375,7 +395,7 @@ class Decoder:
         for text in texts:
             n_tokens = len(text.tokens) - 1
             caches.append(self._back_to(text, n_tokens))
-            text.roll_back(n_tokens)
+            self._roll_back(text, n_tokens)
         self._drop(texts)
         return self.caches.merged(caches)
 
@@ -384,8 +404,8 @@ class Decoder:
         latest = mx.array([text.tokens[-1] for text in texts], dtype=mx.uint32)
         tokens, states = self._step(texts, layers, latest)
         for row, text in enumerate(texts):
-            if text.guesses is not None:
-                text.guesses.hear([text.tokens[-1]], _row(states, row))
+            if text in self.guesses:
+                self.guesses[text].hear([text.tokens[-1]], _row(states, row))
         self._join(texts, layers, tokens)
 
     def _join(self, texts: list[Text], layers: list[Any], tokens: mx.array) -> None:
@@ -403,6 +423,12 @@ class Decoder:
         self._latest = None
         if kept:
             self._latest = latest[mx.array(kept)]
+
+    def _roll_back(self, text: Text, n_tokens: int) -> None:
+        """Notes that a text's caches hold the first of its tokens and no others."""
+        if text in self.guesses:
+            self.guesses[text].take_back(text.n_cached - n_tokens)
+        text.roll_back(n_tokens)
 
     def _back_to(self, text: Text, n_tokens: int) -> list[Any]:
         """A text's own caches, brought back to the first of its tokens."""

@@ -18,7 +18,6 @@ from ..models.compat import mlx_lm as compat
 from ..models.trained_drafter import TrainedDrafter
 from ..models.training import may_drop_out
 from .caches import are_known, length_of
-from .changes import Changes
 from .guessing.draft_model import DraftModel
 from .guessing.guesser import Guesser
 from .guessing.guesses import has_wide_steps
@@ -26,7 +25,7 @@ from .guessing.trained import trained_drafts
 from .loop import GuessedTokens, verified_tokens, with_guesses
 from .phase import MAY_DIFFER, Mode
 from .proposer import Proposer
-from .sampler import Processor, Sampler, SamplerFunction, draw_of
+from .sampling import Changes, Processor, Sampler, SamplerFunction, draw_of
 
 log = logging.getLogger("mlx_flashhead")
 

@@ -25,7 +25,7 @@ from .guessing.draft_model import draft_report
 from .guessing.trained import drafter_report
 from .loop import GuessedTokens, verified_tokens, with_guesses
 from .proposer import Proposer
-from .sampler import Processor, SamplerFunction
+from .sampling import Processor, SamplerFunction
 from .settings import (
     CacheOptions,
     DecodeOptions,

@@ -17,7 +17,7 @@ from .guessing.guesser import Guesser
 from .guessing.guesses import Guesses, check_lookup, guesses_of
 from .phase import DISTURBED, REPLACED, TRAINED, UNKNOWN_CACHE, Mode, Phase
 from .proposer import Proposer
-from .sampler import Processor, Sampler, SamplerFunction
+from .sampling import Processor, Sampler, SamplerFunction
 from .text import PendingToken, Text, mode_of
 
 # Tokens after which unused memory is freed, as in mlx-lm's loop.
@@ -121,7 +121,7 @@ def verified_tokens(
     )
     check_lookup(proposer, cache)
     layers = quantization.at_first_token(cache, len(known))
-    text.guesses = guesses_of(proposer, context, guesser, quantization.first, layers=layers)
+    guesses = guesses_of(proposer, context, guesser, quantization.first, layers=layers)
     caches = OwnCaches(cache, feed, quantization.first)
     decoder = Decoder(proposer, caches)
     progress = prompt_progress_callback or _no_progress
@@ -132,13 +132,14 @@ def verified_tokens(
             lambda tokens, embeddings: feed(tokens, cache, embeddings),
             cache,
             proposer=proposer,
-            guesses=text.guesses,
+            guesses=guesses,
             embeddings=input_embeddings,
             step_size=prefill_step_size,
             progress=progress,
             loop=prefill,
         )
         decoder.start([text], cache, logits)
+    decoder.take_guesses(text, guesses)
     n_prompt = _length(prompt, input_embeddings)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
@@ -462,11 +463,8 @@ class _Handover:
             self.bring_back()
         if not self._shown:
             self._text.leave_state()
-        text = self._text
-        if text.guesses is not None:
-            with mx.stream(self._stream):
-                text.guesses.take_back(text.n_cached - text.n_yielded)
-                text.guesses.leave()
+        with mx.stream(self._stream):
+            self._decoder.leave_guesses(self._text)
 
     def bring_back(self) -> None:
         """Rolls the caches back to the token handed out last."""

@@ -22,7 +22,6 @@ from ..head.operations import NOTHING_ALLOWED
 from ..models.install import NO_FLASH_HEAD, get_flash_head, hidden_dtype
 from ..models.logit_maps import logit_map_of
 from ..wide.head_states import HeadStates
-from .changes import mask_array, with_few_allowed
 from .phase import (
     PAUSED,
     SAMPLED_DENSE,
@@ -32,7 +31,7 @@ from .phase import (
     Mode,
 )
 from .policy import DecodingPolicy, Pace, decoding_mode, policy_of
-from .sampler import SamplerFunction, normalized
+from .sampling import SamplerFunction, mask_array, normalized, with_few_allowed
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 
@@ -52,7 +51,7 @@ class Proposer:
         n_rejected: Proposals that were rejected.
         n_steps: Of the model, after a prompt.
         n_guessed: Tokens handed out that were guessed, by what has guessed them.
-        guesses: By what has guessed: tokens of each guess, and how many of them were right.
+        judged: By what has guessed: tokens of each guess, and how many of them were right.
         head: The model's FlashHead, if it has one.
         policy: The head's.
         logit_map: From the head's logits to the model's; None where no map describes it.
@@ -67,7 +66,7 @@ class Proposer:
         self.n_rejected = 0
         self.n_steps = 0
         self.n_guessed: Counter[str] = Counter()
-        self.guesses: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.judged: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         self.head: FlashHead | None = get_flash_head(model)
         self._head_states: HeadStates | None = None
         self.policy = DecodingPolicy()
@@ -396,10 +395,10 @@ class Proposer:
 
     def _depth_and_share(self, name: str) -> str:
         """What has guessed, how many tokens at a time, and how many of them were right."""
-        guesses = self.guesses[name]
-        n_made = sum(n for n, _ in guesses)
-        n_right = sum(n_right for _, n_right in guesses)
-        return f"{name}, {round(n_made / len(guesses))} deep, {100 * n_right / n_made:.0f} %"
+        judged = self.judged[name]
+        n_made = sum(n for n, _ in judged)
+        n_right = sum(n_right for _, n_right in judged)
+        return f"{name}, {round(n_made / len(judged))} deep, {100 * n_right / n_made:.0f} %"
 
     def report(self) -> str:
         """What was used, for a line under a text."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.trained_drafter import TrainedDrafter
-from .sampler import Processor, SamplerFunction
+from .sampling import Processor, SamplerFunction
 
 LOOKUPS = ("auto", "on", "off")
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,13 +16,9 @@ from ..head.draws.greedy import Greedy
 from ..head.draws.noise import position_key
 from ..head.proposal import Proposal
 from .caches import RowMark
-from .changes import Changes
 from .phase import AHEAD_OF_CALLER, FIRST, VERIFIED, Mode, Phase
 from .random_state import DrawChain, set_key
-from .sampler import Processor, Sampler, SamplerFunction, draw_of, normalized
-
-if TYPE_CHECKING:
-    from .guessing.guesses import Guesses
+from .sampling import Changes, Processor, Sampler, SamplerFunction, draw_of, normalized
 
 
 @dataclass(eq=False)
@@ -93,7 +89,6 @@ class Text:
         phase: How far it is ahead, which :meth:`enter` changes with the next two.
         ahead: Whether its tokens may be ahead of those handed out.
         proposing: Whether the FlashHead proposes its next tokens.
-        guesses: Of its tokens, for the time that it decodes alone.
         shares_sampler: Whether mlx-lm may call its sampler for several texts at once.
         vocab_size: V of its logits; 0 before any.
         joined: Its number among the texts of a batch, in the order in which they began.
@@ -140,7 +135,6 @@ class Text:
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
-        self.guesses: Guesses | None = None
         self.shares_sampler = True
         self.vocab_size = 0
         self.joined = 0
@@ -362,8 +356,6 @@ class Text:
     def roll_back(self, n_tokens: int) -> None:
         """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
         self.rejected = False
-        if self.guesses is not None:
-            self.guesses.take_back(self.n_cached - n_tokens)
         self.keep_cached(n_tokens)
         while len(self.marks) > 1 and self.marks[-1].n_tokens > n_tokens:
             self.marks.pop()

@@ -16,9 +16,8 @@ from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal
 from ..head.verdict import Verdict
 from .caches import RowMark
-from .changes import Changes, mask_array
 from .proposer import Proposer
-from .sampler import normalized
+from .sampling import Changes, mask_array, normalized
 from .text import PendingToken, Text
 
 # Tokens that may be read while a verification is computed.

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..common.masks import Mask
-from ..decoding.sampler import make_sampler
+from ..decoding.sampling import make_sampler
 from ..models.compat.mlx_lm import make_logits_processors
 from ..structured.processor import GrammarProcessor
 from .answer_text import AnswerText, PromptProgress, Token, token_logprobs

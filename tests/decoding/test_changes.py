@@ -14,8 +14,8 @@ from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.phase import Phase
+from mlx_flashhead.decoding.sampling import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draws.draw import Draws

@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_sampler
 from draw_cases import N_PROBES, case_of, truths
 from kernel_cases import plain_clusters, to_numpy
 from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
-from mlx_flashhead.decoding.sampler import normalized
+from mlx_flashhead.decoding.sampling import normalized
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.draws import inverse_cdf
 from mlx_flashhead.head.draws.draw import Draws

@@ -11,7 +11,7 @@ import old_top_p
 from draw_cases import N_PROBES, case_of, truths
 from kernel_cases import plain_clusters
 from mlx_flashhead.decoding.random_state import set_key, split, uniform_bits
-from mlx_flashhead.decoding.sampler import normalized
+from mlx_flashhead.decoding.sampling import normalized
 from mlx_flashhead.head.draws import summed_top_p
 from mlx_flashhead.head.draws.draw import Draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF

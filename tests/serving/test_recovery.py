@@ -8,7 +8,7 @@ import pytest
 
 from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.sampler import make_sampler
+from mlx_flashhead.decoding.sampling import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.answer_text import AnswerText
 from mlx_flashhead.serving.engine import Engine

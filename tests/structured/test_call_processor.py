@@ -9,7 +9,7 @@ import pytest
 
 from call_formats import of, tokenizer_of, tool
 from mlx_flashhead import generate
-from mlx_flashhead.decoding.sampler import make_sampler
+from mlx_flashhead.decoding.sampling import make_sampler
 from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from mlx_flashhead.structured.tool_grammar import tool_calls

@@ -4,7 +4,7 @@ Its own rounding is of no matter: the target's wide step decides.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,13 +15,11 @@ from ...models.step_bytes import step_bytes_of
 from ...wide.step import MAX_WIDTH
 from ..caches import OwnCaches, RowMark
 from ..policy import MAX_PENDING, policy_of
-from ..sampler import normalized
+from ..sampling import normalized
+from ..text import Text
 from .depth import Shares
 from .guesser import Guesser, LatestToken, Offer
 from .known_pairs import keep, known_of
-
-if TYPE_CHECKING:
-    from ..text import Text
 
 # Tokens of a text that a draft model's FlashHead always scores.
 LATEST = 256
@@ -108,7 +106,7 @@ class DraftModel(Guesser):
         if n > n_waiting:
             self._go_back(len(self._read) - (n - n_waiting))
 
-    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+    def offer(self, text: Text, latest: LatestToken) -> Offer | None:
         """As many drafts as it may make. None is made yet."""
         if not self._n_drafts:
             return None
@@ -173,7 +171,7 @@ class DraftModel(Guesser):
             del marks[0]
         return mark
 
-    def _drafts(self, latest: mx.array, n: int, text: "Text") -> mx.array:
+    def _drafts(self, latest: mx.array, n: int, text: Text) -> mx.array:
         """Guesses ``n`` tokens, (n,) uint32, lazy, behind the ``latest`` one (1,)."""
         recent = sorted({token for token in self._recent if token < self._n_tokens})
         vocab_size = text.vocab_size

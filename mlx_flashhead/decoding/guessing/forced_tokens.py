@@ -1,14 +1,10 @@
 """A grammar guesses where it allows one token alone."""
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
 from ...wide.step import MAX_WIDTH
+from ..text import Text
 from .guesser import Guesser, LatestToken, Offer
-
-if TYPE_CHECKING:
-    from ..text import Text
 
 
 class ForcedTokens(Guesser):
@@ -16,7 +12,7 @@ class ForcedTokens(Guesser):
 
     name = "grammar"
 
-    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+    def offer(self, text: Text, latest: LatestToken) -> Offer | None:
         """The tokens that must come, at least one. They are right."""
         if not text.forces_tokens:
             return None

@@ -17,14 +17,12 @@ chosen in their places.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 
+from ..text import Text
 from .depth import Known
-
-if TYPE_CHECKING:
-    from ..text import Text
 
 
 class LatestToken:
@@ -97,7 +95,7 @@ class Guesser(Protocol):
         """Hears that the last ``n`` of the tokens that it has heard are not in the text."""
         return None
 
-    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+    def offer(self, text: Text, latest: LatestToken) -> Offer | None:
         """What it would guess behind the latest token; None if nothing.
 
         Everything before that token has been heard. Drafts are drawn as the text is, by

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,14 +11,12 @@ from ...head.backend import gpu_is_default
 from ...models.trust import is_librarys_model
 from ...wide.step import MAX_WIDTH, WideSteps, layout_of
 from ...wide.trial import established_costs
+from ..proposer import Proposer
+from ..text import Text
 from .depth import WORTH, Budget, Costs, Known, gain
 from .forced_tokens import ForcedTokens
 from .guesser import Guess, Guesser, LatestToken, Offer
 from .lookup import LookupGuesser
-
-if TYPE_CHECKING:
-    from ..proposer import Proposer
-    from ..text import Text
 
 
 class Guesses:
@@ -56,9 +54,7 @@ class Guesses:
         """Whether the states are heard, too."""
         return any(guesser.wants_states for guesser in self._guessers)
 
-    def best(
-        self, text: "Text", latest: LatestToken, layers: list[Any]
-    ) -> tuple[Offer, int] | None:
+    def best(self, text: Text, latest: LatestToken, layers: list[Any]) -> tuple[Offer, int] | None:
         """The offer that gains most behind the latest token.
 
         Args:
@@ -104,7 +100,7 @@ class Guesses:
                     width = budget.tried(each.chances, Costs(affordable, each.cost))
         return offer, width
 
-    def _offers(self, text: "Text", latest: LatestToken) -> list[Offer]:
+    def _offers(self, text: Text, latest: LatestToken) -> list[Offer]:
         offers = []
         for guesser in self._guessers:
             offer = guesser.offer(text, latest)
@@ -191,7 +187,7 @@ def best_offer(
     return best, best_width
 
 
-def check_lookup(proposer: "Proposer", layers: list[Any]) -> None:
+def check_lookup(proposer: Proposer, layers: list[Any]) -> None:
     """Checks that a lookup that is asked for has wide steps.
 
     Args:
@@ -222,12 +218,12 @@ def has_wide_steps(model: nn.Module, layers: list[Any]) -> bool:
     return bool(wide.established[layout_of(layers)].costs)
 
 
-def _takes_guesses(proposer: "Proposer") -> bool:
+def _takes_guesses(proposer: Proposer) -> bool:
     return not proposer.unverified and not proposer.policy.lockstep
 
 
 def guesses_of(
-    proposer: "Proposer",
+    proposer: Proposer,
     read: list[int],
     guesser: Guesser | None = None,
     quantized_from: int | None = None,

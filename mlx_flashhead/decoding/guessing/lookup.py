@@ -4,16 +4,14 @@ Source: Saxena 2023, "Prompt Lookup Decoding".
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from ...wide.step import MAX_WIDTH
+from ..text import Text
 from .depth import MAX_GUESSES, Shares
 from .guesser import Guesser, LatestToken, Offer
-
-if TYPE_CHECKING:
-    from ..text import Text
 
 # The lengths of the n-grams that are looked up, the longest first.
 LENGTHS = (4, 3, 2)
@@ -114,7 +112,7 @@ class LookupGuesser(Guesser):
         self._n_heard -= n
         self._lookup.truncate(self._n_heard)
 
-    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+    def offer(self, text: Text, latest: LatestToken) -> Offer | None:
         """What followed the longest n-gram at the text's end that stood there before."""
         length, found = self._find(latest)
         if not length:

@@ -5,7 +5,7 @@ that is a pair: a state, and the token at the next place.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,14 +17,12 @@ from ...models.trained_drafter import TrainedDrafter
 from ...wide.step import MAX_WIDTH
 from ..caches import Mark
 from ..policy import policy_of
-from ..sampler import normalized
+from ..sampling import normalized
+from ..text import Text
 from .depth import Shares
 from .draft_model import LATEST, head_share
 from .guesser import Guesser, LatestToken, Offer
 from .known_pairs import keep, known_of
-
-if TYPE_CHECKING:
-    from ..text import Text
 
 # Pairs that wait for the next drafts, at most.
 WAITING = 64
@@ -116,7 +114,7 @@ class TrainedDrafts(Guesser):
         else:
             self._waiting = [mx.concatenate(self._waiting)[: latest + 1 - self._next]]
 
-    def offer(self, text: "Text", latest: LatestToken) -> Offer | None:
+    def offer(self, text: Text, latest: LatestToken) -> Offer | None:
         """As many drafts as it may make. None is made yet."""
         if not self._history or not self._n_drafts:
             return None
@@ -185,7 +183,7 @@ class TrainedDrafts(Guesser):
             self._next -= 1
             self._waiting = self._history[-1:]
 
-    def _drafts(self, text: "Text", latest: LatestToken, n: int) -> mx.array:
+    def _drafts(self, text: Text, latest: LatestToken, n: int) -> mx.array:
         """Drafts ``n`` tokens, (n,) uint32, lazy, behind the latest one."""
         self._text = text
         place = text.n_chosen

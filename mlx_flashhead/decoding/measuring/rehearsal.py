@@ -24,7 +24,7 @@ from ..phase import Phase
 from ..policy import MAX_PENDING
 from ..proposer import Proposer, step_arrays
 from ..random_state import random_key
-from ..sampler import Processor, Sampler, SamplerFunction
+from ..sampling import Processor, Sampler, SamplerFunction
 from ..settings import DecodingSettings
 from ..text import Text
 from ..verification import VerifySchedule

@@ -25,7 +25,7 @@ from ..clock import now
 from ..decoder import Decoder
 from ..policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
 from ..proposer import Proposer
-from ..sampler import Sampler
+from ..sampling import Sampler
 from ..settings import DecodingSettings
 from ..text import Text
 from ..verification import FEW

@@ -124,7 +124,7 @@ def test_drafts_that_do_not_pay_lose_little(drafted):
     draft = tiny_model(num_hidden_layers=1, seed=8)
     tokens, proposer = drafted(target, draft)
     assert tokens == expected
-    guesses = proposer.guesses["draft model"]
+    guesses = proposer.judged["draft model"]
     cost = draft_cost(draft, target)
     lost = sum(CHEAP[n + 1] + n * cost - 1 - n_right for n, n_right in guesses)
     assert guesses and lost <= START + BOUND * proposer.n_steps
@@ -139,7 +139,7 @@ def test_drafts_that_pay_are_made(drafted, monkeypatch):
     assert proposer.n_steps < len(tokens) / 3
     monkeypatch.setattr("mlx_flashhead.decoding.guessing.draft_model.draft_cost", lambda *_: 0.9)
     _, proposer = drafted(target, copy.deepcopy(target))
-    assert proposer.n_steps >= len(tokens) - 1 and not proposer.guesses
+    assert proposer.n_steps >= len(tokens) - 1 and not proposer.judged
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def plain(model, *, prompt=PROMPT, max_tokens=TOKENS, **options):
 
 def shares(proposer):
     """Guesses, and how many of them were right."""
-    (guesses,) = proposer.guesses.values()
+    (guesses,) = proposer.judged.values()
     return sum(n for n, _ in guesses), sum(n_right for _, n_right in guesses)
 
 
@@ -261,4 +261,4 @@ def test_without_wide_steps_nothing_is_drafted(caplog):
     model.__class__ = type("OddHeads", (type(model),), {})
     tokens, proposer = drafted(model, drafter)
     assert tokens == expected
-    assert not proposer.guesses
+    assert not proposer.judged
