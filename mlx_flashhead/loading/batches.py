@@ -9,7 +9,7 @@ from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.phase import NO_HEAD, VERIFIED, Mode
 from ..decoding.proposer import Proposer
-from ..decoding.sampler import Processor, SamplerFunction
+from ..decoding.sampling import Processor, SamplerFunction
 from ..decoding.settings import DecodingSettings
 from ..models.compat import inner_batch, other_programs
 from ..models.compat import mlx_lm as compat
