@@ -364,7 +364,7 @@ class _Generation:
 
     def filter(self, keep: list[int]) -> None:
         texts = self._decoder.texts
-        self._decoder.drop([text for row, text in enumerate(texts) if row not in keep])
+        self._decoder.drop([text for index, text in enumerate(texts) if index not in keep])
 
     def extend(self, prompts: _Prompts) -> None:
         """Adds texts whose prompts have been read."""
@@ -376,10 +376,10 @@ class _Generation:
         alone = None
         if len(entries) == 1 and not len(self):
             alone = prompts.prompt_cache
-        for row, entry in enumerate(entries):
+        for index, entry in enumerate(entries):
             state = None
             if states:
-                state = states[-1][row]
+                state = states[-1][index]
             if entry.drafts is not None:
                 self._begin_drafts(entry, state, alone)
         self._decoder.start(texts, prompts.prompt_cache, logits)
@@ -433,7 +433,7 @@ class _Generation:
         self._decoder.take_guesses(entry.text, guesses)
         if guesses is not None:
             guesses.hear([last], state)
-            # The layers are of another kind once a text was taken back.
+            # The layers are of another class once a text was taken back.
             if layers is not None:
                 taken_back = [layer.extract(0) for layer in layers]
                 established_costs(guesses.wide, self._decoder.caches.merged([taken_back]))

@@ -1,6 +1,6 @@
 """A model's caches, which are trimmed, copied, and brought back to an earlier token.
 
-    mark, = caches.marks([text])        of a text alone, of a row of a batch, of a draft model
+    mark, = caches.marks([text])        of a text alone, of one of a batch, of a draft model
     caches.feed(tokens, caches.layers)  (R, n) → (R, n, V), any number of times
     mark.back_to(k)                     the caches after the first k of the text's tokens since
 
@@ -32,7 +32,7 @@ class Mark(Protocol):
     It is made before tokens (n,) are fed, in one call or several. Layers that can be trimmed are
     trimmed. How others go back differs:
 
-    - Of a text, alone or a row of a batch, and of a draft model (:class:`RowMark`): they are as
+    - Of a text, alone or in a batch, and of a draft model (:class:`TextMark`): they are as
       they were at the mark, and the tokens since then are fed again.
     - Of a wide step (:class:`mlx_flashhead.wide.step.WideStep`): what a window has written over is
       put back, and states are made anew of the calls that have written them, without a weight.
@@ -47,11 +47,11 @@ class Mark(Protocol):
         """Leaves in the caches the first ``n`` of the tokens that were fed since, 0 … all.
 
         Returns:
-            The caches of the layers, as a text alone has them: of a row of a batch, copies.
+            The caches of the layers, as a text alone has them: of one of a batch, copies.
         """
 
 
-class Row(Protocol):
+class CachedText(Protocol):
     """Whose tokens the caches hold: a text, or what drafts in one."""
 
     @property
@@ -63,24 +63,24 @@ class Row(Protocol):
         """These tokens, as far as they are known."""
 
 
-class RowMark:
-    """The mark of a row: a copy of each layer that cannot be trimmed.
+class TextMark:
+    """The mark of a text: a copy of each layer that cannot be trimmed.
 
     Args:
-        row: Whose tokens are fed.
+        text: Whose tokens are fed.
         caches: The caches that hold them.
         copies: As of :func:`copied_layers`.
         lengths: The length of each layer's cache at the mark; None where it is not known.
         layers: The layers at the mark, which are objects of the caller; None for copies of a batch.
-        index: Of the row in these copies.
+        index: Of the text in these copies.
 
     Attributes:
-        n_tokens: The row's tokens that the caches held at the mark.
+        n_tokens: The text's tokens that the caches held at the mark.
     """
 
     def __init__(
         self,
-        row: Row,
+        text: CachedText,
         caches: "Caches",
         copies: list[Any],
         lengths: list[int | None],
@@ -88,8 +88,8 @@ class RowMark:
         layers: list[Any] | None = None,
         index: int = 0,
     ):
-        self.n_tokens = row.n_cached
-        self._row = row
+        self.n_tokens = text.n_cached
+        self._text = text
         self._caches = caches
         self._copies = copies
         self._lengths = lengths
@@ -107,11 +107,11 @@ class RowMark:
         Layers that were replaced meanwhile are put back into the list.
 
         Returns:
-            The caches of the layers, as a text alone has them: of a row of a batch, copies.
+            The caches of the layers, as a text alone has them: of one of a batch, copies.
         """
-        row = self._row
-        layers = self._caches.extract(row)
-        n_fed = row.n_cached - self.n_tokens
+        text = self._text
+        layers = self._caches.extract(text)
+        n_fed = text.n_cached - self.n_tokens
         if n == n_fed:
             return layers
         n_kept = 0
@@ -123,7 +123,7 @@ class RowMark:
             else:
                 layers[i] = self._as_it_was(i)
         if n_kept < n:
-            for token in row.fed[self.n_tokens + n_kept : self.n_tokens + n]:
+            for token in text.fed[self.n_tokens + n_kept : self.n_tokens + n]:
                 self._caches.feed(mx.array([[token]], dtype=mx.uint32), layers)
                 mx.eval([layer.state for layer in layers])
         return layers
@@ -197,7 +197,7 @@ class Caches(Protocol):
     """The caches in which R texts go on: :class:`OwnCaches` or :class:`BatchCaches`.
 
     Attributes:
-        layers: Of the model's layers, with a row for each text.
+        layers: Of the model's layers, with a place for each text.
         feed: Feeds tokens (R, n) to the model with these layers, or with others of its texts:
             logits (R, n, V).
     """
@@ -205,17 +205,17 @@ class Caches(Protocol):
     layers: list[Any]
     feed: Feed
 
-    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
-        """Marks of some rows at the tokens that their caches hold."""
+    def marks(self, texts: Sequence[CachedText]) -> list[TextMark]:
+        """Marks of some texts at the tokens that their caches hold."""
 
-    def extract(self, row: Row) -> list[Any]:
-        """The caches of one row, as a text alone has them."""
+    def extract(self, text: CachedText) -> list[Any]:
+        """The caches of one text, as if it were alone."""
 
-    def keep(self, rows: Sequence[Row]) -> None:
-        """Takes all other rows out."""
+    def keep(self, texts: Sequence[CachedText]) -> None:
+        """Takes all other texts out."""
 
-    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
-        """Adds rows, with their caches."""
+    def join(self, texts: Sequence[CachedText], layers: list[Any]) -> None:
+        """Adds texts, with their caches."""
 
     def merged(self, caches: list[list[Any]]) -> list[Any]:
         """Caches of single texts as those that :meth:`join` takes."""
@@ -248,22 +248,22 @@ class OwnCaches:
         # All objects in the caches, as they were shown.
         self._left: list[Any] = []
 
-    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
-        """A mark of the only row at the tokens that the caches hold; none for no row."""
-        if not rows:
+    def marks(self, texts: Sequence[CachedText]) -> list[TextMark]:
+        """A mark of the only text at the tokens that the caches hold; none for no text."""
+        if not texts:
             return []
         copies = copied_layers(self.layers, self._quantized_from)
         lengths = [length_of(layer) for layer in self.layers]
-        return [RowMark(row, self, copies, lengths, layers=list(self.layers)) for row in rows]
+        return [TextMark(text, self, copies, lengths, layers=list(self.layers)) for text in texts]
 
-    def extract(self, row: Row) -> list[Any]:
-        """Returns the text's caches, whatever the row: there is one text."""
+    def extract(self, text: CachedText) -> list[Any]:
+        """Returns the caches, whatever the text: there is one."""
         return self.layers
 
-    def keep(self, rows: Sequence[Row]) -> None:
-        """The only row stays, or leaves and keeps its caches."""
+    def keep(self, texts: Sequence[CachedText]) -> None:
+        """The only text stays, or leaves and keeps its caches."""
 
-    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
+    def join(self, texts: Sequence[CachedText], layers: list[Any]) -> None:
         """Takes the caches of a text, which has just been read."""
         self.layers = layers
 
@@ -272,7 +272,7 @@ class OwnCaches:
         """Returns the caches of the one text, which need no merging."""
         return caches[0]
 
-    def show(self, n_ahead: int, mark: RowMark) -> bool:
+    def show(self, n_ahead: int, mark: TextMark) -> bool:
         """Leaves the caches to the caller until :meth:`resume`.
 
         Args:
@@ -327,7 +327,7 @@ def _objects(value: Any) -> Iterator[Any]:
 
 
 class BatchCaches:
-    """The caches of several texts, rows of a batch.
+    """The caches of several texts, which make up a batch.
 
     Args:
         feed: Feeds tokens (R, n) to the model with the caches of R texts.
@@ -336,33 +336,35 @@ class BatchCaches:
     def __init__(self, feed: Feed) -> None:
         self.layers: list[Any] = []
         self.feed = feed
-        self._rows: list[Row] = []
+        self._texts: list[CachedText] = []
 
-    def marks(self, rows: Sequence[Row]) -> list[RowMark]:
-        """Marks of some rows at the tokens that their caches hold. They share their copies."""
-        if not rows:
+    def marks(self, texts: Sequence[CachedText]) -> list[TextMark]:
+        """Marks of some texts at the tokens that their caches hold. They share their copies."""
+        if not texts:
             return []
         copies = copied_layers(self.layers)
         unknown: list[int | None] = [None] * len(copies)
-        return [RowMark(row, self, copies, unknown, index=self._rows.index(row)) for row in rows]
+        return [
+            TextMark(text, self, copies, unknown, index=self._texts.index(text)) for text in texts
+        ]
 
-    def extract(self, row: Row) -> list[Any]:
-        """The caches of one row, as a text alone would have them."""
-        index = self._rows.index(row)
+    def extract(self, text: CachedText) -> list[Any]:
+        """The caches of one text, as if it were alone."""
+        index = self._texts.index(text)
         return [layer.extract(index) for layer in self.layers]
 
-    def keep(self, rows: Sequence[Row]) -> None:
-        """Takes all other rows out, at once: each time copies all caches."""
-        kept = [self._rows.index(row) for row in rows]
-        self._rows = list(rows)
-        if not rows:
+    def keep(self, texts: Sequence[CachedText]) -> None:
+        """Takes all other texts out, at once: each time copies all caches."""
+        kept = [self._texts.index(text) for text in texts]
+        self._texts = list(texts)
+        if not texts:
             self.layers = []
         for layer in self.layers:
             layer.filter(kept)
 
-    def join(self, rows: Sequence[Row], layers: list[Any]) -> None:
-        """Adds the rows of another batch."""
-        self._rows += rows
+    def join(self, texts: Sequence[CachedText], layers: list[Any]) -> None:
+        """Adds the texts of another batch."""
+        self._texts += texts
         if not self.layers:
             self.layers = layers
             return

@@ -19,7 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..wide.twin import NoWideStepError
-from .caches import Caches, RowMark
+from .caches import Caches, TextMark
 from .clock import now
 from .guessing.guesser import Guess, LatestToken
 from .guessing.guesses import Guesses
@@ -153,10 +153,10 @@ class Decoder:
         if single:
             self._latest, states = self._step(self.texts, self.caches.layers, latest)
             tokens = cast(list[int], latest.tolist())
-            for row, (text, token) in enumerate(zip(self.texts, tokens, strict=True)):
+            for index, (text, token) in enumerate(zip(self.texts, tokens, strict=True)):
                 text.pending[text.n_read].read(token)
                 if text in self.guesses:
-                    self.guesses[text].hear([token], _row(states, row))
+                    self.guesses[text].hear([token], _state_of(states, index))
         self._schedule.step(self.texts)
         self._restart([text for text in self.texts if text.rejected])
         return single
@@ -273,8 +273,8 @@ class Decoder:
             # Its next token is decided now.
             if len(text.tokens) == text.n_yielded:
                 if not text.n_read:
-                    row = self.texts.index(text)
-                    text.pending[0].read(cast(int, latest[row].item()))
+                    index = self.texts.index(text)
+                    text.pending[0].read(cast(int, latest[index].item()))
                 self._schedule.flush(text)
         self._schedule.forget(texts)
         for text in texts:
@@ -294,7 +294,7 @@ class Decoder:
     def handed_out_cache(self, text: Text) -> list[Any]:
         """Returns one text's caches with the tokens that were handed out and no others.
 
-        They are copies of rows of a batch, or those of a text alone, after which it must
+        They are copies of what a batch holds, or those of a text alone, after which it must
         :meth:`settle`.
         """
         return self._back_to(text, text.n_yielded)
@@ -361,19 +361,19 @@ class Decoder:
             logits: (R, V).
             states: The states (R, L, D) of these, last, if there is a head.
         """
-        proposed = [row for row, each in enumerate(texts) if each.proposing]
-        dense = [row for row, each in enumerate(texts) if not each.proposing]
+        proposed = [index for index, each in enumerate(texts) if each.proposing]
+        dense = [index for index, each in enumerate(texts) if not each.proposing]
         among_others = None
         if states and len(texts) > 1:
-            among_others = _rows(_last(states[-1]), dense)
+            among_others = _of_texts(_last(states[-1]), dense)
         chosen = []
         if proposed:
-            some = [texts[row] for row in proposed]
-            own = _rows(_last(states[-1]), proposed)
-            chosen.append(self._proposer.propose(some, own, _rows(latest, proposed)))
-        some = [texts[row] for row in dense]
+            some = [texts[index] for index in proposed]
+            own = _of_texts(_last(states[-1]), proposed)
+            chosen.append(self._proposer.propose(some, own, _of_texts(latest, proposed)))
+        some = [texts[index] for index in dense]
         others = [*self.texts, *texts]
-        of_some = _rows(logits, dense)
+        of_some = _of_texts(logits, dense)
         chosen.append(self._proposer.choose_densely(some, of_some, others, among_others))
         if not proposed:
             return chosen[0]
@@ -403,9 +403,9 @@ class Decoder:
         """Launches the step after the last accepted tokens of texts, which join the round."""
         latest = mx.array([text.tokens[-1] for text in texts], dtype=mx.uint32)
         tokens, states = self._step(texts, layers, latest)
-        for row, text in enumerate(texts):
+        for index, text in enumerate(texts):
             if text in self.guesses:
-                self.guesses[text].hear([text.tokens[-1]], _row(states, row))
+                self.guesses[text].hear([text.tokens[-1]], _state_of(states, index))
         self._join(texts, layers, tokens)
 
     def _join(self, texts: list[Text], layers: list[Any], tokens: mx.array) -> None:
@@ -416,8 +416,8 @@ class Decoder:
         self.texts += texts
 
     def _drop(self, texts: list[Text]) -> None:
-        kept = [row for row, text in enumerate(self.texts) if text not in texts]
-        self.texts = [self.texts[row] for row in kept]
+        kept = [index for index, text in enumerate(self.texts) if text not in texts]
+        self.texts = [self.texts[index] for index in kept]
         self.caches.keep(self.texts)
         latest = cast(mx.array, self._latest)
         self._latest = None
@@ -437,7 +437,7 @@ class Decoder:
             return self.caches.extract(text)
         return mark.back_to(n_tokens - mark.n_tokens)
 
-    def _mark(self, text: Text) -> RowMark:
+    def _mark(self, text: Text) -> TextMark:
         """A mark of a text at the tokens that its caches hold."""
         return self.caches.marks([text])[0]
 
@@ -457,21 +457,21 @@ def _read_fed(pending: PendingToken, latest: mx.array, guess: Guess) -> list[int
 
 def _last(states: mx.array) -> mx.array:
     """The states of the last positions: (R, L, D) → (R, D)."""
-    n_rows, n_positions, width = states.shape
+    n_texts, n_positions, width = states.shape
     if n_positions == 1:
-        return states.reshape(n_rows, width)
+        return states.reshape(n_texts, width)
     return states[:, -1]
 
 
-def _row(states: mx.array | None, row: int) -> mx.array | None:
-    """The state (1, D) of a row's last position: of (R, L, D)."""
+def _state_of(states: mx.array | None, index: int) -> mx.array | None:
+    """The state (1, D) of a text's last position: of (R, L, D)."""
     if states is None:
         return None
-    return states[row, -1:]
+    return states[index, -1:]
 
 
-def _rows(array: mx.array, rows: list[int]) -> mx.array:
-    """Some rows of an array, in order."""
-    if len(rows) == len(array):
+def _of_texts(array: mx.array, indices: list[int]) -> mx.array:
+    """What an array has of some texts, in order."""
+    if len(indices) == len(array):
         return array
-    return array[mx.array(rows)]
+    return array[mx.array(indices)]

@@ -280,14 +280,14 @@ def _responses(
     logprobs: bool = True,
     **kwargs: Unpack[DecodeOptions],
 ) -> Generator[GenerationResponse, None, None]:
-    """A text as mlx-lm's responses: prompt → steps → detokenizer."""
+    """A text as mlx-lm's responses: prompt → tokens → detokenizer."""
     if max_tokens == 0:
         raise ValueError("Maximum number of tokens must be non-zero (use -1 for no limit).")
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     prompt = prompt_ids(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer
-    steps = _steps(
+    tokens = _tokens(
         prompt,
         model,
         draft_model,
@@ -297,9 +297,9 @@ def _responses(
         max_tokens=max_tokens,
         **kwargs,
     )
-    with compat.wired_limit(model, [stream]), closing(steps):
+    with compat.wired_limit(model, [stream]), closing(tokens):
         began = time.perf_counter()
-        for n, (token, token_logprobs, from_draft) in enumerate(steps, 1):
+        for n, (token, token_logprobs, from_draft) in enumerate(tokens, 1):
             if n == 1:
                 prompt_tps = prompt.size / (time.perf_counter() - began)
                 began = time.perf_counter()
@@ -335,7 +335,7 @@ def _finish_reason(is_end: bool, is_at_limit: bool) -> str | None:
     return None
 
 
-def _steps(
+def _tokens(
     prompt: mx.array,
     model: nn.Module,
     draft_model: nn.Module | TrainedDrafter | None,
@@ -371,7 +371,7 @@ def _steps(
             prompt_cache=prompt_cache,
             **options,
         )
-    steps = verified_tokens(
+    tokens = verified_tokens(
         prompt,
         model,
         stream,
@@ -386,7 +386,7 @@ def _steps(
         input_embeddings=input_embeddings,
         **options,
     )
-    return with_guesses(steps, proposer)
+    return with_guesses(tokens, proposer)
 
 
 def _check_verified(settings: DecodingSettings) -> None:

@@ -201,7 +201,7 @@ class _Quantization(NamedTuple):
         return feed
 
     def at_first_token(self, cache: list[Any], n_known: int) -> list[Any]:
-        """Caches of the kind that a text has at its first token, after the tokens known before."""
+        """Caches as a text has them at its first token, after the tokens known before."""
         layers = list(cache)
         if self.bits is not None and n_known > self.start:
             compat.maybe_quantize_kv_cache(layers, 0, self.group_size, self.bits)

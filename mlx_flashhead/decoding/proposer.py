@@ -176,7 +176,7 @@ class Proposer:
         """Whether proposals may pay for a text that is one of ``n_texts``.
 
         One sampled text was measured when the head was tuned. Several were not: their pace decides,
-        but not where each row of a batch whose dense tokens may be verified later costs a product
+        but not where each text of a batch whose dense tokens may be verified later costs a product
         of its own.
         """
         policy = self.policy
@@ -288,8 +288,8 @@ class Proposer:
         # Whether each text knows the token of its state.
         counted: list[bool] = []
         made = []
-        for row, text in enumerate(texts):
-            pending = PendingToken(row=row)
+        for position, text in enumerate(texts):
+            pending = PendingToken(position=position)
             if sampled:
                 draws.append(text.draw_at(text.n_chosen))
             if changed:
@@ -298,8 +298,8 @@ class Proposer:
                 few = with_few_allowed(text.changed_tokens(), pending.allowed, vocab_size)
                 changes.append(few)
                 counted.append(text.knows_latest)
-            if guesses and row < len(guesses):
-                pending.token = guesses[row]
+            if guesses and position < len(guesses):
+                pending.token = guesses[position]
             made.append(pending)
             text.pending.append(pending)
         adjustment = None
@@ -333,7 +333,7 @@ class Proposer:
             return None
         if pending and pending[-1].proposal is not None and pending[-1].allowed is not None:
             risks = cast(list[float], pending[-1].proposal.risk.tolist())
-            if risks[pending[-1].row] == NOTHING_ALLOWED:
+            if risks[pending[-1].position] == NOTHING_ALLOWED:
                 return None
         return changes.mask.allowed(text.context(text.n_chosen), self.flash_head.vocab_size)
 
@@ -421,7 +421,7 @@ def _adjustment(
     latest: mx.array | None,
     vocab_size: int,
 ) -> Adjustment | None:
-    """What the penalties and biases of rows change; None if nothing.
+    """What the penalties and biases of texts change; None if nothing.
 
     The ``latest`` tokens (R,) count in addition where they are not ``counted``.
     """

@@ -70,7 +70,7 @@ class DrawChain:
         return self._states[draw - self._first]
 
     def number_bits(self, draw: int) -> int:
-        """The bits of the uniform number by which that draw is made from one row."""
+        """The bits of the uniform number by which that draw is made for one text."""
         n = len(self._numbers)
         # Some at once take little longer than one.
         if n <= draw - self._first:

@@ -15,7 +15,7 @@ from ..head.draws.draw import NO_KEY, Draw, Key
 from ..head.draws.greedy import Greedy
 from ..head.draws.noise import position_key
 from ..head.proposal import Proposal
-from .caches import RowMark
+from .caches import TextMark
 from .phase import AHEAD_OF_CALLER, FIRST, VERIFIED, Mode, Phase
 from .random_state import DrawChain, set_key
 from .sampling import Changes, Processor, Sampler, SamplerFunction, draw_of, normalized
@@ -27,7 +27,7 @@ class PendingToken:
 
     Attributes:
         proposal: Which has it; None where the dense logits chose the token.
-        row: Its row in the proposal.
+        position: Its index in the proposal.
         logprobs: (V,) of the dense logits, where wanted and known.
         token: Once it is known; in a wide step what is guessed.
         is_read: Whether its round has come: only then it can be accepted.
@@ -38,7 +38,7 @@ class PendingToken:
     """
 
     proposal: Proposal | None = None
-    row: int = 0
+    position: int = 0
     logprobs: mx.array | None = None
     token: int | None = None
     is_read: bool = False
@@ -52,7 +52,7 @@ class PendingToken:
         self.token = token
         self.is_read = True
         if self.proposal is not None:
-            self.risk = cast(list[float], self.proposal.risk.tolist())[self.row]
+            self.risk = cast(list[float], self.proposal.risk.tolist())[self.position]
 
 
 class Text:
@@ -119,7 +119,7 @@ class Text:
         self.n_yielded = len(self.tokens)
         self.n_cached = len(self.tokens)
         self.rejected = False
-        self.marks: deque[RowMark] = deque()
+        self.marks: deque[TextMark] = deque()
         self.mode: Mode = VERIFIED
         self.why_dense = why_dense
         self.settings = draw_of(sampler)
@@ -248,7 +248,7 @@ class Text:
         """Whether nothing is ahead but the step that mlx-lm's loop would have launched, too."""
         return self.n_yielded == len(self.tokens) and [p.proposal for p in self.pending] == [None]
 
-    def enter(self, phase: Phase, mark: RowMark | None = None, why: Mode | None = None) -> None:
+    def enter(self, phase: Phase, mark: TextMark | None = None, why: Mode | None = None) -> None:
         """Changes its phase.
 
         To be level again it must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
@@ -265,7 +265,7 @@ class Text:
         self.proposing = phase is Phase.AHEAD
         if self.ahead:
             if not was_ahead:
-                self.marks.append(cast(RowMark, mark))
+                self.marks.append(cast(TextMark, mark))
                 if self.draws_from_mlx:
                     self._chain = DrawChain(self.n_chosen)
             return
@@ -341,7 +341,7 @@ class Text:
         if self._chain is not None:
             self._chain.move_to(self.n_yielded + 1)
 
-    def mark_before(self, n_tokens: int) -> RowMark | None:
+    def mark_before(self, n_tokens: int) -> TextMark | None:
         """The latest mark at its first ``n_tokens`` or before; None while it is not ahead."""
         before = [mark for mark in self.marks if mark.n_tokens <= n_tokens]
         return before[-1] if before else None

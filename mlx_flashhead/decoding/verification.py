@@ -15,7 +15,7 @@ from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal
 from ..head.verdict import Verdict
-from .caches import RowMark
+from .caches import TextMark
 from .proposer import Proposer
 from .sampling import Changes, mask_array, normalized
 from .text import PendingToken, Text
@@ -38,7 +38,7 @@ class VerifySchedule:
         mark: Makes marks of some texts at the tokens that their caches hold.
     """
 
-    def __init__(self, proposer: Proposer, mark: Callable[[list[Text]], list[RowMark]]):
+    def __init__(self, proposer: Proposer, mark: Callable[[list[Text]], list[TextMark]]):
         self._proposer = proposer
         self._mark = mark
         self._verification: Verification | None = None
@@ -217,7 +217,7 @@ class Verification:
     ``texts`` as they are now.
     """
 
-    def __init__(self, proposer: Proposer, texts: list[Text], marks: list[RowMark]):
+    def __init__(self, proposer: Proposer, texts: list[Text], marks: list[TextMark]):
         self._proposer = proposer
         self.marks = dict(zip(texts, marks, strict=True))
         self.counts = {text: text.n_read for text in texts}
@@ -246,9 +246,9 @@ class Verification:
     def _note_logprobs(self, verdict: Verdict) -> None:
         """Notes the log-probabilities of the tokens. They are lazy, since few are read."""
         self._has_logprobs = True
-        for row, (text, pending, place) in enumerate(self._cases):
+        for position, (text, pending, place) in enumerate(self._cases):
             if text.logprobs:
-                logits = text.process(verdict.logits(row), text.context(place))
+                logits = text.process(verdict.logits(position), text.context(place))
                 pending.logprobs = normalized(logits)[0]
 
     def forget(self, texts: list[Text]) -> None:
@@ -287,7 +287,7 @@ class Verification:
         for (text, pending, place), doubt in zip(self._cases, in_doubt, strict=True):
             if doubt and text in self.marks:
                 proposal = cast(Proposal, pending.proposal)
-                hidden = proposal.hidden[pending.row : pending.row + 1]
+                hidden = proposal.hidden[pending.position : pending.position + 1]
                 logits = self._proposer.dense_row(hidden)
                 chosen[pending] = text.choose(logits, place)
         mx.eval([token for token, _ in chosen.values()])
@@ -300,7 +300,7 @@ def _verdict(proposer: Proposer, cases: list[_Case]) -> Verdict:
     head = proposer.flash_head
     pending = [case.pending for case in cases]
     # Before they are joined: with these a thread need not wait for the step that is running.
-    sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in pending]
+    sources = [(cast(Proposal, each.proposal).hidden, each.position) for each in pending]
     # The text's processors are known, since it is verified.
     stretches = [cast(Changes, case.text.changes).stretch for case in cases]
     draws = None
@@ -317,16 +317,16 @@ def _verdict(proposer: Proposer, cases: list[_Case]) -> Verdict:
 
 
 def join(head: FlashHead, tokens: list[PendingToken]) -> Proposal:
-    """One proposal of pending tokens, which become its rows."""
+    """One proposal of pending tokens, in their order."""
     proposals = {id(pending.proposal): cast(Proposal, pending.proposal) for pending in tokens}
     numbers = {proposal_id: number for number, proposal_id in enumerate(proposals)}
-    rows = [(numbers[id(pending.proposal)], pending.row) for pending in tokens]
+    positions = [(numbers[id(pending.proposal)], pending.position) for pending in tokens]
     first = cast(Proposal, tokens[0].proposal)
-    if rows == [(0, row) for row in range(len(first.hidden))]:
+    if positions == [(0, position) for position in range(len(first.hidden))]:
         return first
     token_ids = [cast(int, pending.token) for pending in tokens]
-    joined = head.joined([*proposals.values()], rows, token_ids)
-    for row, pending in enumerate(tokens):
+    joined = head.joined([*proposals.values()], positions, token_ids)
+    for position, pending in enumerate(tokens):
         pending.proposal = joined
-        pending.row = row
+        pending.position = position
     return joined

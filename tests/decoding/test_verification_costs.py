@@ -12,7 +12,7 @@ import pytest
 import step_times
 from flash_loops import flash_of
 from mlx_flashhead.decoding.caches import OwnCaches
-from mlx_flashhead.decoding.measuring.rehearsal import kinds
+from mlx_flashhead.decoding.measuring.rehearsal import rehearsed_texts
 from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.text import PendingToken, Text
@@ -59,14 +59,14 @@ def flashes():
         yield made
 
 
-def dispatches(flash, kind, k: int) -> Counter:
+def dispatches(flash, rehearsed, k: int) -> Counter:
     """The kernels of a verification of ``k`` tokens, and of the joins while they wait."""
     head = flash.head
     proposer = Proposer(flash.model)
     n_words = -(-head.vocab_size // 32)
 
     def verify(hidden, probes, logits):
-        text = Text(*kind, mx.array([0, 1, 0, 1]))
+        text = Text(*rehearsed, mx.array([0, 1, 0, 1]))
         text.enter(Phase.AHEAD, OwnCaches([], flash.model).marks([text])[0])
         masked = text.changes is not None and text.changes.mask is not None
         allowed = None
@@ -94,13 +94,13 @@ def dispatches(flash, kind, k: int) -> Counter:
 
 def dispatches_with(flash, name, k, monkeypatch, **rounding):
     """Those with such a rounding, and how many there are beside what the estimates count."""
-    kind = kinds(flash.head.vocab_size)[name]
+    rehearsed = rehearsed_texts(flash.head.vocab_size)[name]
     bounds = Rounding(2.0**-7, longest=1.0, product=1e-3, **rounding)
     monkeypatch.setattr(FlashHead, "rounding", lambda *_: bounds)
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
     # No export knows `mx.contiguous`.
     monkeypatch.setattr(mx, "contiguous", lambda array: -array)
-    found = dispatches(flash, kind, k)
+    found = dispatches(flash, rehearsed, k)
     n_joins = -(-k // step_times.JOINED)
     return found, sum(found.values()) - n_joins - step_times.VERIFY_LAUNCHES
 

@@ -13,7 +13,7 @@ from ...head.flash_head import FlashHead
 from ...models.install import get_flash_head
 from ...models.step_bytes import step_bytes_of
 from ...wide.step import MAX_WIDTH
-from ..caches import OwnCaches, RowMark
+from ..caches import OwnCaches, TextMark
 from ..policy import MAX_PENDING, policy_of
 from ..sampling import normalized
 from ..text import Text
@@ -76,8 +76,8 @@ class DraftModel(Guesser):
         self._read: list[int] = []
         self._unjudged: list[mx.array] = []
         # Those to which the text may go back, and the one before the drafts that are not judged.
-        self._marks: list[RowMark] = self._caches.marks([self])
-        self._mark: RowMark | None = None
+        self._marks: list[TextMark] = self._caches.marks([self])
+        self._mark: TextMark | None = None
 
     @property
     def n_cached(self) -> int:
@@ -161,7 +161,7 @@ class DraftModel(Guesser):
             n_since = 0
         del self._read[mark.n_tokens + n_since :]
 
-    def _marked(self) -> RowMark:
+    def _marked(self) -> TextMark:
         """A mark at the tokens that the caches hold. It is kept where others are too far back."""
         (mark,) = self._caches.marks([self])
         marks = self._marks

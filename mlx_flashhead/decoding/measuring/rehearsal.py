@@ -33,11 +33,11 @@ from ..verification import VerifySchedule
 TOGETHER = (2, 12)
 
 # What chooses a text's tokens.
-Kind = tuple[Sampler | SamplerFunction | None, list[Processor]]
+RehearsedText = tuple[Sampler | SamplerFunction | None, list[Processor]]
 
 
-def kinds(vocab_size: int) -> dict[str, Kind]:
-    """The kinds of texts whose proposals take different steps, by name."""
+def rehearsed_texts(vocab_size: int) -> dict[str, RehearsedText]:
+    """Texts whose proposals take different steps, by name."""
     everything = Sampler(Noise(temperature=0.8, top_p=0.9, min_p=0.05, top_k=7), seed=0)
     penalties = sample_utils.make_logits_processors(
         {min(5, vocab_size - 1): 1.0},
@@ -60,7 +60,7 @@ def kinds(vocab_size: int) -> dict[str, Kind]:
 
 
 def rehearse(model: nn.Module) -> None:
-    """Takes the steps of all kinds of texts once.
+    """Takes the steps of all texts once.
 
     Where the head's operations are the portable ones, as on a CPU, it takes only those of greedy
     text. A head whose kernels fail here takes the portable ones from now on, and says so.
@@ -82,9 +82,9 @@ def rehearse(model: nn.Module) -> None:
         proposer.policy, first_pending=MAX_PENDING, max_risk=math.inf, max_wait=math.inf
     )
     with random_key((0, 0)):
-        for name, kind in kinds(head.vocab_size).items():
+        for name, rehearsed in rehearsed_texts(head.vocab_size).items():
             try:
-                _rehearse_kind(proposer, kind, hidden)
+                _rehearse(proposer, rehearsed, hidden)
             # MLX raises these for a text that does not compile, a rejected pipeline, a lost device
             except (RuntimeError, ValueError) as error:
                 reason = f"the steps of text with {name} do not run on this device ({error})"
@@ -92,23 +92,25 @@ def rehearse(model: nn.Module) -> None:
                 return
 
 
-def _rehearse_kind(proposer: Proposer, kind: Kind, hidden: mx.array) -> None:
-    """Takes the steps of a kind of text, if any of its tokens may be verified."""
-    text = _text(kind)
+def _rehearse(proposer: Proposer, rehearsed: RehearsedText, hidden: mx.array) -> None:
+    """Takes the steps of texts like one, if any of its tokens may be verified."""
+    text = _text(rehearsed)
     proposer.begin(text)
     if not proposer.can_verify(text):
         return
     for n_tokens in CLASSES:
-        _rehearse_text(proposer, kind, hidden[:1], n_tokens)
+        _rehearse_text(proposer, rehearsed, hidden[:1], n_tokens)
     for n_texts in TOGETHER:
-        texts = [_text(kind) for _ in range(n_texts)]
+        texts = [_text(rehearsed) for _ in range(n_texts)]
         tokens = proposer.propose(texts, hidden[:n_texts])
         mx.eval(step_arrays(tokens, [text.pending[-1] for text in texts]))
 
 
-def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: int) -> None:
+def _rehearse_text(
+    proposer: Proposer, rehearsed: RehearsedText, hidden: mx.array, n_tokens: int
+) -> None:
     """Proposes and verifies tokens of a text as the decoder does, with a state (1, D) for each."""
-    text = _text(kind)
+    text = _text(rehearsed)
     proposer.begin(text)
     caches = OwnCaches([], proposer.model)
     text.enter(Phase.AHEAD, caches.marks([text])[0])
@@ -126,5 +128,5 @@ def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: i
     mx.eval([pending.logprobs for pending in text.ready if pending.logprobs is not None])
 
 
-def _text(kind: Kind) -> Text:
-    return Text(*kind, mx.array([0, 1, 0, 1]), logprobs=True)
+def _text(rehearsed: RehearsedText) -> Text:
+    return Text(*rehearsed, mx.array([0, 1, 0, 1]), logprobs=True)

@@ -8,7 +8,7 @@ from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.measuring import rehearsal
-from mlx_flashhead.decoding.measuring.rehearsal import kinds, rehearse
+from mlx_flashhead.decoding.measuring.rehearsal import rehearse, rehearsed_texts
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
@@ -63,8 +63,8 @@ def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
 
     with kernels(check=False):
         flash = make_flash(dtype=mx.bfloat16, bits=4)
-        several = kinds(flash.head.vocab_size)
-        monkeypatch.setattr(rehearsal, "kinds", lambda vocab_size: several)
+        several = rehearsed_texts(flash.head.vocab_size)
+        monkeypatch.setattr(rehearsal, "rehearsed_texts", lambda vocab_size: several)
         monkeypatch.setattr(verification, "Verification", Counted)
         rehearse(flash.model)
     expected = {(sampler, tuple(each)): list(CLASSES) for sampler, each in several.values()}
@@ -72,8 +72,8 @@ def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
 
 
 @emulator_only
-@pytest.mark.parametrize("kind, method", [("penalties", "adjust"), ("the likeliest", "screen")])
-def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, method):
+@pytest.mark.parametrize("name, method", [("penalties", "adjust"), ("the likeliest", "screen")])
+def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, name, method):
     """The text after it has no kernels, and is the dense model's."""
 
     def fails(*_, **__):
@@ -85,7 +85,7 @@ def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, metho
         rehearse(flash.model)
         assert flash.head.backend == "mlx"
         said = flash.head.backend_reason
-        assert f"the steps of text with {kind}" in said and "Unable to build" in said
+        assert f"the steps of text with {name}" in said and "Unable to build" in said
         assert [record.getMessage() for record in caplog.records] == [said]
     flash.checked({"temp": 0.8, "top_p": 0.9, "seed": 1}, max_tokens=12)
 
@@ -95,7 +95,7 @@ def test_without_kernels_proposals_beside_a_mask_are_not_traced():
     flash = make_flash()
     rehearse(flash.model)
     assert flash.head.n_traced == 1
-    _, both = kinds(flash.head.vocab_size)["penalties and a grammar"]
+    _, both = rehearsed_texts(flash.head.vocab_size)["penalties and a grammar"]
     flash.tokens(logits_processors=both, max_tokens=8)
     assert flash.head.n_traced == 1
     flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
