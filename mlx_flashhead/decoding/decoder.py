@@ -288,7 +288,7 @@ class Decoder:
             text.enter(Phase.LEVEL)
         set_key(state)
         self._feed_last(texts, layers)
-        # a verification that was waited for may have rejected tokens of others, too
+        # A verification that was waited for may have rejected tokens of others, too.
         self._restart([text for text in self.texts if text.rejected])
 
     def handed_out_cache(self, text: Text) -> list[Any]:
@@ -363,23 +363,24 @@ class Decoder:
         """
         proposed = [index for index, each in enumerate(texts) if each.proposing]
         dense = [index for index, each in enumerate(texts) if not each.proposing]
-        among_others = None
-        if states and len(texts) > 1:
-            among_others = _of_texts(_last(states[-1]), dense)
         chosen = []
         if proposed:
-            some = [texts[index] for index in proposed]
-            own = _of_texts(_last(states[-1]), proposed)
-            chosen.append(self._proposer.propose(some, own, _of_texts(latest, proposed)))
-        some = [texts[index] for index in dense]
+            proposing_texts = [texts[index] for index in proposed]
+            hidden = _of_texts(_last(states[-1]), proposed)
+            own_latest = _of_texts(latest, proposed)
+            chosen.append(self._proposer.propose(proposing_texts, hidden, own_latest))
+        dense_texts = [texts[index] for index in dense]
+        own_logits = _of_texts(logits, dense)
+        fed_together = None
+        if states and len(texts) > 1:
+            fed_together = _of_texts(_last(states[-1]), dense)
         others = [*self.texts, *texts]
-        of_some = _of_texts(logits, dense)
-        chosen.append(self._proposer.choose_densely(some, of_some, others, among_others))
+        chosen.append(self._proposer.choose_densely(dense_texts, own_logits, others, fed_together))
         if not proposed:
             return chosen[0]
         return mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]
 
-    # Sequences come, go, and start again.
+    # Texts come, go, and start again.
 
     def _restart(self, texts: list[Text]) -> None:
         """Goes on after the last accepted token of texts, and launches their next steps.

@@ -368,7 +368,7 @@ def _read_by(loop: Callable[..., Iterable[Any]], cache: list[Any]) -> mx.array:
     def any_token(logprobs: mx.array) -> mx.array:
         return mx.zeros(logprobs.shape[:-1], mx.uint32)
 
-    # With a limit of 0 it reads the prompt and calls these once
+    # With a limit of 0 it reads the prompt and calls these once.
     for _ in loop(prompt_cache=cache, logits_processors=[take], sampler=any_token, max_tokens=0):
         pass
     return taken[-1]

@@ -364,7 +364,7 @@ class Proposer:
             # A text that can be verified reads as it does alone.
             for i, text in enumerate(texts):
                 if self.can_verify(text):
-                    each[i] = self.dense_row(states[i : i + 1])
+                    each[i] = self.dense_logits(states[i : i + 1])
         # A text that was rolled back comes last in the batch, and draws in its turn.
         order = sorted(range(n), key=lambda i: texts[i].joined)
         tokens = _choose_in_turn([texts[i] for i in order], [each[i] for i in order], others)
@@ -376,7 +376,7 @@ class Proposer:
         """The head's logits (R, V) as the model gives them, where a map describes that."""
         return cast(LogitMap, self.logit_map)(logits)
 
-    def dense_row(self, hidden: mx.array) -> mx.array:
+    def dense_logits(self, hidden: mx.array) -> mx.array:
         """Returns the model's normal logits (1, V) of one state (1, D) by itself.
 
         A product of several states rounds otherwise in 16 bits.

@@ -13,7 +13,7 @@ WORD = 0xFFFFFFFF
 # Numbers that are computed ahead.
 AT_ONCE = 16
 PARITY = 0x1BD11BDA
-# by how many bits the right words are turned, and what is left of 32
+# By how many bits the right words are turned, and what is left of 32.
 ROTATIONS = (
     ((13, 19), (15, 17), (26, 6), (6, 26)),
     ((17, 15), (29, 3), (16, 16), (24, 8)),
@@ -109,7 +109,7 @@ def uniform_bits(keys: list[Key]) -> list[int]:
     left, _ = _threefry(_lanes([1] * n), _lanes(first), _lanes(second))
     words = unpack(f"<{n}Q", left.to_bytes(8 * n, "little"))
     numbers = [min(word * 2.0**-32, BELOW_ONE) for word in words]
-    # rounded to float32 as MLX rounds the words
+    # They are rounded to float32 as MLX rounds the words.
     return list(unpack(f"<{n}I", pack(f"<{n}f", *numbers)))
 
 
@@ -138,7 +138,7 @@ def _threefry(
     left += first_key
     right = (right + second_key) & mask
     for group in range(5):
-        # what the left words carry stays in their lanes, above the words
+        # What the left words carry stays in their lanes, above the words.
         for turn, back in ROTATIONS[group % 2]:
             left += right
             right = ((right << turn | right >> back) ^ left) & mask

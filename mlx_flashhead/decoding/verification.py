@@ -288,7 +288,7 @@ class Verification:
             if doubt and text in self.marks:
                 proposal = cast(Proposal, pending.proposal)
                 hidden = proposal.hidden[pending.position : pending.position + 1]
-                logits = self._proposer.dense_row(hidden)
+                logits = self._proposer.dense_logits(hidden)
                 chosen[pending] = text.choose(logits, place)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():

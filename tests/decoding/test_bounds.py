@@ -160,7 +160,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
     flash = make_flash(num_hidden_layers=2)
     # Two texts are dense for the time being.
     monkeypatch.setattr(Proposer, "max_batch", 1)
-    alone = recorded_calls(monkeypatch, Proposer, "dense_row")
+    alone = recorded_calls(monkeypatch, Proposer, "dense_logits")
     monkeypatch.setattr(rounded_product, "may_use_tf32", lambda: by_tf32)
     tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
     n_dense_steps = 2 * 7
@@ -181,7 +181,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_float32_is_made_of_16_
         assert model(mx.array([[1]])).dtype == mx.float32
         # Both texts are dense for the time being.
         monkeypatch.setattr(Proposer, "max_batch", 1)
-        alone = recorded_calls(monkeypatch, Proposer, "dense_row")
+        alone = recorded_calls(monkeypatch, Proposer, "dense_logits")
         flash.batch([[5, 17, 3], [8]], max_tokens=9)
         n_dense_steps = 2 * 7
         assert len(alone) >= n_dense_steps

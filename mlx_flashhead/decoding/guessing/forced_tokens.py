@@ -16,7 +16,7 @@ class ForcedTokens(Guesser):
         """The tokens that must come, at least one. They are right."""
         if not text.forces_tokens:
             return None
-        # the mask of the latest token's place waits for it in any case
+        # The mask of the latest token's place waits for it in any case.
         forced = text.forced_tokens(latest.read(), MAX_WIDTH - 1)
         if not forced:
             return None

@@ -246,7 +246,7 @@ def guesses_of(
         None where steps are single ones throughout.
     """
     lookup = proposer.settings.lookup
-    # A CPU multiplies the tokens of a step one by one, so that it gains nothing
+    # A CPU multiplies the tokens of a step one by one, so that it gains nothing.
     looks_up = lookup == "on" or (lookup == "auto" and gpu_is_default())
     wanted = guesser is not None or looks_up
     if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):

@@ -46,7 +46,7 @@ class Lookup:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self.tokens: list[int] = []
-        # For each length: the place behind the latest n-gram, where its continuation begins
+        # For each length: the place behind the latest n-gram, where its continuation begins.
         self._behind: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in LENGTHS}
         self.extend(tokens)
 
@@ -79,7 +79,7 @@ class Lookup:
         for length in LENGTHS:
             latest = tuple(known[-length:])
             place = self._behind[length].get(latest, len(known))
-            # what was taken back may have left a place at which the n-gram no longer stands
+            # What was taken back may have left a place at which the n-gram no longer stands.
             if place < len(known) and tuple(known[place - length : place]) == latest:
                 found = known[place : place + n_tokens]
                 while len(found) < n_tokens:

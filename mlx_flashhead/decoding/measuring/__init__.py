@@ -1,1 +1,1 @@
-"""What a machine gains by a FlashHead and by wide steps, and each kind of step taken once."""
+"""What a machine gains by a FlashHead and by wide steps, and each step taken once before a text."""

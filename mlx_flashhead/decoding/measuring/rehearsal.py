@@ -1,4 +1,4 @@
-"""The kinds of steps that settings can ask for, each taken once before a text needs it.
+"""The steps that settings can ask for, each taken once before a text needs it.
 
 MLX compiles a kernel when it first runs, and traces a function when it is first called. What the
 head's own kernels give is compared elsewhere (``head/kernel_trial.py``). Here the loop's own code
@@ -60,7 +60,7 @@ def rehearsed_texts(vocab_size: int) -> dict[str, RehearsedText]:
 
 
 def rehearse(model: nn.Module) -> None:
-    """Takes the steps of all texts once.
+    """Takes the steps of all rehearsed texts once.
 
     Where the head's operations are the portable ones, as on a CPU, it takes only those of greedy
     text. A head whose kernels fail here takes the portable ones from now on, and says so.
@@ -85,7 +85,7 @@ def rehearse(model: nn.Module) -> None:
         for name, rehearsed in rehearsed_texts(head.vocab_size).items():
             try:
                 _rehearse(proposer, rehearsed, hidden)
-            # MLX raises these for a text that does not compile, a rejected pipeline, a lost device
+            # MLX raises these for code that does not compile, a rejected pipeline, a lost device.
             except (RuntimeError, ValueError) as error:
                 reason = f"the steps of text with {name} do not run on this device ({error})"
                 head.fall_back(reason)
@@ -93,7 +93,7 @@ def rehearse(model: nn.Module) -> None:
 
 
 def _rehearse(proposer: Proposer, rehearsed: RehearsedText, hidden: mx.array) -> None:
-    """Takes the steps of texts like one, if any of its tokens may be verified."""
+    """Takes the steps of texts of one sort, if any of their tokens may be verified."""
     text = _text(rehearsed)
     proposer.begin(text)
     if not proposer.can_verify(text):
@@ -122,7 +122,7 @@ def _rehearse_text(
         text.pending[-1].read(cast(int, latest.item()))
         schedule.step([text])
         mx.eval(schedule.joined)
-    in_doubt = text.choose(proposer.dense_row(hidden), text.n_chosen)
+    in_doubt = text.choose(proposer.dense_logits(hidden), text.n_chosen)
     mx.eval(in_doubt)
     schedule.flush(text)
     mx.eval([pending.logprobs for pending in text.ready if pending.logprobs is not None])
