@@ -147,7 +147,7 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
     """Builds and measures a model's FlashHead, anew or unless there is one."""
     from .index.files import has_flash_head
-    from .loading.background import build_now
+    from .loading.builds import build_now
     from .loading.cached import check_writable
     from .loading.head_options import HeadOptions
     from .loading.sources import find

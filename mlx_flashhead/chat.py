@@ -66,7 +66,7 @@ def _chat(args: Namespace, terminal: Any) -> None:
 
     from .chatting.conversation import Conversation, last_conversation
     from .chatting.session import NO_FLASH_HEAD, ChatSession
-    from .loading.background import build_beside
+    from .loading.builds import build_beside
     from .loading.drafts import DraftOptions
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head

@@ -391,7 +391,7 @@ def _answer(
 
 def _build(loaded: _Loaded, options: "HeadOptions") -> None:
     """Builds the FlashHead for next time."""
-    from .loading.background import LEFT, PREPARING, build_now
+    from .loading.builds import LEFT, PREPARING, build_now
     from .models.errors import UnsupportedHeadError
 
     sys.stdout.flush()

@@ -16,7 +16,7 @@ from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, bar_of, stop_key
 from ..decoding.policy import decoding_mode, policy_of
 from ..head.flash_head import FlashHead
-from ..loading.background import LEFT, Build, time_left
+from ..loading.builds import LEFT, Build, time_left
 from ..loading.gain_sentences import speed_text
 from ..models.install import get_flash_head
 from .conversation import (

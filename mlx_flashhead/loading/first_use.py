@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import sentence
-from .background import LEFT, PREPARING, Build
+from .builds import LEFT, PREPARING, Build
 from .head_options import HeadOptions
 from .use import Use
 

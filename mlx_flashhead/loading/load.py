@@ -18,7 +18,7 @@ from ..models.loading import load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
 from . import sources
-from .background import Build
+from .builds import Build
 from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .installing import install_stored
 from .sources import StoredHead

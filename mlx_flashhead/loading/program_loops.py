@@ -16,8 +16,8 @@ from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import get_flash_head
 from ..models.trained_drafter import TrainedDrafter
 from ..models.trust import is_recognised
-from .batches import batch_class
 from .head_options import HeadOptions
+from .program_batches import batch_class
 from .program_models import ProgramModels
 from .use import BUILDING, Use
 

@@ -17,7 +17,7 @@ from ..decoding.policy import decoding_mode
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..head.flash_head import FlashHead
-from ..loading.background import Build, build_beside
+from ..loading.builds import Build, build_beside
 from ..loading.drafts import DraftOptions
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_with_head

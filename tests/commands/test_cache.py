@@ -16,7 +16,7 @@ from mlx_flashhead import load
 from mlx_flashhead.conversion import calibration
 from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
-from mlx_flashhead.loading import building as build
+from mlx_flashhead.loading import build_parts
 from mlx_flashhead.loading import cached as cache
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
@@ -168,7 +168,7 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
 
 def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
     options = {"calibration_positions": 300, "calibration_seconds": 1e-6}
-    monkeypatch.setattr(build, "IndexOptions", partial(build.IndexOptions, **options))
+    monkeypatch.setattr(build_parts, "IndexOptions", partial(build_parts.IndexOptions, **options))
     # The text is read a window at a time.
     monkeypatch.setattr(calibration, "READ_TOKENS", 64)
     load(str(write_model(tmp_path / "model")))
@@ -201,13 +201,13 @@ def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, by_name):
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
     before = contents(entry.path)
-    steps = build.model_index
+    steps = build_parts.model_index
 
     def stopped(*arguments, **options):
         yield from itertools.islice(steps(*arguments, **options), 20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "model_index", stopped)
+    monkeypatch.setattr(build_parts, "model_index", stopped)
     code, _, errors = run("cache", "--rebuild", model)
     assert code == 130 and errors.endswith("Interrupted.\n")
     assert contents(entry.path) == before

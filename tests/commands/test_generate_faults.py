@@ -15,7 +15,7 @@ RULE = "==========\n"
 STOPPED = """
 import os, sys
 from functools import partial
-from mlx_flashhead.loading import building
+from mlx_flashhead.loading import build_parts
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
 place, write = os.environ["MLX_FLASHHEAD_HOME"] + "/flash_heads/", sys.stderr.write
 
@@ -24,7 +24,7 @@ def stop_if(reached):
         os.kill(os.getpid(), number)
 
 sys.stdout.isatty = lambda: True  # a script's answer builds nothing
-building.IndexOptions = partial(building.IndexOptions, calibration_positions=100)
+build_parts.IndexOptions = partial(build_parts.IndexOptions, calibration_positions=100)
 sys.stderr.write = lambda text: stop_if(moment in text) or write(text)
 sys.addaudithook(lambda event, values: stop_if(event == moment and place in str(values[0])))
 from mlx_flashhead.generate import main

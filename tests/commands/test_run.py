@@ -307,10 +307,10 @@ from functools import partial
 
 import mlx_lm
 
-from mlx_flashhead.loading import building
+from mlx_flashhead.loading import build_parts
 
 if sys.argv[1:]:
-    building.IndexOptions = partial(building.IndexOptions, calibration_positions=100)
+    build_parts.IndexOptions = partial(build_parts.IndexOptions, calibration_positions=100)
 model, tokenizer = mlx_lm.load("model")
 print("answer:", end=" ", flush=True)
 for response in mlx_lm.stream_generate(model, tokenizer, "One day", max_tokens=20):

@@ -94,7 +94,7 @@ def test_a_build_that_fails_is_one_line(program_folder, plain, quick, monkeypatc
     said = []
     monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
     monkeypatch.setattr("mlx_flashhead.loading.use.QUIET_SECONDS", 0.0)
-    monkeypatch.setattr("mlx_flashhead.loading.building.model_index", fails)
+    monkeypatch.setattr("mlx_flashhead.loading.build_parts.model_index", fails)
     patches = programs.Patches(HeadOptions(missing=LATER))
     loaded, tokenizer = mlx_lm.load(str(program_folder / "model"))
     patches.models.attach(loaded, lambda: tokenizer, program_folder / "model")

@@ -27,7 +27,7 @@ from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.phase import MAY_DIFFER
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.loading.background import POLL_SECONDS, build_beside
+from mlx_flashhead.loading.builds import POLL_SECONDS, build_beside
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
 from mlx_flashhead.serving import engine as serving_engine

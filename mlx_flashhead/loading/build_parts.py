@@ -1,4 +1,4 @@
-"""How a FlashHead is built at the first use of a model, in short parts.
+"""The parts in which a FlashHead is built at the first use of its model.
 
 What an unfinished build has computed is kept, and the next one goes on from there.
 """

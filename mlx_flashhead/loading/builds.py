@@ -1,7 +1,7 @@
-"""The build of a FlashHead beside the use of its model: a thread, and a gate.
+"""Builds of FlashHeads, beside the use of their models or not: a thread, and a gate.
 
 The model answers with its normal (dense) head until the FlashHead is there: verified text does not
-depend on it.
+depend on it. `build_parts.py` has what is done, part by part.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from ..head.flash_head import FlashHead
 from ..models.errors import UnsupportedHeadError
 from ..models.install import get_flash_head
 from ..models.locate import check_plain_product, find_head
-from .building import build_parts
+from .build_parts import build_parts
 from .head_options import HeadOptions
 from .installing import install_stored
 from .sources import StoredHead

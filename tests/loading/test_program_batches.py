@@ -5,7 +5,7 @@ import inspect
 import mlx.core as mx
 import pytest
 
-from mlx_flashhead.loading.batches import CHANGED_BATCHES
+from mlx_flashhead.loading.program_batches import CHANGED_BATCHES
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
 from under_run import CACHES, N_TOKENS, OWN, texts

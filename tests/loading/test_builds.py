@@ -12,9 +12,9 @@ import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.decoding.policy import Tuning, policy_of
-from mlx_flashhead.loading import background, building, tuned
+from mlx_flashhead.loading import build_parts, builds, tuned
 from mlx_flashhead.loading import cached as cache
-from mlx_flashhead.loading.background import build_beside, build_now
+from mlx_flashhead.loading.builds import build_beside, build_now
 from mlx_flashhead.loading.head_options import HeadOptions
 from model_folders import write_model
 
@@ -98,7 +98,7 @@ def test_a_build_beside_leaves_a_processor_to_others(loaded, build_of, monkeypat
     leaves_one = False
     of_building = []
     of_measuring = []
-    parts = background.build_parts
+    parts = builds.build_parts
 
     @contextmanager
     def one_thread_less():
@@ -122,9 +122,9 @@ def test_a_build_beside_leaves_a_processor_to_others(loaded, build_of, monkeypat
     def tune(*_):
         yield from noted(iter([None]), of_measuring)
 
-    monkeypatch.setattr(background, "one_thread_less", one_thread_less)
-    monkeypatch.setattr(background, "build_parts", built)
-    monkeypatch.setattr(background, "tune_head", tune)
+    monkeypatch.setattr(builds, "one_thread_less", one_thread_less)
+    monkeypatch.setattr(builds, "build_parts", built)
+    monkeypatch.setattr(builds, "tune_head", tune)
     if beside:
         build = build_of(*loaded)
         while build.gate.let():
@@ -159,7 +159,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
 def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
-    monkeypatch.setattr(building, "expected_seconds", lambda rows, options: {"all": seconds})
+    monkeypatch.setattr(build_parts, "expected_seconds", lambda rows, options: {"all": seconds})
     build_now(*loaded, Path("model"), OPTIONS)
     head = get_flash_head(loaded[0])
     assert head.clustered.cluster_size == size
@@ -211,7 +211,7 @@ def test_what_is_kept_and_damaged_is_computed_again(loaded, build_of, flash_head
 def test_what_unfinished_builds_keep_is_bounded(tmp_path):
     places = [tmp_path / "unfinished" / f"{i}" for i in range(9)]
     for i, place in enumerate(places):
-        building._begin(place, building.IndexOptions())
+        build_parts._begin(place, build_parts.IndexOptions())
         os.utime(place, (i, i))
     kept = {path.name for path in (tmp_path / "unfinished").iterdir()}
     assert kept == {"6", "7", "8"}
@@ -274,7 +274,7 @@ def test_one_sees_how_far_a_build_is(loaded, build_of):
         if len(shares) == 40:
             break
     assert shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 1
-    assert "left" in background.time_left(build.forecast)
+    assert "left" in builds.time_left(build.forecast)
     build.leave()
     again = build_of(model, tokenizer)
     again.gate.let(3)
