@@ -44,7 +44,7 @@ def parts_of(caches: Iterable[Any]) -> Iterator[Any]:
             yield cache
 
 
-def is_known(cache: Any) -> bool:
+def has_stand_in(cache: Any) -> bool:
     """Whether there is a stand-in for a cache: by its class, not by a subclass of it.
 
     That of a batch must have one row.

@@ -22,7 +22,7 @@ from msgspec import Meta
 from ..common.stored import Positive
 from ..models.compat.mlx_lm import ArraysCache
 from .parts import ModelParts
-from .stand_ins import ENDING, fit, is_known, is_past_end, parts_of, stand_in, states_in
+from .stand_ins import ENDING, fit, has_stand_in, is_past_end, parts_of, stand_in, states_in
 from .states import StateStandIn, Step, run_as
 from .twin import NoWideStepError, twin_of
 
@@ -219,7 +219,7 @@ def layout_of(caches: list[Any]) -> str:
 
 def _layout(cache: Any) -> str:
     parts = [_layout(part) for part in getattr(cache, "caches", ())]
-    if not parts and not is_known(cache):
+    if not parts and not has_stand_in(cache):
         return "unknown"
     held = vars(cache)
     settings = [f"{name}={held[name]}" for name in SETTINGS if name in held]

@@ -29,7 +29,7 @@ CODE = (
     *(f"{__package__}.{name}" for name in ("positions", "states", "step", "stand_ins", "twin")),
 )
 # So many values of each array are read.
-SAMPLED = 8
+N_SAMPLED = 8
 
 
 def path_of(model: nn.Module) -> Path | None:
@@ -66,7 +66,7 @@ def _fingerprint(model: nn.Module) -> str:
         found.update(text.encode())
     arrays: Any = tree_flatten(model.parameters())
     named = {name: array for name, array in arrays if array is not None}
-    samples = {name: array.reshape(-1)[:SAMPLED].view(mx.uint8) for name, array in named.items()}
+    samples = {name: array.reshape(-1)[:N_SAMPLED].view(mx.uint8) for name, array in named.items()}
     mx.eval(samples)
     for name, array in named.items():
         found.update(f"{name} {array.dtype} {array.shape};".encode())

@@ -33,7 +33,7 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from . import store as trial_store
 from .parts import ModelParts
-from .stand_ins import is_known, is_past_end, n_held, parts_of, there_is_memory
+from .stand_ins import has_stand_in, is_past_end, n_held, parts_of, there_is_memory
 from .step import MAX_WIDTH, NOTHING, WIDTHS, Established, WideStep, WideSteps, layout_of
 from .twin import NoWideStepError
 
@@ -76,7 +76,7 @@ def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
 
 
 def _established(steps: WideSteps, caches: list[Any], layout: str) -> Established:
-    if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
+    if not all(map(has_stand_in, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
     if steps.model_changes_itself is None:
         steps.model_changes_itself = _changes_itself(steps, caches)

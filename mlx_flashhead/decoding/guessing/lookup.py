@@ -10,15 +10,13 @@ import mlx.core as mx
 
 from ...wide.step import MAX_WIDTH
 from ..text import Text
-from .depth import MAX_GUESSES, Shares
+from .depth import EXPECTED_WEIGHT, MAX_GUESSES, Shares
 from .guesser import Guesser, LatestToken, Offer
 
 # The lengths of the n-grams that are looked up, the longest first.
 LENGTHS = (4, 3, 2)
 # How often guesses are right that nobody has tried yet, by the length of the n-gram.
-EXPECTED = {4: 0.6, 3: 0.4, 2: 0.2}
-# As how many guesses of the text that counts.
-EXPECTED_WEIGHT = 2.0
+EXPECTED_BY_LENGTH = {4: 0.6, 3: 0.4, 2: 0.2}
 
 
 class _Watched(NamedTuple):
@@ -152,7 +150,7 @@ class LookupGuesser(Guesser):
 
 def shares_by_length() -> dict[int, Shares]:
     """How often guesses are right in a text, by the length of the n-gram. Nothing is known yet."""
-    expected = {length: [EXPECTED[length]] * MAX_GUESSES for length in LENGTHS}
+    expected = {length: [EXPECTED_BY_LENGTH[length]] * MAX_GUESSES for length in LENGTHS}
     return {length: Shares(shares, EXPECTED_WEIGHT) for length, shares in expected.items()}
 
 
