@@ -56,8 +56,10 @@ def real_model_folder() -> Path:
 
     Its place is ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
     """
-    usual = Path.home() / ".cache" / "mlx_flashhead"
-    cache = Path(os.environ.get("MLX_FLASHHEAD_TEST_CACHE") or usual)
+    cache = Path.home() / ".cache" / "mlx_flashhead"
+    named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
+    if named:
+        cache = Path(named)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # The tests run in several processes.

@@ -12,17 +12,28 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "interop" not in file.p
 CHANGES = ("setattr", "delattr", "put_in_place")
 
 
+def bound_names(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """The names that an import gives a file."""
+    names = set()
+    for each in node.names:
+        if each.asname is None:
+            names.add(each.name)
+        else:
+            names.add(each.asname)
+    return names
+
+
 def foreign_names(tree: ast.Module) -> set[str]:
     """The names of a file that are another package's modules, classes or functions."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {(each.asname or each.name).split(".")[0] for each in node.names}
+            names |= {name.split(".")[0] for name in bound_names(node)}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names |= {each.asname or each.name for each in node.names}
-        elif isinstance(node, ast.ImportFrom) and "compat" in (node.module or ""):
+            names |= bound_names(node)
+        elif isinstance(node, ast.ImportFrom) and node.module and "compat" in node.module:
             # These are mlx-lm's names.
-            names |= {each.asname or each.name for each in node.names}
+            names |= bound_names(node)
     # These are a command's own streams and hooks.
     return names - {"sys"}
 

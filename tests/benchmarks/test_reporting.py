@@ -51,7 +51,11 @@ def test_rounds_take_turns_after_a_warm_up_and_figures_are_medians():
     calls = []
 
     def run(name):
-        return lambda number: calls.append((name, number)) or 10 * number
+        def seconds(number):
+            calls.append((name, number))
+            return 10 * number
+
+        return seconds
 
     for number, seconds in enumerate(in_turns({name: run(name) for name in "ABC"}, 20)):
         assert seconds == {name: [10 * i for i in range(1, number + 1)] for name in "ABC"}

@@ -262,7 +262,9 @@ def test_processors_get_mlx_lms_tokens_and_logits(plain_pair):
         steps = steps_of(logits_processors=[processor], max_tokens=12)
         found.append(([token for token, _ in steps], seen))
     assert found[0] == found[1]
-    assert [dtype for _, dtype, _, _ in found[0][1][:3]] == [mx.int32, mx.int64, mx.int64]
+    _, seen = found[0]
+    dtypes = [dtype for _, dtype, _, _ in seen[:3]]
+    assert dtypes == [mx.int32, mx.int64, mx.int64]
 
 
 @pytest.mark.parametrize("n_before", [0, 1])

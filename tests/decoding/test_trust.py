@@ -110,7 +110,9 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
 
     def run(dense):
         mx.random.seed(5)
-        texts = [[t for t, _ in model.steps(dense=dense, **options)] for _ in range(2)]
+        texts = []
+        for _ in range(2):
+            texts.append([token for token, _ in model.steps(dense=dense, **options)])
         return texts, mx.random.state[0].tolist()
 
     assert run(False) == run(True)

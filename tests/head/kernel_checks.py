@@ -8,7 +8,8 @@ from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
 from mlx_flashhead.head.metal_operations import MetalOperations
 
-PROBED = 0xFFC00000  # words from this one on are places
+# Words from this one on are places.
+PROBED = 0xFFC00000
 NOT_A_NUMBER = 0x7FC00000
 
 
@@ -85,11 +86,15 @@ def check_selection(clustered, scores, n_probes, selection, depth=100):
         assert (held[i, n_read:] == probes[-1]).all()
         expected[i, probes] = PROBED + np.arange(n_read, dtype=np.uint32)
         left = np.clip(np.delete(scores[i], probes).astype(np.float64), -highest, highest)
-        best = left.max() if len(left) else -highest
-        mass = np.logaddexp.reduce(left) if len(left) else -highest
+        best = -highest
+        mass = -highest
+        if len(left):
+            best = left.max()
+            mass = np.logaddexp.reduce(left)
         found = [to_numpy(part)[i, 0] for part in selection.unscored]
         np.testing.assert_allclose(found, [best, mass], rtol=1e-5, atol=1e-5)
-    is_zero = (words << 1 == 0) & (expected << 1 == 0)  # of either sign
+    # Zeros are of either sign.
+    is_zero = (words << 1 == 0) & (expected << 1 == 0)
     np.testing.assert_array_equal(words[~is_zero], expected[~is_zero])
 
 
@@ -101,7 +106,8 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
     dtype = clustered.rows.logits_dtype(hidden.dtype)
     assert candidates.logits.dtype == dtype
     probes = to_numpy(selection.probes)
-    every, errors = products(clustered.rows, hidden)  # (R, C, n)
+    # Both are (R, C, n).
+    every, errors = products(clustered.rows, hidden)
     if clustered.rows.bias is not None:
         errors = errors + ROUNDING[clustered.rows.product_dtype(hidden.dtype)] * np.abs(every)
         every = every + to_numpy(clustered.rows.bias)
@@ -114,7 +120,8 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
     padded[:, 1:] |= (probes[:, 1:] == probes[:, :-1])[..., None]
     assert (logits[padded] == mx.finfo(dtype).min).all()
     assert (np.abs(logits - expected) <= error)[~padded].all()
-    if candidates.best is not None:  # as the kernels give them
+    # The kernels give them.
+    if candidates.best is not None:
         np.testing.assert_array_equal(to_numpy(candidates.best), logits.max(axis=-1))
 
 
@@ -131,7 +138,8 @@ def check_full(clustered, scores, selection, candidates, full):
     lowest = mx.finfo(dtype).min
     tail = to_numpy(mx.array(np.maximum(tail, np.float32(lowest))).astype(dtype))
     slots = np.repeat(tail[:, :, None], cluster_size, axis=-1)
-    for place in reversed(range(probes.shape[1])):  # a probe counts where it stands first
+    # A probe counts where it stands first.
+    for place in reversed(range(probes.shape[1])):
         slots[np.arange(n_positions), probes[:, place]] = logits[:, place]
     assert full.dtype == dtype
     np.testing.assert_array_equal(to_numpy(full), slots.reshape(n_positions, -1)[:, slot_of])

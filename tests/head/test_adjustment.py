@@ -33,18 +33,23 @@ SETTINGS = {
     "both": {"repetition_penalty": 1.2, "presence_penalty": 0.5},
     "frequency": {"frequency_penalty": 0.4, "frequency_context_size": 4},
     "all": {
-        "logit_bias": BIASES, "repetition_penalty": 0.8, "presence_penalty": -0.3,
-        "frequency_penalty": 1.1, "repetition_context_size": 2,
+        "logit_bias": BIASES,
+        "repetition_penalty": 0.8,
+        "presence_penalty": -0.3,
+        "frequency_penalty": 1.1,
+        "repetition_context_size": 2,
     },
-}  # fmt: skip
+}
 
 
 def changed_tokens(context, settings) -> ChangedTokens:
     """What the settings change after the context but its last token, which is not read yet."""
 
     def window(name):
+        if f"{name}_penalty" not in settings:
+            return []
         size = settings.get(f"{name}_context_size", 20)
-        return context[-size:][:-1] if f"{name}_penalty" in settings else []
+        return context[-size:][:-1]
 
     counted = window("frequency")
     return ChangedTokens(
@@ -85,7 +90,8 @@ def in_token_order(operations, selection, candidates):
     ids = to_numpy(operations.token_ids(selection.probes)).reshape(len(CONTEXTS), -1)
     full = np.full((len(CONTEXTS), VOCAB_SIZE + 1), np.nan, np.float32)
     for i, logits in enumerate(to_numpy(candidates.logits).reshape(len(CONTEXTS), -1)):
-        first = np.unique(ids[i], return_index=True)[1]  # of probes that are repeated
+        # Probes that are repeated count once.
+        first = np.unique(ids[i], return_index=True)[1]
         full[i, ids[i][first]] = logits[first]
     return full[:, :-1]
 
@@ -171,8 +177,12 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     clustered, hidden = case(mx.float16)
     rng = np.random.default_rng(1)
     words, bits = masks(rng, [0.5, 0.05, 0.0, 1.0])
-    adjustment = adjustment_of(SETTINGS["all"] if adjusts else {})
-    applied = adjustment if adjusts else None
+    if adjusts:
+        adjustment = adjustment_of(SETTINGS["all"])
+        applied = adjustment
+    else:
+        adjustment = adjustment_of({})
+        applied = None
     of = Draws.of([(draws, position_key(1, i)) for i in range(len(CONTEXTS))])
     with kernels():
         operations = path(clustered)
@@ -229,12 +239,10 @@ def test_a_penalty_or_a_mask_adds_one_dispatch(adjusts, masked):
     mx.eval(words, adjustment[:2])
     with kernels() as emulator:
         head = FlashHead(*rows, n_probes=N_PROBES, backend="metal")
-        proposal = head.propose(
-            hidden,
-            None,
-            adjustment=adjustment if adjusts else None,
-            allowed=words if masked else None,
-        )
+        change = adjustment if adjusts else None
+        allowed = words if masked else None
+        proposal = head.propose(hidden, None, adjustment=change, allowed=allowed)
         mx.eval(proposal.tokens, proposal.risk)
     if emulator is not None:
-        assert len(emulator.dispatches) == 4 + (adjusts or masked)
+        n_dispatches = 5 if adjusts or masked else 4
+        assert len(emulator.dispatches) == n_dispatches

@@ -71,10 +71,11 @@ def test_forced_clusters():
     forced = np.isin(token_ids, [5, 60]).any(axis=1)
     assert np.array_equal(bias == np.float32(ALWAYS_PROBED), forced)
     assert np.array_equal(bias[~forced], fitted_bias[~forced])
-    assert (fitted_bias < 1e3).all()  # the centroids' own bias is left alone
+    # The centroids' own bias is left alone.
+    assert (fitted_bias < 1e3).all()
 
 
-# a token is missing, padded instead, beyond the vocabulary, negative, there twice
+# A token is missing, padded instead, beyond the vocabulary, negative, or there twice.
 @pytest.mark.parametrize("token, other", [(7, 8), (7, 61), (61, 62), (60, -1), (61, 60)])
 def test_token_ids_must_be_a_permutation(token, other):
     rows, token_ids, clustered = build(61, 8)
@@ -116,7 +117,8 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     assert blocks.shape[-1] * hidden_size <= block_products + 16 * hidden_size
     np.testing.assert_allclose(found[:, :n_rows], hidden @ weight.T, rtol=1e-4, atol=1e-5)
     last = np.broadcast_to(found[:, n_rows - 1 : n_rows], found[:, n_rows:].shape)
-    np.testing.assert_allclose(found[:, n_rows:], last, rtol=1e-4, atol=1e-5)  # which is repeated
+    # The last row is repeated.
+    np.testing.assert_allclose(found[:, n_rows:], last, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [{}, {"dtype": mx.bfloat16}, {"bits": 4}])

@@ -34,7 +34,8 @@ def rows_of(width: int, bits: int, mode: str = "affine") -> Matrix:
         (2048, 4, 1000, BEFORE, "qmv_fast", 2, 4),
         (2048, 4, 1001, BEFORE, "qmv", 1, 4),
         (2048, 4, 1001, SINCE, "qmv_fast", 2, 1),
-        (576, 4, 1000, SINCE, "qmv", 1, 1),  # no whole blocks of 512
+        # This width has no whole blocks of 512.
+        (576, 4, 1000, SINCE, "qmv", 1, 1),
         (768, 8, 1000, SINCE, "qmv_fast", 2, 1),
         (768, 8, 1000, BEFORE, "qmv_fast", 2, 1),
         (768, 6, 1001, BEFORE, "qmv", 1, 4),
@@ -45,7 +46,8 @@ def rows_of(width: int, bits: int, mode: str = "affine") -> Matrix:
         (128, 5, 1000, SINCE, "qmv", 1, 1),
         (2048, 4, 1000, SWIFT, "qmv_fast", 2, 4),
         (2048, 4, 1001, SWIFT, "qmv", 1, 4),
-        (768, 8, 1000, SWIFT, "qmv", 1, 1),  # whole blocks of 256, but none of 512
+        # This one has whole blocks of 256, but none of 512.
+        (768, 8, 1000, SWIFT, "qmv", 1, 1),
         (1024, 8, 1000, SWIFT, "qmv_fast", 2, 1),
     ],
 )
@@ -54,7 +56,8 @@ def test_the_table(width, bits, n_rows, version, name, packs, added):
     assert (kernel.name, kernel.packs, kernel.added) == (name, packs, added)
     assert kernel.scored == (name != "qmv_quad")
     others = dense_kernel(rows_of(width, bits, "mxfp4"), n_rows, version)
-    assert (others.name, others.added) == (name, 1)  # no sum of hidden values
+    # They add up no hidden values.
+    assert (others.name, others.added) == (name, 1)
 
 
 @pytest.mark.parametrize("width, name", [(1024, "qmv"), (2048, "qmv_fast"), (3072, "qmv")])
@@ -93,7 +96,10 @@ def test_rows_are_gathered_where_their_number_has_another_kernel(
     found = [head.dense_logits(hidden[:1]), head.dense_logits(hidden)[:1]]
     n_slots = head.clustered.token_ids.size
     n_multiplied = [matrix.n_rows for matrix, _ in calls]
-    assert n_multiplied == [n_rows if gathers else n_slots, n_slots]
+    if gathers:
+        assert n_multiplied == [n_rows, n_slots]
+    else:
+        assert n_multiplied == [n_slots, n_slots]
     for logits in found:
         np.testing.assert_allclose(logits, rows.matmul(hidden[:1]), rtol=1e-5, atol=1e-5)
 

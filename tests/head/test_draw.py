@@ -36,7 +36,8 @@ def kept(logits: np.ndarray, tail: float, top_p: float, log_min_p: float, top_k:
     mass = np.exp(x - x.max())
     every = mass.sum() + np.exp(tail - x.max())
     order = np.argsort(-x, kind="stable")
-    place = np.searchsorted(-x[order], -x, side="left")  # how many are strictly above
+    # So many are strictly above.
+    place = np.searchsorted(-x[order], -x, side="left")
     above = np.concatenate([[0], np.cumsum(mass[order])])[place]
     keep = logits >= np.float32(logits.max() + np.float32(log_min_p))
     if top_p < 1:
@@ -61,12 +62,13 @@ def drawn_token(ids: np.ndarray, logits: np.ndarray, tail: float, setting, top_k
     return int(ids[values == values.max()].min())
 
 
-# temperature, top_p, min_p, top_k
-SETTINGS = [(Noise if each[0] else Greedy)(*each) for each in (
-    (0.0,), (0.0, 0.5, 0.05, 3), (1.0,), (0.8,), (2.5,), (1.0, 0.1), (1.0, 0.5), (0.8, 0.95),
-    (2.0, 0.999), (3.0, 1.0, 0.05), (3.0, 1.0, 1.0), (3.0, 1.0, 0.0, 1), (3.0, 1.0, 0.0, 5),
-    (3.0, 1.0, 0.0, 100_000), (3.0, 0.9, 0.05, 20), (3.0, 0.7, 0.0, 40), (20.0, 0.99, 1e-4, 64),
-)]  # fmt: skip
+# They take temperature, top_p, min_p and top_k.
+SETTINGS = [Greedy(), Greedy(0.0, 0.5, 0.05, 3)]
+SETTINGS += [Noise(1.0), Noise(0.8), Noise(2.5)]
+SETTINGS += [Noise(1.0, 0.1), Noise(1.0, 0.5), Noise(0.8, 0.95), Noise(2.0, 0.999)]
+SETTINGS += [Noise(3.0, 1.0, 0.05), Noise(3.0, 1.0, 1.0)]
+SETTINGS += [Noise(3.0, 1.0, 0.0, 1), Noise(3.0, 1.0, 0.0, 5), Noise(3.0, 1.0, 0.0, 100_000)]
+SETTINGS += [Noise(3.0, 0.9, 0.05, 20), Noise(3.0, 0.7, 0.0, 40), Noise(20.0, 0.99, 1e-4, 64)]
 
 
 @pytest.mark.parametrize("halved", [False, True])
@@ -79,11 +81,15 @@ def test_the_threshold_is_the_definitions(monkeypatch, halved, n_logits, spread,
     rng = np.random.default_rng(n_logits)
     logits = rng.normal(scale=spread, size=(len(SETTINGS), n_logits)).astype(np.float32)
     logits = np.round(logits, digits)
-    logits[:, 3::5] = -np.inf  # a mask
+    # A mask rules these out.
+    logits[:, 3::5] = -np.inf
     draws = Draws.of([(s, (0, 0)) for s in SETTINGS])
     given = mx.array(logits)
-    for tail in (-np.inf, 0.5):  # of tokens that are not among these
-        total = None if tail < 0 else mx.logaddexp(log_mass(given), mx.array(tail))
+    # The mass of tokens that are not among these is none, or exp(0.5).
+    for tail, total in (
+        (-np.inf, None),
+        (0.5, mx.logaddexp(log_mass(given), mx.array(0.5))),
+    ):
         found = np.array(given >= filters.threshold(given, draws, total))
         settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.inputs[:2])
         each = zip(found, logits, settings, top_k, strict=True)
@@ -126,7 +132,9 @@ def scored(rng, operations, n_positions, n_probes, dtype, ties=False):
     probes = mx.array(np.sort(order[:, :n_probes]).astype(np.uint32))
     held = mx.minimum(mx.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
     logits = rng.normal(scale=3.0, size=(*probes.shape, clustered.cluster_size))
-    logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
+    if ties:
+        logits = np.round(logits)
+    logits = mx.array(logits).astype(dtype)
     padded = clustered.token_ids[probes] == clustered.vocab_size
     logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, held]
     tail = [mx.array(rng.normal(size=(n_positions, 1)).astype(np.float32)) for _ in range(2)]
@@ -154,7 +162,8 @@ def expected(operations, selection, candidates, inputs):
     ids = to_numpy(operations.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < operations.clustered.vocab_size
-    real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
+    # Probes that are repeated count once.
+    real[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     masses = to_numpy(selection.unscored.mass)[:, 0]
     settings, top_k, keys = (to_numpy(array)[: len(ids)] for array in inputs)
     return [
@@ -219,7 +228,8 @@ def test_values_without_order():
         operations = MetalOperations(plain_clusters(rng, 50, 8))
         selection, candidates = scored(rng, operations, 3, 9, mx.float32)
         logits = candidates.logits
-        logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
+        logits[0, 3, 2] = float("nan")
+        logits[0, 5, 1] = float("nan")
         logits[1] *= 1e30
         tail = mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]])
         case = selection._replace(**left(*tail)), candidates_of(logits)

@@ -62,10 +62,12 @@ def test_head_computes_the_formula(form, size, bias):
     scores = to_numpy(scores)
     for row, chosen in zip(scores, probes, strict=True):
         others = np.delete(row, chosen)
-        assert len(others) == head.n_clusters - n_probes  # each of them once
+        # Each cluster is chosen once.
+        assert len(others) == head.n_clusters - n_probes
         assert row[chosen].min() >= others.max(initial=-np.inf)
-    # MLX's CPU products of 16-bit states with quantized rows are also summed in 16 bits
-    summation = ROUNDING[full.dtype] * (150 if "bits" in FORMS[form] else 16)
+    # MLX's CPU products of 16-bit states with quantized rows are also summed in 16 bits.
+    n_roundings = 150 if "bits" in FORMS[form] else 16
+    summation = ROUNDING[full.dtype] * n_roundings
     checks.check_candidates(clustered, states, selection, candidates, 1e-4 + summation)
     checks.check_full(clustered, results[0], selection, candidates, full)
     checks.check_token(full, token)
@@ -99,7 +101,8 @@ def test_nothing_is_evaluated(form):
 
     outputs = mx.compile(everything)(hidden)
     assert [output.shape for output in outputs[:2]] == [(3, 5, 203), (3, 5)]
-    with pytest.raises(ValueError, match="eval"):  # what it looks like when something is
+    # This is what an evaluation looks like.
+    with pytest.raises(ValueError, match="eval"):
         mx.compile(lambda x: head(x).max().item())(hidden)
 
 

@@ -100,7 +100,8 @@ def test_only_drawn_tokens_can_be_sampled():
     dense = np.array(rows.matmul(hidden))
     assert np.isfinite(values).all()
     can_be_drawn = values > NEVER_DRAWN / 2
-    assert (np.abs(can_be_drawn.sum(axis=1) - 3 * CLUSTER_SIZE) <= 3).all()  # some are padded
+    # Some slots are padded.
+    assert (np.abs(can_be_drawn.sum(axis=1) - 3 * CLUSTER_SIZE) <= 3).all()
     assert np.allclose(values[can_be_drawn], dense[can_be_drawn], atol=1e-4)
     tokens = np.array(mx.random.categorical(logits / temperature))
     assert can_be_drawn[np.arange(2000), tokens].all()

@@ -30,14 +30,19 @@ def surely(logits, off, settings):
 def test_what_is_surely_kept_is_kept_for_all_logits(settings):
     rng = np.random.default_rng(5)
     draws = Draws.of([(settings, (0, 0))])
-    n_found = n_always = 0
+    n_found = 0
+    n_always = 0
     for _ in range(60):
         logits = np.round(rng.normal(scale=2, size=12), rng.integers(1, 6))
         off = rng.choice([0.0, 1e-4, 0.05, 0.5]) * rng.uniform(0.5, 1, size=12)
         found = surely(logits, off, settings)
         always = np.ones(12, bool)
         for i in range(40):
-            sign = rng.uniform(-1, 1, 12) if i % 2 else rng.choice([-1.0, 1.0], 12)
+            # They are anywhere within the bounds, and at their ends.
+            if i % 2:
+                sign = rng.uniform(-1, 1, 12)
+            else:
+                sign = rng.choice([-1.0, 1.0], 12)
             truth = mx.array((logits + sign * off)[None].astype(np.float32))
             always &= np.array(truth >= threshold(truth, draws))[0]
         assert not (found & ~always).any()
@@ -49,9 +54,11 @@ def test_what_is_surely_kept_is_kept_for_all_logits(settings):
 @pytest.mark.parametrize(
     "off, kept",
     [
-        (1e-5, [True, True, True, False]),  # the third is at the cut: 0.8 of the mass are above it
+        # The third is at the cut: 0.8 of the mass are above it.
+        (1e-5, [True, True, True, False]),
         (0.04, [True, True, True, False]),
-        (0.2, [True, True, False, False]),  # more than 0.9 may be above it
+        # More than 0.9 may be above the third.
+        (0.2, [True, True, False, False]),
     ],
 )
 def test_the_token_at_the_cut_is_kept_if_no_other_comes_between(off, kept):
@@ -100,9 +107,11 @@ def test_cuts_are_apart_where_sums_may_be_rounded(top_p):
     known = Interval(logits, mx.zeros((1, 1)))
     mass = log_mass(logits)
     high, low = cuts(known, draws, mass, mass)
-    lowest = {"high": 2 if top_p > 0.805 else 1, "low": 1 if top_p < 0.795 else 2}
-    assert high.item() == logits[0, lowest["high"]].item()
-    assert low.item() == logits[0, lowest["low"]].item()
+    # The places of the lowest logits that are kept.
+    of_high = 2 if top_p > 0.805 else 1
+    of_low = 1 if top_p < 0.795 else 2
+    assert high.item() == logits[0, of_high].item()
+    assert low.item() == logits[0, of_low].item()
 
 
 def test_evened_logits_are_as_far_off_as_the_farthest():

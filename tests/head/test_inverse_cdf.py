@@ -32,9 +32,11 @@ SETTINGS = (
 
 
 def mlx_sampler(settings):
+    # mlx-lm has 0 for no top-p.
+    top_p = settings.top_p if settings.top_p < 1 else 0.0
     return make_sampler(
         settings.temperature,
-        top_p=settings.top_p if settings.top_p < 1 else 0.0,
+        top_p=top_p,
         min_p=settings.min_p,
         top_k=settings.top_k,
     )
@@ -74,7 +76,9 @@ def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
     rng = np.random.default_rng(11)
     operations = PortableOperations(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
-    n_certain = n_same = n_cases = 0
+    n_certain = 0
+    n_same = 0
+    n_cases = 0
     for case in range(63):
         settings = SETTINGS[case % len(SETTINGS)]
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
@@ -92,8 +96,9 @@ def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
         n_same += tokens == {proposal.tokens.item()}
         n_cases += 1
     assert n_same > n_cases / 3
-    # rounding of log-probabilities in 8 bits leaves more in doubt
-    assert n_certain > n_same * (0.5 if dtype == mx.float32 else 0.2)
+    # Rounding of log-probabilities in 8 bits leaves more in doubt.
+    share = 0.5 if dtype == mx.float32 else 0.2
+    assert n_certain > n_same * share
 
 
 @pytest.mark.parametrize("nearest, least, most", [(256, 0.95, 1), (40, 0.8, 1), (1, 0, 0.4)])
@@ -103,7 +108,8 @@ def test_kept_tokens_that_are_not_scored_are_no_doubt(nearest, least, most, monk
     rng = np.random.default_rng(12)
     operations = PortableOperations(plain_clusters(rng, 300, 4))
     settings = InverseCDF(0.7, top_p=0.9)
-    same = certain = 0
+    same = 0
+    certain = 0
     while same < 40:
         slots, proposal, draws, tolerance, state = case_of(
             rng, operations.clustered, mx.float32, settings, 4.0, 1e-5, n_probes=2

@@ -73,16 +73,20 @@ class TestGraph:
         ):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
-            assert set(found) <= {"Reshape", "Slice"}, found  # views
+            # Views cost nothing.
+            assert set(found) <= {"Reshape", "Slice"}, found
 
     @pytest.mark.parametrize("softcap", [0.0, 30.0])
     @pytest.mark.parametrize("penalties, masked", [(True, False), (False, True), (True, True)])
     def test_penalties_and_masks_add_at_most_three(self, monkeypatch, penalties, masked, softcap):
         """One kernel, and copies of what is short. Other settings are the same trace."""
         head = self.head(monkeypatch, mx.bfloat16, 4)
-        monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
+        # No export knows `mx.contiguous`.
+        monkeypatch.setattr(mx, "contiguous", lambda array: -array)
         hidden = mx.zeros((1, 128), mx.bfloat16)
-        allowed = mx.full((1, 5), 7, mx.uint32) if masked else None
+        allowed = None
+        if masked:
+            allowed = mx.full((1, 5), 7, mx.uint32)
         change = None
         for top_k, occurrences in ((0, 1), (5, 1), (7, 9)):
             if penalties:
@@ -94,7 +98,8 @@ class TestGraph:
             found = self.primitives(lambda h: list(head.propose(h, draws, **how)[1:]), hidden)  # noqa: B023
             assert found.pop("CustomKernel") == 5
             assert found.pop("Negative") == penalties + masked
-            assert set(found) <= {"Reshape", "Slice", "Broadcast", "ExpandDims"}, found  # views
+            # Views cost nothing.
+            assert set(found) <= {"Reshape", "Slice", "Broadcast", "ExpandDims"}, found
         assert head.n_traced == 1
 
     @pytest.mark.parametrize("draws", [best_draws(32), Draws.of([(Noise(1.0, 0.9), (1, 2))] * 32)])
@@ -105,8 +110,7 @@ class TestGraph:
         mx.eval(tolerance[:2], draws.inputs)
 
         def verify(hidden, probes, logits):
-            parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None)
-                     for n in (31, 1)]  # fmt: skip
+            parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None) for n in (31, 1)]
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
             slots = head.operations.verifying_product(one.hidden)
             return list(head.operations.screen(slots, one, draws, tolerance, 0.0))
@@ -114,11 +118,12 @@ class TestGraph:
         inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)
         found = self.primitives(verify, *inputs, mx.zeros((32, 8, 8), mx.bfloat16))
         assert found.pop("CustomKernel") == 3 and found.pop("QuantizedMatmul") == 1
-        assert set(found) <= {"Reshape", "Slice", "Squeeze", "Broadcast", "Add"}, found  # the bias
+        # The bias is added, and views cost nothing.
+        assert set(found) <= {"Reshape", "Slice", "Squeeze", "Broadcast", "Add"}, found
 
 
 def dispatches_of(clustered, n_positions, n_probes, setting=(1.0, 0.95, 0.02, 20)):
-    """The emulator's records of each kernel in a step, by name."""
+    """The emulator's records of each kernel in a step, which has six, by name."""
     hidden = mx.random.normal((n_positions, clustered.rows.hidden_size), mx.bfloat16)
     drawing = Draws.of([(Noise(*setting), (0, 0))] * n_positions)
     with kernels() as emulator:
@@ -167,7 +172,8 @@ class TestTraffic:
         [
             *((576, 16, 4, 64, 1.05), (1024, 16, 8, 64, 1.05), (576, 16, 16, 0, 1.05)),
             *((2048, 16, 4, 128, 1.05), (1152, 16, 4, 32, 1.05), (1024, 8, 4, 64, 1.05)),
-            (384, 8, 4, 64, 1.25),  # 96 bytes of scales to a cluster: less than a line
+            # A cluster has 96 bytes of scales: less than a line.
+            (384, 8, 4, 64, 1.25),
         ],
     )
     def test_bytes_of_route_and_score(self, hidden_size, cluster_size, bits, group_size, limit):

@@ -124,7 +124,8 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
     scores = rng.normal(size=(8, n_clusters)).astype(np.float32)
     scores[1] = 3.25
     scores[2] = rng.integers(-2, 3, size=n_clusters)
-    tiniest = 2.0**-126 * rng.uniform(1, 2, size=n_clusters)  # normal: a GPU may flush smaller ones
+    # These are normal: a GPU may flush smaller ones.
+    tiniest = 2.0**-126 * rng.uniform(1, 2, size=n_clusters)
     scores[3] = np.copysign(tiniest, scores[3])
     scores[4] *= np.float32(1e37)
     scores[5, rng.integers(n_clusters, size=3)] = ALWAYS_PROBED
@@ -132,7 +133,8 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
     scores[7] = rng.choice(np.float32([3.4028235e38, -3.4028235e38]), size=n_clusters)
     clustered = plain_clusters(rng, n_clusters)
     counts = {1, min(8, n_clusters), -(-n_clusters // 3), n_clusters}
-    if n_clusters > 10_000:  # the emulator takes its time
+    # The emulator takes its time.
+    if n_clusters > 10_000:
         scores = scores[[2, 5]]
         counts = {200}
     for n_probes in sorted(counts):
@@ -157,7 +159,8 @@ def test_select_takes_nan_first(n_clusters):
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
         assert (words[probes] == checks.PROBED + np.arange(9)).all()
-    assert few[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
+    # Three are NaN, of which two are probed.
+    assert few[0, 30] == checks.NOT_A_NUMBER
 
 
 @pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
@@ -182,5 +185,6 @@ def test_clusters_far_below_the_best_are_not_read(depth):
     np.testing.assert_array_equal(tokens, ids[np.arange(5), best.argmax(axis=-1)])
     if emulator is not None:
         weight = emulator.dispatches[2].buffers["weight"]
-        n_read = held.size - (held[:, 1:] == held[:, :-1]).sum()  # without repeats
+        # Probes that are repeated are read once.
+        n_read = held.size - (held[:, 1:] == held[:, :-1]).sum()
         assert weight.reads == weight.bytes // clustered.n_clusters * n_read

@@ -105,14 +105,17 @@ def test_a_proposal_on_the_kernels_is_the_portable_one(logit_map, dtype):
                 probes = mx.take_along_axis(probes, order, axis=-1)
                 selection = selection._replace(probes=probes)
             candidates = operations.score(hidden, selection, logit_map)
-            if path is PortableOperations:  # from float32: the CPU's products of 16 bits are coarse
+            if path is PortableOperations:
+                # The CPU's products of 16 bits are coarse.
                 exact = operations.score(hidden.astype(mx.float32), selection).logits
                 lowest = mx.finfo(candidates.logits.dtype).min
                 logits = logit_map(exact.astype(clustered.rows.logits_dtype(dtype)))
                 padded = operations.token_ids(probes) == clustered.vocab_size
                 candidates = candidates._replace(logits=mx.where(padded, lowest, logits))
-            chosen = [operations.choose(selection, candidates, of, logit_map=logit_map)
-                      for of in (best_draws(4), draws)]  # fmt: skip
+            chosen = [
+                operations.choose(selection, candidates, of, logit_map=logit_map)
+                for of in (best_draws(4), draws)
+            ]
             logits = candidates.logits[:, :9]
             results.append((*selection.unscored, logits, *chosen[0], *chosen[1]))
     found, expected = results
@@ -128,7 +131,9 @@ def test_a_map_adds_no_dispatch(cap):
     rng = np.random.default_rng(2)
     clustered = make_clustered(rng, 40, 8, 128)
     hidden = mx.array(rng.normal(size=(2, 128))).astype(mx.bfloat16)
-    logit_map = LogitMap(cap=cap) if cap else IDENTITY
+    logit_map = IDENTITY
+    if cap:
+        logit_map = LogitMap(cap=cap)
     with kernels() as emulator:
         operations = MetalOperations(clustered)
         scores = operations.route(hidden)

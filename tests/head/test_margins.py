@@ -44,7 +44,8 @@ def test_logits_that_far_apart_have_other_log_probabilities(dtype):
     rounded = [
         np.array((each - total).astype(dtype).astype(mx.float32)) for each in (above, logits)
     ]
-    near = (total - logits) > distance  # so that the one above is no more than all together
+    # There the one above is no more than all together.
+    near = (total - logits) > distance
     assert ((rounded[0] > rounded[1]) | ~np.array(near)).all()
     halfway = (
         (logits + distance / 4 - total).astype(dtype) == (logits - total).astype(dtype)

@@ -73,7 +73,8 @@ def test_fingerprint_is_of_the_stored_rows():
         replace(rows, weight=rows.weight.at[499, 0].add(1)),
         replace(rows, scales=rows.scales * 2),
         replace(rows, biases=rows.biases + 1),
-        replace(rows, scales=rows.scales.view(mx.int32)),  # of the same bytes
+        # The bytes are the same.
+        replace(rows, scales=rows.scales.view(mx.int32)),
         rows.take(mx.arange(499)),
         stored(4),
         rows.take(mx.arange(499, -1, -1)),
@@ -95,7 +96,8 @@ def test_rows_that_are_the_same_in_float16():
     assert mx.array_equal(found.dequantized(mx.float32), matrix.dequantized(mx.float32))
     for name, value, fits in (
         ("scales", 2.0**-13, True),
-        ("scales", 2.0**-14 * (1 + 2.0**-7) * 2.0**-9, False),  # bits are lost below 2^-14
+        # Bits are lost below 2^-14.
+        ("scales", 2.0**-14 * (1 + 2.0**-7) * 2.0**-9, False),
         ("scales", 70_000.0, False),
         ("biases", 70_000.0, False),
         ("bias", 1e-6, False),

@@ -70,10 +70,16 @@ def replay(arrays, plan, rows, hidden, path="logits", **settings):
             header=launch["header"],
         )
         x, y, z = launch["grid"]
-        template = [(each["name"], each["value"]) for each in launch["template"]]
+        template = []
+        for each in launch["template"]:
+            value = each["value"]
+            # A text names a dtype.
+            if isinstance(value, str):
+                value = getattr(mx, value)
+            template.append((each["name"], value))
         results = kernel(
             inputs=[arrays[name] for name in launch["arrays"]],
-            template=[(n, getattr(mx, v) if isinstance(v, str) else v) for n, v in template],
+            template=template,
             grid=(x, y * n_positions, z),
             threadgroup=tuple(launch["threadGroup"]),
             output_shapes=[(n * n_positions, *rest) for n, *rest in launch["outputShapes"]],

@@ -25,15 +25,21 @@ from tf32 import in_tf32
 def test_tf32_lies_within_its_bound(hidden_size, cut_off):
     rng = np.random.default_rng(hidden_size)
     states, rows = rng.normal(size=(2, 200, hidden_size)).astype(np.float32)
-    rows[0] = states[0]  # all products have one sign
-    states[1] = rows[1] = 1 + 2.0**-10 - 2.0**-23  # the most that is cut off
-    states[2] = rows[2] = 1 + 2.0**-11  # the most that is rounded
+    # All products have one sign.
+    rows[0] = states[0]
+    # This is the most that is cut off.
+    states[1] = 1 + 2.0**-10 - 2.0**-23
+    rows[1] = states[1]
+    # This is the most that is rounded.
+    states[2] = 1 + 2.0**-11
+    rows[2] = states[2]
     exact = states.astype(np.float64) @ rows.T.astype(np.float64)
     found = in_tf32(states, cut_off).astype(np.float64) @ in_tf32(rows, cut_off).T
     lengths = np.linalg.norm(states, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
     shares = np.abs(found - exact) / lengths
     assert shares.max() <= TF32
-    assert shares.max() > TF32 / 2.1  # a smaller bound would be exceeded
+    # Half the bound would be exceeded.
+    assert shares.max() > TF32 / 2.1
 
 
 @pytest.mark.parametrize(
@@ -41,14 +47,19 @@ def test_tf32_lies_within_its_bound(hidden_size, cut_off):
     [("applegpu_g13g", False), ("applegpu_g16s", False), ("applegpu_g17s", True), (None, True)],
 )
 def test_machines_that_may_use_tf32(monkeypatch, architecture, expected):
-    assert not rounded_product.may_use_tf32()  # a CPU
+    # This is a CPU.
+    assert not rounded_product.may_use_tf32()
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
     assert rounded_product.may_use_tf32() == expected
     rows = make_rows(np.random.default_rng(0), 9000, 64, bits=8, group_size=64, dtype=mx.float32)
     shares = [rounded_product._coarser(rows, 9000, mx.float32, n) for n in (1, 2, 32)]
-    assert shares == ([0.0, TF32, TF32] if expected else [0.0] * 3)
-    half = mx.finfo(mx.bfloat16).eps / 2  # rows of few bits, in 16 bits first
+    if expected:
+        assert shares == [0.0, TF32, TF32]
+    else:
+        assert shares == [0.0, 0.0, 0.0]
+    # Rows of few bits are made of 16 bits first.
+    half = mx.finfo(mx.bfloat16).eps / 2
     assert rounded_product._coarser(rows, 9000, mx.bfloat16, 2) == half
 
 
@@ -141,7 +152,8 @@ def test_a_measured_distance_counts_four_times(flash, monkeypatch):
     """The few states that it was measured on may not show the largest one."""
     head = flash.head
     score = head.operations.score
-    far = 2.0  # which two roundings do not explain
+    # Two roundings do not explain this distance.
+    far = 2.0
 
     def other(hidden, selection, *logit_map):
         return Candidates(score(hidden, selection, *logit_map).logits + far)
@@ -161,9 +173,14 @@ def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtyp
     hidden = mx.random.normal((2, head.hidden_size)).astype(dtype)
     found = head.measure_rounding(dtype)[N_STATES].tolerance(hidden, head.operations)
     exact = mx.random.normal((5000,), key=mx.random.key(1)) * 10
-    pair = [(exact * (1 + 8 * sign * FLOAT32)).astype(dtype).astype(mx.float32) for sign in (-1, 1)]
-    distance = mx.abs(pair[0] - pair[1])
-    assert (distance > 0).any() and (distance <= found.relative * mx.abs(pair[0])).all()
+
+    def rounded(logits):
+        return logits.astype(dtype).astype(mx.float32)
+
+    lower = rounded(exact * (1 - 8 * FLOAT32))
+    higher = rounded(exact * (1 + 8 * FLOAT32))
+    distance = mx.abs(lower - higher)
+    assert (distance > 0).any() and (distance <= found.relative * mx.abs(lower)).all()
 
 
 def test_a_kernel_of_another_order_gives_scored_logits_a_tolerance(flash, monkeypatch):
@@ -182,7 +199,8 @@ def test_rounded_sums_of_hidden_values(dtype, bits, added):
     total = values[..., 0]
     for i in range(1, added):
         total = total + values[..., i]
-    sums = total.astype(mx.float32).sum(axis=-1)  # (3, groups)
+    # There are (3, groups) of them.
+    sums = total.astype(mx.float32).sum(axis=-1)
     offsets = rows.biases.astype(mx.float32)
     exact = hidden.astype(mx.float32).reshape(3, -1, 64).sum(axis=-1)
     distance = mx.abs((sums - exact) @ offsets.T).max(axis=-1)

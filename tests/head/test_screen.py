@@ -59,7 +59,7 @@ def case_of(
     slots = rng.normal(size=(k, clustered.n_clusters, clustered.cluster_size)) * spread
     slots = mx.array(slots.astype(np.float32)).astype(dtype)
     order = mx.argsort(-slots.max(axis=-1), axis=-1)
-    # the best but one of them, so that an unscored token may be the choice
+    # These are the best but one of them, so that an unscored token may be the choice.
     probes = mx.sort(mx.concatenate([order[:, :1], order[:, 2 : N_PROBES + 1]], axis=-1), axis=-1)
     exact = mx.random.uniform(-1, 1, slots.shape, key=mx.random.key(int(rng.integers(1000))))
     logits = mx.take_along_axis(slots + (exact * room).astype(dtype), probes[..., None], axis=1)
@@ -71,7 +71,8 @@ def case_of(
         logits = mx.where(mx.array(may).reshape(ids.shape), logits, mx.finfo(logits.dtype).min)
     ids = ids.flatten(1)
     flat = logits.astype(mx.float32).flatten(1)
-    draws = best_draws(k) if draws is None else draws
+    if draws is None:
+        draws = best_draws(k)
     tokens = draws.by_kind(
         (flat, ids), lambda kind, some, given: kind.choose(given[0], some, given[1])
     )
@@ -88,15 +89,20 @@ def truths(rng, clustered, case, n, logit_map=IDENTITY):
     slot_of = to_numpy(clustered.slot_of)
     room, scored_room = (to_numpy(each)[:, None, None] for each in tolerance[:2])
     for i in range(n):
-        shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
-        # the first one favours all others
-        shift = np.ones(slots.shape) if i == 0 else shift
+        if i == 0:
+            # The first one favours all others.
+            shift = np.ones(slots.shape)
+        elif i % 2:
+            shift = rng.uniform(-1, 1, slots.shape)
+        else:
+            shift = rng.choice([-1, 1], slots.shape)
         off = room + tolerance.relative * np.abs(slots)
         truth = slots + 0.999 * shift * off
         places = (np.arange(len(slots))[:, None], probes)
         truth = to_numpy(logit_map(mx.array(truth.astype(np.float32)))).astype(np.float64)
         off = logit_map.slope * scored_room
-        if logit_map.cap:  # which holds the scored logits too
+        if logit_map.cap:
+            # The cap holds the scored logits, too.
             edge = np.arctanh(np.clip(logits / logit_map.cap, -1 + 1e-7, 1 - 1e-7))
             off = off / np.cosh(edge) ** 2 * 0.9
         truth[places] = logits + 0.999 * shift[places] * off
@@ -154,22 +160,34 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
             allowed = mx.array(np.packbits(every, axis=1, bitorder="little").view(np.uint32))
             bits = every[:, :n_tokens]
         case = case_of(
-            rng, operations.clustered, k, room, scored_room, spread, mx.float32, DRAWS, logit_map,
-            relative, bits,
-        )  # fmt: skip
+            rng,
+            operations.clustered,
+            k,
+            room,
+            scored_room,
+            spread,
+            draws=DRAWS,
+            logit_map=logit_map,
+            relative=relative,
+            bits=bits,
+        )
         certain = np.array(operations.screen(*case, 0.0, logit_map, allowed).certain)
     ids = np.arange(operations.clustered.vocab_size, dtype=np.uint32)
     settings, top_k = (array.tolist() for array in DRAWS.inputs[:2])
     keys = np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
     for truth in truths(rng, operations.clustered, case, 3, logit_map):
-        truth = truth if bits is None else np.where(bits, truth, np.float32(-1e30))
+        if bits is not None:
+            truth = np.where(bits, truth, np.float32(-1e30))
         for i in range(k):
             drawn = drawn_token(ids, truth[i], -np.inf, settings[i], top_k[i], keys[i])
             wrong[i] |= drawn != case[1].tokens[i].item()
     assert not (wrong & certain).any(), np.flatnonzero(wrong & certain)
     if room < 0.1 and spread == 2.0:
-        assert certain[~wrong].mean() > (0.5 if logit_map.identity and not relative else 0.25)
+        least = 0.25
+        if logit_map.identity and not relative:
+            least = 0.5
+        assert certain[~wrong].mean() > least
 
 
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
@@ -183,7 +201,8 @@ def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     certain = np.array(operations.screen(*case, 0.0).certain)
     truth = next(truths(rng, operations.clustered, case, 1))
     gumbel = to_numpy(noise_of_all(draws.keys, operations.clustered.vocab_size))
-    best = (truth + gumbel).argmax(axis=1)  # nearly no token is filtered
+    # Nearly no token is filtered.
+    best = (truth + gumbel).argmax(axis=1)
     assert (best != to_numpy(case[1].tokens)).sum() > 5
     assert not (certain & (best != to_numpy(case[1].tokens))).any()
 
@@ -243,7 +262,9 @@ def test_the_kernels_say_what_the_portable_operations_say(
     """Where filters leave tokens out, the portable ones look at the nearest clusters alone."""
     monkeypatch.setattr(noise, "NEAREST", 32)
     rng = np.random.default_rng(cluster_size)
-    epsilon = 0.0 if dtype == mx.float32 else mx.finfo(dtype).eps
+    epsilon = 0.0
+    if dtype != mx.float32:
+        epsilon = mx.finfo(dtype).eps
     with kernels():
         operations = operations_of(rng, MetalOperations, cluster_size, n_clusters)
         plain = PortableOperations(operations.clustered)
@@ -256,7 +277,10 @@ def test_the_kernels_say_what_the_portable_operations_say(
             certain = np.array(found.certain)
             by_plain = np.array(expected.certain)
             assert not (by_plain & ~certain).any()
-            exact = np.array([draws is None or not s.filters for s in DRAWS.settings[:k]])
+            # Draws without filters are screened alike.
+            exact = np.ones(k, bool)
+            if draws is not None:
+                exact = np.array([not settings.filters for settings in DRAWS.settings[:k]])
             np.testing.assert_array_equal(certain[exact], by_plain[exact])
             assert certain.any()
 
@@ -341,7 +365,9 @@ def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(path, top_p):
         certain = np.array(operations.screen(slots, proposal, draws, exact, 0.0).certain)
     would_be_last = np.array(without) == last
     assert 20 < would_be_last.sum() < 60
-    doubts = would_be_last if abs(top_p - 0.8) < 1e-4 else np.zeros(n_draws, bool)
+    doubts = np.zeros(n_draws, bool)
+    if abs(top_p - 0.8) < 1e-4:
+        doubts = would_be_last
     np.testing.assert_array_equal(certain, ~doubts)
 
 
@@ -405,7 +431,8 @@ def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
         assert all(certain(0.0))
         assert not certain(1000.0)[0]
         assert not any(certain(float("nan")))
-        for value in (float("nan"), -float("inf")):  # as a sum in float16 that overflows midway
+        # A sum in float16 may overflow midway.
+        for value in (float("nan"), -float("inf")):
             worse = mx.array(slots)
             worse[:, min({*range(10)} - {*one.probes[0].tolist()}), 1] = value
             assert not certain(0.0, worse)[0]
@@ -418,7 +445,8 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
     with kernels() as emulator:
         operations = operations_of(rng, MetalOperations, 16, 40)
         proposals = []
-        for _ in range(n):  # of three positions each
+        # Each has three positions.
+        for _ in range(n):
             probes = mx.array(rng.integers(40, size=(3, n_probes)), mx.uint32)
             logits = mx.array(rng.normal(size=(3, n_probes, 16))).astype(mx.float16)
             hidden = mx.array(rng.normal(size=(3, 4))).astype(mx.bfloat16)
@@ -443,7 +471,9 @@ def test_a_verification_reads_the_logits_once(draws):
         case = case_of(rng, operations.clustered, 32, 0.01, 0.0, 2.0, mx.bfloat16, draws)
         mx.eval(operations.screen(*case, 0.0))
     screen, certain = emulator.dispatches
-    assert (screen.barriers, certain.barriers) == (3, 1 if draws is None else 2)
+    assert screen.barriers == 3
+    n_barriers = 1 if draws is None else 2
+    assert certain.barriers == n_barriers
     assert screen.buffers["slots"].reads == case[0].nbytes
     assert screen.buffers["parts"].bytes == 32 * 3 * TALLIED * 4
     assert certain.buffers["logits"].reads <= 2 * case[1].logits.nbytes

@@ -54,7 +54,9 @@ def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
     rng = np.random.default_rng(11)
     operations = PortableOperations(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
-    n_certain = n_same = n_cases = 0
+    n_certain = 0
+    n_same = 0
+    n_cases = 0
     for case in range(66):
         settings = SETTINGS[case % len(SETTINGS)]
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
@@ -74,7 +76,8 @@ def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
     assert n_same > n_cases / 3
     # Where many tokens that are kept are neither scored nor near, little is certain.
     if nearest > 1:
-        assert n_certain > n_same * (0.6 if dtype == mx.float32 else 0.4)
+        share = 0.6 if dtype == mx.float32 else 0.4
+        assert n_certain > n_same * share
     assert n_certain
 
 
@@ -182,7 +185,8 @@ def test_sums_may_fall_from_one_place_to_the_next(monkeypatch):
     operations = PortableOperations(plain_clusters(rng, 300, 4))
     n_certain = 0
     for case in range(150):
-        settings = SummedTopP(1.0, top_p=0.8, top_k=4 if case % 2 else 0)
+        top_k = 4 if case % 2 else 0
+        settings = SummedTopP(1.0, top_p=0.8, top_k=top_k)
         slots, proposal, draws, tolerance, state = case_of(
             rng, operations.clustered, mx.bfloat16, settings, 3.0, 0.0
         )

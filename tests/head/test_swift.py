@@ -19,7 +19,8 @@ from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_
 PROGRAM = os.environ.get("MLX_FLASHHEAD_SWIFT")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_swift.sh")
 
-N_PROBES = 4  # of 13 clusters
+# There are 13 clusters.
+N_PROBES = 4
 LIMIT = 3
 TOKENS = mx.array([[0, 7, VOCAB_SIZE - 1], [7, 3, 3]])
 SEED = 2**63 + 11
@@ -34,7 +35,7 @@ def fields_of(settings):
 
 
 def run(folder, form, *, tied=False, refused=False):
-    """What the package says, and the arrays that it gives."""
+    """What the package says, and the arrays that it gives. It ends without an error."""
     rows = make_rows(form)
     dtype = dtype_of(form)
     path = "model.embed_tokens" if tied else "lm_head"
@@ -45,9 +46,12 @@ def run(folder, form, *, tied=False, refused=False):
     quantization = {"groupSize": rows.group_size, "bits": rows.bits, "mode": rows.mode}
     settings = [fields_of(each) for each in SETTINGS]
     case = {"isTied": tied, "shape": [VOCAB_SIZE, HIDDEN_SIZE], "settings": settings}
-    case |= {"quantization": quantization if rows.quantized else None}
+    case["quantization"] = None
+    if rows.quantized:
+        case["quantization"] = quantization
     (folder / "case.json").write_text(json.dumps(case))
-    environment = {"TMPDIR": str(folder), "FLASH_KERNELS": "refused" if refused else ""}
+    kernels_are = "refused" if refused else ""
+    environment = {"TMPDIR": str(folder), "FLASH_KERNELS": kernels_are}
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | environment}
     program = subprocess.Popen([PROGRAM, str(folder)], text=True, **options)
     with kernels() as emulator, program:
@@ -95,16 +99,17 @@ def test_swift_gives_what_python_gives(tmp_path, monkeypatch, form, tied):
         for length in (1, LIMIT):
             assert mx.array_equal(arrays[f"logits_{length}"][0], expected[:length])
         assert mx.array_equal(arrays["logits_after"][0], expected[:1])
-        # more positions than scored rows pay for
+        # These are more positions than scored rows pay for.
         assert near(arrays["logits_5"], arrays["dense"][:, :5])
-        # a prompt: its last position alone
+        # Of a prompt the last position alone is scored.
         assert mx.array_equal(arrays["logits_20"][0], head.unverified_logits(hidden[19:20]))
         operations = MetalOperations(head.clustered)
         keys = [position_key(SEED, position) for position in range(6)]
         for i, settings in enumerate(SETTINGS):
             draws = Draws.of([(settings, key) for key in keys])
             for name, array in zip(("settings", "top_k", "keys"), draws.inputs, strict=True):
-                found = arrays[f"{name}_{i}"][:4]  # of 8 or more: MLX has another kernel for fewer
+                # There are 8 or more, since MLX has another kernel for fewer.
+                found = arrays[f"{name}_{i}"][:4]
                 assert mx.array_equal(found, array[:4]), name
             selection = operations.select(operations.route(hidden[:6]), N_PROBES, words=False)
             candidates = operations.score(hidden[:6], selection)

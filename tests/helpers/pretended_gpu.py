@@ -210,18 +210,14 @@ class _Products:
             return self._gather_qmm(*arrays, group_size, bits, mode, **options)
         states = x.reshape(-1, x.shape[-1])
         pairs = zip(lhs_indices.flatten().tolist(), rhs_indices.flatten().tolist(), strict=True)
-        products = [
-            self.quantized_matmul(
-                states[i : i + 1],
-                w[j],
-                scales[j],
-                None if biases is None else biases[j],
-                group_size=group_size,
-                bits=bits,
-                mode=mode,
-            )
-            for i, j in pairs
-        ]
+        form = {"group_size": group_size, "bits": bits, "mode": mode}
+        products = []
+        for i, j in pairs:
+            biases_of_j = None
+            if biases is not None:
+                biases_of_j = biases[j]
+            state = states[i : i + 1]
+            products.append(self.quantized_matmul(state, w[j], scales[j], biases_of_j, **form))
         return mx.concatenate(products).reshape(*lhs_indices.shape, 1, -1)
 
 

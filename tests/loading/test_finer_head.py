@@ -146,7 +146,8 @@ def test_dense_means_the_finer_head(original, coarse):
     install_index(model, tiny_index(model))
     for generate in (mlx_flashhead.generate, mlx_lm.generate):
         assert generate(model, tokenizer, "One", max_tokens=12) == text
-    assert [name for name, *_ in parameters(model)] == [name for name, *_ in parameters(expected)]
+    names = [name for name, *_ in parameters(model)]
+    assert names == [name for name, *_ in parameters(expected)]
 
 
 @both

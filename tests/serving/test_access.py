@@ -238,6 +238,10 @@ def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask)
 
 HOST = b"Host: localhost\r\n"
 LENGTHS = ("-1", "+2", "1e3", "", "\xb2", "9" * 30, "2\r\nContent-Length: 3")
+WITH_WRONG_LENGTHS = [
+    f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n".encode("latin-1")
+    for length in LENGTHS
+]
 
 
 @pytest.mark.parametrize(
@@ -250,15 +254,14 @@ LENGTHS = ("-1", "+2", "1e3", "", "\xb2", "9" * 30, "2\r\nContent-Length: 3")
         (b"GET / HTTP/1.1\r\n" + HOST + b"Host: evil.example\r\n\r\n", 400),
         (b"GET / HTTP/1.0\r\n\r\n", 403),
         (b"GET /\x1b[2J\x00 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-        *((f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {n}\r\n\r\n".encode("latin-1"), 400)
-            for n in LENGTHS),
+        *((sent, 400) for sent in WITH_WRONG_LENGTHS),
         (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + 90 * (b"A: " + b"b" * 60_000 + b"\r\n") + b"\r\n", 431),
         (f"BREW / HTTP/1.1\r\nHost: a.local\r\nCookie: {COOKIE}\r\n\r\n".encode(), 405),
     ],
     ids=lambda value: str(value)[:25],
-)  # fmt: skip
+)
 def test_what_is_no_http_gets_the_same_errors(lan, connect, request_, status):
     connection = connect(request_)
     connection.shutdown(socket.SHUT_WR)

@@ -99,8 +99,8 @@ def test_who_comes_takes_the_place_of_an_answer_beyond_a_share(start):
     engine.submit(others)
     for one in others[:SHARE]:
         wait_until_begun(one)
-    counts = [sum(one in engine._begun for one in jobs) for jobs in (greedy, others)]
-    assert counts[0] <= PLACES - SHARE and counts[1] == SHARE
+    assert sum(one in engine._begun for one in greedy) <= PLACES - SHARE
+    assert sum(one in engine._begun for one in others) == SHARE
     third = addressed([job(engine, SHORT)], "c")
     engine.submit(third)
     assert len(tokens_of(third[0])) == 8

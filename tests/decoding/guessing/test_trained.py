@@ -80,7 +80,9 @@ def plain(model, *, prompt=PROMPT, max_tokens=TOKENS, **options):
 def shares(proposer):
     """Guesses, and how many of them were right."""
     (guesses,) = proposer.judged.values()
-    return sum(n for n, _ in guesses), sum(n_right for _, n_right in guesses)
+    n_guessed = sum(n for n, _ in guesses)
+    n_right = sum(right for _, right in guesses)
+    return n_guessed, n_right
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["dense", "FlashHead"])
