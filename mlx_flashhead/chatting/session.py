@@ -274,7 +274,7 @@ class ChatSession:
         verify = self.options.get("verify", True)
         mode = decoding_mode(self.conversation.model, verify=verify, dense=self.dense)
         if mode.is_dense:
-            return mode
+            return mode.words
         n_probes = self.head.unverified_probes
         if verify:
             n_probes = self.head.n_probes

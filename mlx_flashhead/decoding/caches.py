@@ -14,13 +14,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..models.compat.cache_positions import TRIMMED, end_of
+from ..models.compat.cache_positions import KEEPS_TRIMMED, TRIMMED, end_of
 from ..models.compat.recognised import are_librarys_caches
 
 # The most tokens by which a cache is ahead of the caller.
 AHEAD = 160
-# mlx-lm's goes on to attend to what was trimmed.
-KEEPS_TRIMMED = ("ConcatenateKVCache",)
 
 # Feeds tokens (R, n) to the model with the caches of its layers: logits (R, n, V).
 Feed = Callable[[mx.array, list[Any]], mx.array]

@@ -90,7 +90,7 @@ class Decoder:
         """
         pace = self._proposer.pace_of(self.texts)
         for text in self.texts:
-            self._change_phase(text, pays=pace is None or not pace.dense)
+            self._change_phase(text, gains=pace is None or not pace.dense)
         if pace is None:
             self._advance()
             return
@@ -111,19 +111,19 @@ class Decoder:
         elif not any(text.ahead for text in self.texts):
             pace.note_dense(seconds)
 
-    def _change_phase(self, text: Text, *, pays: bool) -> None:
+    def _change_phase(self, text: Text, *, gains: bool) -> None:
         """Decides at the beginning of a round how a text's next tokens are chosen.
 
-        They are proposed if they can be verified and proposals pay. Otherwise the normal (dense)
+        They are proposed if they can be verified and that gains time. Otherwise the normal (dense)
         head chooses them: at first while what was proposed is still pending, and once nothing is
         ahead any more, step by step as in mlx-lm's loop.
 
         Args:
             text: One of the decoder's.
-            pays: Whether texts like it gain by proposals at the time.
+            gains: Whether texts like it gain by proposals at the time.
         """
         text.mode = self._proposer.mode_for(
-            text, len(self.texts), pays=pays, several_draw=self.several_draw
+            text, len(self.texts), gains=gains, several_draw=self.several_draw
         )
         if text.mode.is_verified:
             self._go_ahead(text, Phase.AHEAD)
@@ -163,13 +163,14 @@ class Decoder:
 
     def _guess(self, latest: mx.array) -> Guess | None:
         """Guesses what follows the latest token, if one text decodes alone."""
-        if len(self.texts) > 1:
-            if self._proposer.settings.lookup == "on":
-                _log_once_that_steps_are_single()
-            return None
+        n_texts = len(self.texts)
+        if n_texts > 1 and self._proposer.settings.lookup == "on":
+            _log_once_that_steps_are_single()
         text = self.texts[0]
         guesses = self.guesses.get(text)
-        if guesses is None or self.several_draw or text.phase is Phase.DENSE:
+        if guesses is None:
+            return None
+        if not self._proposer.may_guess(text, n_texts, several_draw=self.several_draw):
             return None
         known = LatestToken(latest, text.pending[-1].token)
         taken = guesses.best(text, known, self.caches.layers)

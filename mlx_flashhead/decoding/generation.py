@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.verbose import print_finished, print_statistics, print_text
+from ..head.flash_head import FlashHead
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
 from ..models.install import NO_FLASH_HEAD, get_flash_head
@@ -408,10 +409,48 @@ def _how_it_was_decoded(
 ) -> Iterator[str]:
     """Says in lines what has guessed, proposed and verified a text, up to its latest token."""
     if proposer.n_guessed or draft_model is not None:
-        yield proposer.report_guesses(latest.generation_tokens)
+        yield _guesses_line(proposer, latest.generation_tokens)
     if isinstance(draft_model, TrainedDrafter):
         yield f"Drafts: {drafter_report(draft_model, proposer.model)}"
     elif draft_model is not None:
         yield f"Drafts: {draft_report(draft_model)}"
     elif proposer.head is not None:
-        yield proposer.report()
+        yield _head_line(proposer, proposer.head)
+
+
+def _guesses_line(proposer: Proposer, n_tokens: int) -> str:
+    """How many of a text's ``n_tokens`` were guessed."""
+    by = ""
+    if proposer.n_guessed:
+        judged = proposer.judged
+        by = f" ({', '.join(_depth_and_share(name, judged[name]) for name in proposer.n_guessed)})"
+    n_guessed = proposer.n_guessed.total()
+    return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens{by}, {proposer.n_steps:,} steps"
+
+
+def _depth_and_share(name: str, judged: list[tuple[int, int]]) -> str:
+    """What has guessed, how many tokens at a time, and how many of them were right.
+
+    Args:
+        name: Of what has guessed.
+        judged: The tokens of each guess, and how many of them were right.
+    """
+    n_made = sum(n for n, _ in judged)
+    n_right = sum(n_right for _, n_right in judged)
+    return f"{name}, {round(n_made / len(judged))} deep, {100 * n_right / n_made:.0f} %"
+
+
+def _head_line(proposer: Proposer, head: FlashHead) -> str:
+    """What was used of the FlashHead."""
+    if not proposer.unverified and not proposer.n_verifications:
+        return "FlashHead: not used, the normal (dense) head chose every token"
+    n_probes = proposer.settings.n_probes or head.n_probes
+    if proposer.unverified:
+        n_probes = proposer.settings.n_probes or head.unverified_probes
+    clusters = f"{n_probes:,} of {head.n_clusters:,} clusters a token"
+    if proposer.unverified:
+        return f"FlashHead: unverified, {clusters}"
+    counts = (
+        f"{proposer.n_verifications:,} verifications, {proposer.n_rejected:,} proposals rejected"
+    )
+    return f"FlashHead: {clusters}, {counts}"

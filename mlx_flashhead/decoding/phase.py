@@ -4,12 +4,13 @@
       │ └──── a guess ────▲             │
       └──────────────▶ DENSE ◀──────────┘
 
-`Text.enter` alone changes a text's phase, `Decoder._change_phase` says when, and
-`Proposer.mode_for` whether and why. What holds from a text's first token to its last is decided
-once, by `Proposer.begin`. At each token that is handed out the caller finds what mlx-lm's loop
-would have left then.
+`Text.enter` alone changes a text's phase. The decoder says when, and the proposer whether and why:
+`Proposer.begin` decides once what holds from a text's first token to its last, `Proposer.mode_for`
+in each round whether tokens are proposed, and `Proposer.may_guess` whether they may be guessed. At
+each token that is handed out the caller finds what mlx-lm's loop would have left then.
 """
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -30,38 +31,59 @@ class Phase(Enum):
 AHEAD_OF_CALLER = (Phase.AHEAD, Phase.DRAINING)
 
 
-class Mode(str):
-    """How a token is decoded, in the words that are shown. It is asked by its properties."""
+class Chooser(Enum):
+    """What chooses a token."""
 
-    __slots__ = ()
+    # The FlashHead proposes it, and the dense rows verify it.
+    BOTH = "both"
+    FLASH_HEAD = "the FlashHead"
+    # The normal head, for a while or for a reason that holds for the whole text.
+    DENSE_NOW = "the dense head for now"
+    DENSE = "the dense head"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a token is decoded.
+
+    Attributes:
+        words: As it is shown.
+        chooser: What chooses the token.
+    """
+
+    words: str
+    chooser: Chooser
 
     @classmethod
     def dense(cls, why: str) -> "Mode":
         """The normal (dense) head chooses, for this reason."""
-        return cls(f"dense: {why}")
+        return cls(f"dense: {why}", Chooser.DENSE)
 
     @property
     def is_dense(self) -> bool:
         """Whether the normal (dense) head chooses, for a reason that holds for the whole text."""
-        return self.startswith("dense: ")
+        return self.chooser is Chooser.DENSE
 
     @property
     def is_verified(self) -> bool:
         """Whether the FlashHead proposes, and the dense rows verify."""
-        return self in (VERIFIED, FIRST)
+        return self.chooser is Chooser.BOTH
 
     @property
     def is_unverified(self) -> bool:
         """Whether the FlashHead alone chooses."""
-        return self == UNVERIFIED
+        return self.chooser is Chooser.FLASH_HEAD
+
+    def __str__(self) -> str:
+        return self.words
 
 
-VERIFIED = Mode("verified")
-UNVERIFIED = Mode("unverified")
+VERIFIED = Mode("verified", Chooser.BOTH)
+UNVERIFIED = Mode("unverified", Chooser.FLASH_HEAD)
 # The token that the prompt's own logits have chosen, of a text that is verified.
-FIRST = Mode("the first of its text")
+FIRST = Mode("the first of its text", Chooser.BOTH)
 # Of a text that can be verified.
-PAUSED = Mode("decoded densely for a while, since that was faster")
+PAUSED = Mode("decoded densely for a while, since that was faster", Chooser.DENSE_NOW)
 
 REQUESTED = Mode.dense("as requested")
 NO_HEAD = Mode.dense("the model has no FlashHead")

@@ -29,9 +29,10 @@ from .phase import (
     UNKNOWN_FUNCTION,
     VERIFIED,
     Mode,
+    Phase,
 )
 from .policy import DecodingPolicy, Pace, decoding_mode, policy_of
-from .sampling import SamplerFunction, mask_array, normalized, with_few_allowed
+from .sampling import Changes, SamplerFunction, mask_array, normalized, with_few_allowed
 from .settings import DecodingSettings
 from .text import PendingToken, Text
 
@@ -121,6 +122,8 @@ class Proposer:
 
         Its functions, the vocabulary, and what decodes the model's text stay what they are.
         """
+        if text.why_dense is not None or not text.is_known:
+            text.enter(Phase.DENSE)
         if text.why_dense is None:
             text.why_dense = self._why_dense(text)
 
@@ -129,32 +132,41 @@ class Proposer:
         if not self._mode.is_verified:
             return self._mode
         head = self.flash_head
-        if text.settings is None or text.changes is None or not self.verifies:
+        if not (text.is_known and self.verifies):
             return UNKNOWN_FUNCTION
+        top_k = cast(Draw, text.settings).top_k
+        changes = cast(Changes, text.changes)
         # For so many tokens mlx-lm raises an error of its own.
-        if text.settings.top_k >= head.vocab_size or not text.changes.fit(head.vocab_size):
+        if top_k >= head.vocab_size or not changes.fit(head.vocab_size):
             return UNKNOWN_FUNCTION
         return None
 
-    def mode_for(self, text: Text, n_texts: int = 1, *, pays: bool, several_draw: bool) -> Mode:
+    def mode_for(self, text: Text, n_texts: int = 1, *, gains: bool, several_draw: bool) -> Mode:
         """How a text's next tokens are decoded: verified if they may be proposed now, or why not.
 
         Args:
             text: One of some that decode together.
             n_texts: How many these are.
-            pays: Whether texts like it gain by proposals at the time.
+            gains: Whether texts like it gain by proposals at the time.
             several_draw: Whether several texts draw from MLX's random state.
         """
         if text.why_dense is not None:
             return text.why_dense
-        if not self.pays(text, n_texts):
+        if not self._may_gain(text, n_texts):
             return SAMPLED_DENSE
         if several_draw:
             return SEVERAL_DRAW
         fits = n_texts == 1 or n_texts <= self.max_batch
-        if pays and fits:
+        if gains and fits:
             return VERIFIED
         return PAUSED
+
+    def may_guess(self, text: Text, n_texts: int, *, several_draw: bool) -> bool:
+        """Whether several of a text's next tokens may be guessed now, and computed in a wide step.
+
+        The arguments are those of :meth:`mode_for`. Dense tokens may be guessed, too.
+        """
+        return n_texts == 1 and not several_draw and text.phase is not Phase.DENSE
 
     def pace_of(self, texts: list[Text]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
@@ -172,8 +184,8 @@ class Proposer:
             policy.paces[key] = Pace(dense_seconds)
         return policy.paces[key]
 
-    def pays(self, text: Text, n_texts: int = 1) -> bool:
-        """Whether proposals may pay for a text that is one of ``n_texts``.
+    def _may_gain(self, text: Text, n_texts: int) -> bool:
+        """Whether a text that is one of ``n_texts`` may gain by proposals on this machine.
 
         One sampled text was measured when the head was tuned. Several were not: their pace decides,
         but not where each text of a batch whose dense tokens may be verified later costs a product
@@ -188,8 +200,8 @@ class Proposer:
         return not head.differs_in_batches(hidden_dtype(self.model))
 
     def can_verify(self, text: Text) -> bool:
-        """Whether the choices of a text that has begun can be verified."""
-        return text.why_dense is None and self.pays(text, n_texts=2)
+        """Whether a text that has begun may be verified at some time, in a batch of any size."""
+        return text.why_dense is None and self._may_gain(text, n_texts=2)
 
     # The states with which the head is called, and the logits of these.
 
@@ -382,37 +394,6 @@ class Proposer:
         A product of several states rounds otherwise in 16 bits.
         """
         return self.model_logits(self.flash_head.dense_logits(hidden))
-
-    # What is said of a text.
-
-    def report_guesses(self, n_tokens: int) -> str:
-        """How many of a text's ``n_tokens`` were guessed, for a line under it."""
-        by = ""
-        if self.n_guessed:
-            by = f" ({', '.join(map(self._depth_and_share, self.n_guessed))})"
-        n_guessed = self.n_guessed.total()
-        return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens{by}, {self.n_steps:,} steps"
-
-    def _depth_and_share(self, name: str) -> str:
-        """What has guessed, how many tokens at a time, and how many of them were right."""
-        judged = self.judged[name]
-        n_made = sum(n for n, _ in judged)
-        n_right = sum(n_right for _, n_right in judged)
-        return f"{name}, {round(n_made / len(judged))} deep, {100 * n_right / n_made:.0f} %"
-
-    def report(self) -> str:
-        """What was used, for a line under a text."""
-        head = self.head
-        if head is None or (not self.unverified and not self.n_verifications):
-            return "FlashHead: not used, the normal (dense) head chose every token"
-        n_probes = head.n_probes
-        if self.unverified:
-            n_probes = head.unverified_probes
-        clusters = f"{self.settings.n_probes or n_probes:,} of {head.n_clusters:,} clusters a token"
-        if self.unverified:
-            return f"FlashHead: unverified, {clusters}"
-        counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"
-        return f"FlashHead: {clusters}, {counts}"
 
 
 def _adjustment(

@@ -128,8 +128,6 @@ class Text:
         self.changes = Changes.of(self._processors_at_start)
         self.unchanged = self.changes == Changes()
         self.phase = Phase.LEVEL
-        if why_dense is not None or self.settings is None or self.changes is None:
-            self.phase = Phase.DENSE
         self.ahead = False
         self.proposing = False
         self.seed = 0
@@ -167,6 +165,11 @@ class Text:
             self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
 
     # What the text depends on.
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known how its sampler draws, and what its processors change."""
+        return self.settings is not None and self.changes is not None
 
     @property
     def current_processors(self) -> Sequence[Processor]:

@@ -35,7 +35,8 @@ from .matrix import Matrix
 # A version of MLX, three numbers.
 Version = tuple[int, ...]
 
-LANES = 32
+# Threads of a simdgroup, by the name in MLX's kernels.
+SIMD_SIZE = 32
 # A threadgroup of qmv or qmv_fast takes so many rows.
 ROWS_AT_ONCE = 8
 # Columns of a pack, by bits, where a pack is not a word of 32 bits.
@@ -111,7 +112,7 @@ def _block(bits: int, packs: int, version: Version) -> int:
     """The columns of which MLX asks for whole blocks where it takes so many packs at once."""
     if version < BLOCKS_BY_BITS:
         return 512
-    block = LANES * packs * pack_columns(bits)
+    block = SIMD_SIZE * packs * pack_columns(bits)
     if bits == 1:
         return 2 * block
     return block

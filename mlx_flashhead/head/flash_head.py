@@ -45,7 +45,7 @@ OTHER_SUMS = (
 Projection = Callable[[mx.array], mx.array]
 
 
-class _OfThread(threading.local):
+class _Interceptor(threading.local):
     """What each thread has of its own: who makes the logits of calls."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class FlashHead:
         self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self._settings = HeadSettings.of(self.n_clusters, n_probes, unverified_probes)
-        self._of_thread = _OfThread()
+        self._of_thread = _Interceptor()
         self._traced = TracedFunctions()
         # The bounds that were measured of its operations, by dtype and by number of states.
         self._roundings: dict[mx.Dtype, dict[int, Rounding]] = {}
@@ -123,7 +123,7 @@ class FlashHead:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._of_thread = _OfThread()
+        self._of_thread = _Interceptor()
         self._traced = TracedFunctions()
         self._roundings = {}
 
@@ -132,7 +132,7 @@ class FlashHead:
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         copied._chosen = self._chosen.copy()
-        copied._of_thread = _OfThread()
+        copied._of_thread = _Interceptor()
         copied._traced = TracedFunctions()
         copied._roundings = dict(self._roundings)
         return copied

@@ -30,7 +30,7 @@ SELECT_BINS = 4096
 BINS_PER_NAT = 64.0
 CERTAIN = 1e29
 
-DRAWN = (
+DRAWS_TRIED = (
     Greedy(),
     Noise(temperature=1.0),
     Noise(temperature=2.0, top_p=0.9),
@@ -233,7 +233,7 @@ class _Trial:
         """Greedy tokens, and draws with each filter."""
         n_other = mx.array(0)
         for position in range(N_DRAWN):
-            settings = DRAWN[position % len(DRAWN)]
+            settings = DRAWS_TRIED[position % len(DRAWS_TRIED)]
             draws = Draws.of([(settings, position_key(0, position))])
             token, risk = self._kernels.choose(
                 self._selection, self._candidates, draws, logit_map=self._map
@@ -288,7 +288,7 @@ class _Trial:
         both = Proposal._make(mx.concatenate([array, array]) for array in proposal)
         slots = self._plain.product(both.hidden)
         slots = slots.reshape(2, *self._kernels.clustered.token_ids.shape)
-        draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
+        draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWS_TRIED[:2]])
         tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
         self._screened = slots, both, draws, tolerance, 0.0, self._map, allowed
         expected = self._plain.screen(*self._screened)

@@ -40,7 +40,7 @@ SHARED_POSITIONS = 4
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
 # It stands for any draw of a kernel.
-DRAWN = Noise(temperature=1.0)
+ANY_DRAW = Noise(temperature=1.0)
 
 # A proposal with tolerances: of the product, of scored logits, and relative.
 ScreenInputs = tuple[Proposal, mx.array, mx.array, mx.array]
@@ -93,7 +93,7 @@ class MetalOperations(PortableOperations):
         """What changes the launches of a proposal: kernels read all settings from arrays."""
         structure = draws.structure
         if draws.have_kernels and not draws.all_greedy:
-            structure = (DRAWN,) * len(structure)
+            structure = (ANY_DRAW,) * len(structure)
         if adjustment is None:
             return structure, None
         return structure, 0

@@ -98,7 +98,7 @@ class TracedFunctions:
 
     def __init__(self) -> None:
         self.n_traced = 0
-        self._of_thread = _OfThread()
+        self._of_thread = _TracesOfThread()
 
     def of(self, function: ProposalFunction) -> Traced:
         """The traced function of these operations."""
@@ -117,7 +117,7 @@ class TracedFunctions:
         return known[function]
 
 
-class _OfThread(threading.local):
+class _TracesOfThread(threading.local):
     """What each thread has traced."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from .proposal import Selection
 DenseLogits = Callable[[mx.array], mx.array]
 
 # So many states' logits are compared, at least: in float32 most logits show another order.
-N_STATES = 3
+LEAST_STATES = 3
 # Of a million logits in 16 bits some forty or more show another order of sums, of 24,000 perhaps
 # none. A vocabulary below ENOUGH_LOGITS / MOST_STATES has fewer.
 ENOUGH_LOGITS = 1_000_000
@@ -48,9 +48,9 @@ def logits_of_scores(operations: PortableOperations, hidden: mx.array) -> mx.arr
 def n_compared(vocab_size: int, dtype: mx.Dtype) -> int:
     """The number of states whose logits of ``dtype`` are compared: in 16 bits ENOUGH_LOGITS."""
     if dtype == mx.float32:
-        return N_STATES
+        return LEAST_STATES
     n_enough = -(-ENOUGH_LOGITS // vocab_size)
-    return max(N_STATES, min(n_enough, MOST_STATES))
+    return max(LEAST_STATES, min(n_enough, MOST_STATES))
 
 
 def shows_other_sums(vocab_size: int, dtype: mx.Dtype) -> bool:

@@ -190,8 +190,8 @@ class Use:
         parts = [f"{counts[VERIFIED]:,} verified ({counts[VERIFIED] / n_all:.0%})"]
         if counts[FIRST]:
             parts.append(f"{counts[FIRST]:,} the first of their texts, by their prompts")
-        others = [(n, mode) for mode, n in counts.items() if mode not in (VERIFIED, FIRST)]
-        parts += [f"{n:,} {mode}" for n, mode in sorted(others, reverse=True)]
+        others = [(n, mode.words) for mode, n in counts.items() if not mode.is_verified]
+        parts += [f"{n:,} {words}" for n, words in sorted(others, reverse=True)]
         return f"Checked {self.name}: {n_all:,} tokens: {'; '.join(parts)}."
 
 

@@ -95,8 +95,11 @@ class ServedModel:
         self.middle = middle_format(vocabulary)
         self.middle_ends = [token for token in END_TOKENS if token in vocabulary]
 
-    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> Mode:
-        """How a request with these fields is decoded."""
+    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
+        """How a request with these fields is decoded, in words."""
+        return self._mode_for(dense, n_probes).words
+
+    def _mode_for(self, dense: bool | None, n_probes: int | None) -> Mode:
         settings = self.settings
         if dense is None:
             dense = settings.dense and n_probes is None

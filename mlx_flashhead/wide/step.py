@@ -37,7 +37,7 @@ log = logging.getLogger("mlx_flashhead")
 
 
 # The times of steps, relative to a single one, by their numbers of tokens.
-Costs = dict[Width, Positive]
+StepTimes = dict[Width, Positive]
 
 
 class Established(NamedTuple):
@@ -51,9 +51,9 @@ class Established(NamedTuple):
         busy: Whether the machine was busy meanwhile.
     """
 
-    costs: Costs
+    costs: StepTimes
     apart: bool = False
-    costs_past_end: Costs | None = None
+    costs_past_end: StepTimes | None = None
     lengths: tuple[int, ...] = ()
     busy: bool = False
 
@@ -124,7 +124,7 @@ class WideSteps:
         ending = [cache for cache in parts_of(caches) if type(cache) in ENDING]
         costs = {}
         for n in held.costs:
-            found: Costs | None = held.costs
+            found: StepTimes | None = held.costs
             if any(is_past_end(cache, n) for cache in ending):
                 found = held.costs_past_end
             if found is not None and n in found and fit(ending, n):

@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from flash_loops import flash_of
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
-from mlx_flashhead.decoding.phase import SEVERAL_DRAW
+from mlx_flashhead.decoding.phase import SEVERAL_DRAW, VERIFIED
 from tiny_models import tiny_model
 
 PROMPTS = [[5, 17, 3], [8], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61], [11, 12, 13, 14, 15]]
@@ -159,7 +159,7 @@ def check(models, case, misses):
     # Tokens beside greedy texts are handed out as soon as they can be.
     if case.samplers not in (ONE_GREEDY, ONE_UNKNOWN):
         assert states == expected_states
-    assert case.n > 1 or "verified" in modes
+    assert case.n > 1 or VERIFIED in modes
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,7 +180,7 @@ def test_one_text_that_draws_is_verified_until_another_one_comes(models):
     generator.insert(PROMPTS[:2], [40] * 2, samplers=[sampler, None])
     for _ in range(8):
         generator.next_generated()
-    assert modes[-1] == "verified"
+    assert modes[-1] == VERIFIED
     modes.clear()
     (later,) = generator.insert([PROMPTS[2]], [12], samplers=[sampler])
     while later in generator.uids():
@@ -189,4 +189,4 @@ def test_one_text_that_draws_is_verified_until_another_one_comes(models):
     modes.clear()
     while generator.next_generated():
         pass
-    assert modes[-1] == "verified"
+    assert modes[-1] == VERIFIED

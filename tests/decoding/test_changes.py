@@ -14,7 +14,6 @@ from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.sampling import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.head import adjustment
@@ -233,7 +232,7 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
 def test_what_is_known_of_processors(processors, known):
     assert (Changes.of(processors) is not None) == known
     text = Text(make_sampler(), processors, mx.array(PROMPT))
-    assert (text.phase is Phase.LEVEL) == known
+    assert text.is_known == known
 
 
 def test_a_settings_change_counts_from_the_next_text_on():

@@ -19,7 +19,7 @@ from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches, loop
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.loop import verified_tokens
-from mlx_flashhead.decoding.phase import REPLACED, TRAINED, UNKNOWN_CACHE
+from mlx_flashhead.decoding.phase import REPLACED, TRAINED, UNKNOWN_CACHE, VERIFIED
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
@@ -238,11 +238,11 @@ def test_a_model_in_training_mode_is_dense():
     flash = make_flash(num_hidden_layers=2)
     modes = []
     expected = flash.tokens(announce=modes.append)
-    assert "verified" in modes
+    assert VERIFIED in modes
     flash.model.train()
     modes.clear()
     assert flash.tokens(announce=modes.append) == expected
-    assert all(mode.startswith("dense") for mode in modes)
+    assert all(mode.is_dense for mode in modes)
 
 
 class DroppingOut(nn.Module):

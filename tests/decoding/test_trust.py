@@ -12,7 +12,6 @@ from mlx_lm import sample_utils
 import old_top_p
 from flash_loops import N_TOKENS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding.phase import Phase
 from mlx_flashhead.decoding.text import Text
 from mlx_flashhead.head.draws.summed_top_p import SummedTopP
 from mlx_flashhead.head.flash_head import FlashHead
@@ -150,7 +149,7 @@ def test_the_top_p_of_mlx_lm_0_31_is_verified(model, name, misses, monkeypatch):
 
 
 def is_recognised(sampler, processors=()):
-    return Text(sampler, processors).phase is Phase.LEVEL
+    return Text(sampler, processors).is_known
 
 
 def test_what_is_recognised():

@@ -192,7 +192,7 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
 
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     """Of which alone the operations compute the noise, where all draws have filters."""
-    monkeypatch.setattr(noise, "NEAREST", 2)
+    monkeypatch.setattr(noise, "NOISY_CLUSTERS", 2)
     rng = np.random.default_rng(7)
     settings = Noise(1.0, top_p=0.999)
     draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
@@ -260,7 +260,7 @@ def test_the_kernels_say_what_the_portable_operations_say(
     monkeypatch, dtype, cluster_size, n_clusters
 ):
     """Where filters leave tokens out, the portable ones look at the nearest clusters alone."""
-    monkeypatch.setattr(noise, "NEAREST", 32)
+    monkeypatch.setattr(noise, "NOISY_CLUSTERS", 32)
     rng = np.random.default_rng(cluster_size)
     epsilon = 0.0
     if dtype != mx.float32:

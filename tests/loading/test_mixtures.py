@@ -88,7 +88,7 @@ def folders(request, tmp_path_factory):
 def proposed(model, tokenizer, prompt):
     """The greedy text with FlashHead, verified, whatever it gains here."""
     policy_of(get_flash_head(model)).dense = False
-    assert decoding_mode(model) == "verified"
+    assert decoding_mode(model).is_verified
     return mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=N_TOKENS)
 
 

@@ -28,7 +28,7 @@ LIKELY_NOISE = 11.0
 # The exponential of more nats is infinite.
 MOST_NATS = 80.0
 # Clusters not scored whose noise is computed if filters leave tokens out.
-NEAREST = 1024
+NOISY_CLUSTERS = 1024
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _is_kept(bounds: Bounds, log_least: mx.array, draws: Draws) -> mx.array:
 
 def _rivals(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> Near:
     """All tokens, or where the draws have filters those of the nearest clusters."""
-    if clustered.n_clusters <= NEAREST or not draws.filters:
+    if clustered.n_clusters <= NOISY_CLUSTERS or not draws.filters:
         logits = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
         return Near(logits, None, None)
-    return nearest(clustered, unscored, NEAREST)
+    return nearest(clustered, unscored, NOISY_CLUSTERS)
 
 
 def _noises(

@@ -27,6 +27,8 @@ TRIMMED = {
     "QuantizedKVCache": ("offset",),
     "RotatingKVCache": WINDOWS[RotatingKVCache],
 }
+# The names of classes that go on to attend to what was trimmed.
+KEEPS_TRIMMED = ("ConcatenateKVCache",)
 OF_A_BATCH = (BatchKVCache, BatchRotatingKVCache)
 
 
