@@ -141,9 +141,9 @@ def engine(start_engine):
         yield engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def drafting(start_engine):
-    """One whose model drafts for itself."""
+    """One whose model drafts for itself. As long as it lives, all models guess always."""
     with start_engine(drafts=True) as engine:
         yield engine
 
