@@ -5,6 +5,7 @@ import inspect
 import mlx.core as mx
 import pytest
 
+from mlx_flashhead.decoding.phase import VERIFIED
 from mlx_flashhead.loading.program_batches import CHANGED_BATCHES
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
@@ -195,9 +196,9 @@ def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkey
         assert texts(batches, prompts) == expected
         assert under.lines()[1:] == [f"model: {CHANGED_BATCHES}."]
     counts = under.patches.models.use_of(under.model)._n_tokens
-    n_verified = counts["verified"]
+    n_verified = counts[VERIFIED]
     assert texts(batches, prompts) == expected
-    assert counts["verified"] > n_verified and uids == [0, 1]
+    assert counts[VERIFIED] > n_verified and uids == [0, 1]
     assert batches.insert(prompts, [1] * 3) == [8, 9, 10]
 
 
