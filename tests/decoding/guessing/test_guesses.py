@@ -318,6 +318,32 @@ def test_texts_are_plain_mlx_lms(models, i):
     text_of(ours(guesser=Oracle(whole.tokens)), models.flash, functions, 9).assert_is(part)
 
 
+class SecondBest:
+    """Takes the best token and the second one in turns: a call too many changes what follows."""
+
+    def __init__(self):
+        self.n_calls = 0
+
+    def __call__(self, logprobs):
+        self.n_calls += 1
+        return mx.argsort(-logprobs, axis=-1)[..., self.n_calls % 2]
+
+
+def test_a_text_of_an_unknown_sampler_is_not_guessed(models):
+    """With a FlashHead or without: guesses would call the sampler for tokens that are wrong."""
+
+    def run(steps_of, model, **options):
+        sampler = SecondBest()
+        steps = steps_of(mx.array(PROMPT), model, sampler=sampler, max_tokens=N_TOKENS, **options)
+        return [int(token) for token, _ in steps], sampler.n_calls
+
+    expected = run(generate_step, models.plain)
+    for model in (models.flash, models.without):
+        oracle = Oracle(expected[0])
+        assert run(ours(guesser=oracle), model) == expected
+        assert not oracle.counts
+
+
 @pytest.mark.parametrize("i", range(3))
 def test_whoever_guesses_hears_the_tokens_and_states_of_every_step(models, i):
     """At the text's end these are the tokens that were handed out."""
